@@ -1,0 +1,402 @@
+"""`freshrank ...`: the pieces as commands. Errors a user can mend are printed without a traceback, with an exit code."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from freshrank import __version__
+from freshrank.errors import ConfigError, FreshrankError
+from freshrank.recipes import DEFAULT_RECIPE, RECIPES, recipe
+
+if TYPE_CHECKING:
+    from freshrank.config import RunConfig
+    from freshrank.datasets.contract import Dataset
+    from freshrank.serving.client import Answer
+
+app = typer.Typer(name="freshrank", no_args_is_help=True, pretty_exceptions_enable=False, help=(
+    "Retrain a ranker every day so that new items are served well, prove it, and serve it from Triton."))  # fmt: skip
+imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data contract.")
+features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
+app.add_typer(imports, name="import")
+app.add_typer(features, name="features")
+out = Console()
+err = Console(stderr=True)
+
+Data = Annotated[Path, typer.Option("--data", help="Imported dataset directory (see `freshrank import`).")]
+Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "
+                                         "day after the newest in the log.")]  # fmt: skip
+Recipe = Annotated[str, typer.Option("--recipe", help=f"Named configuration: {', '.join(RECIPES)}.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change one value: section.field=value (repeat).")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Default: inside the run's folder.")]
+Source = Annotated[Path, typer.Argument(help="Directory to read.")]
+Target = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step to standard error.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(name)s %(message)s")  # fmt: skip
+    logging.getLogger("freshrank").setLevel(logging.INFO)
+
+
+# ---------------------------------------------------------------- data in
+
+
+@imports.command("kuairand")
+def import_kuairand(
+    source: Source,
+    target: Target,
+    protocol: Annotated[str, typer.Option(help="staggered | sparse | strict | oracle: how items are made cold.")] = (
+        "staggered"
+    ),
+) -> None:
+    """Import KuaiRand-Pure: the published CSV files or the Parquet slice."""
+    from freshrank.datasets import kuairand
+
+    _report_import(kuairand.import_kuairand(source, target, protocol))
+
+
+@imports.command("parquet")
+def import_parquet(source: Source, target: Target) -> None:
+    """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
+    from freshrank.datasets import parquet
+
+    _report_import(parquet.import_parquet(source, target))
+
+
+@app.command()
+def simulate(
+    target: Target,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    users: Annotated[int | None, typer.Option(help="Number of users.")] = None,
+    days: Annotated[int | None, typer.Option(help="Number of days of log.")] = None,
+    impressions_per_day: Annotated[int | None, typer.Option(help="Impressions a day.")] = None,
+) -> None:
+    """Write a small simulated world with known truth, in the data contract."""
+    from freshrank.datasets import simulator
+
+    given = {"seed": seed, "users": users, "days": days, "impressions_per_day": impressions_per_day}
+    world = simulator.WorldConfig(**{name: value for name, value in given.items() if value is not None})
+    _report_import(simulator.simulate(target, world))
+
+
+def _report_import(dataset: "Dataset") -> None:
+    rows = sum(day["rows"] for day in dataset.manifest["days"].values())
+    out.print(f"{dataset.path}: {rows:,} impressions on {len(dataset.days)} days, {dataset.days[0]} .. "
+              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {', '.join(dataset.schema.actions)}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- features
+
+
+@features.command("build")
+def features_build(
+    data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
+) -> None:
+    """Build the daily history snapshots of a run's windows, and materialize Feast's online store for its date."""
+    from freshrank import steps
+
+    run_date = _date(data, day)
+    steps.build_features(data, run_date, _config(recipe_name, overrides).windows.model_dump_json())
+    steps.materialize(data, run_date)
+    out.print(f"features of {run_date} are built and materialized")
+
+
+@features.command("get")
+def features_get(
+    data: Data,
+    user: Annotated[int | None, typer.Option(help="User id.")] = None,
+    item: Annotated[list[int] | None, typer.Option(help="Item id (repeat).")] = None,
+) -> None:
+    """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
+    from freshrank.feature_store import FeatureStore
+    from freshrank.steps import Run
+
+    if user is None and not item:
+        raise ConfigError("features get: received no id, expected --user ID or --item ID")
+    run = Run(data, _date(data, None))
+    store = FeatureStore(run.dataset, run.workspace)
+    if user is not None:
+        _print_rows(store.online_users([user]).to_dicts())
+    if item:
+        _print_rows(store.online_items(item).to_dicts())
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        out.print_json(json.dumps(row, default=str))
+
+
+# ---------------------------------------------------------------- the daily run
+
+
+@app.command()
+def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None) -> None:
+    """One day's retraining without Airflow: features, validation, Feast, the Kubeflow pipeline, the gate, Triton."""
+    from freshrank import daily
+
+    config = _config(recipe_name, overrides)
+    with _server(data):
+        daily.run(data, date.fromisoformat(_date(data, day)), config)
+    _print_run(data, _date(data, day))
+
+
+@app.command()
+def validate(data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE) -> None:
+    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it must not be trained on."""
+    from freshrank import steps
+
+    where = target or _folder(data, day, "validation")
+    result = steps.validate(data, _date(data, day), _config(recipe_name, None).windows.model_dump_json(), where)
+    out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
+
+
+@app.command()
+def train(
+    data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
+) -> None:
+    """Train the ranker on the training days."""
+    from freshrank import steps
+
+    config, where = _config(recipe_name, overrides), target or _folder(data, day, "train")
+    facts = steps.train(data, _date(data, day), config.windows.model_dump_json(), config.model.model_dump_json(),
+                        config.techniques.model_dump_json(), config.training.model_dump_json(), where)  # fmt: skip
+    _print_facts(f"ranker: {where}", facts)
+
+
+@app.command()
+def calibrate(
+    data: Data,
+    day: Day = None,
+    ranker: Annotated[Path | None, typer.Option(help="Output of `freshrank train`. Default: the run's.")] = None,
+    target: Out = None,
+    recipe_name: Recipe = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+) -> None:
+    """Fit the calibration and export the bundle (ONNX, encoder, golden answers)."""
+    from freshrank import steps
+
+    config, where = _config(recipe_name, overrides), target or _folder(data, day, "bundle")
+    facts = steps.calibrate(data, _date(data, day), config.windows.model_dump_json(), config.calibration.model_dump_json(),
+                            ranker or _folder(data, day, "train"), where)  # fmt: skip
+    _print_facts(f"bundle: {where}", facts)
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    day: Day = None,
+    bundle: Annotated[Path | None, typer.Option(help="Output of `freshrank calibrate`. Default: the run's.")] = None,
+    target: Out = None,
+    recipe_name: Recipe = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+) -> None:
+    """Judge the bundle on the evaluation days against what serves; write verdict and report."""
+    from freshrank import steps
+
+    config, where = _config(recipe_name, overrides), target or _folder(data, day, "evaluation")
+    steps.evaluate(data, _date(data, day), config.windows.model_dump_json(), config.evaluation.model_dump_json(),
+                   config.gate.model_dump_json(), bundle or _folder(data, day, "bundle"), where)  # fmt: skip
+    _print_run(data, _date(data, day))
+
+
+@app.command()
+def publish(
+    data: Data,
+    day: Day = None,
+    bundle: Annotated[Path | None, typer.Option(help="Output of `freshrank calibrate`. Default: the run's.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Output of `freshrank evaluate`. Default: the run's.")] = None,
+) -> None:
+    """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
+    from freshrank import steps
+
+    result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"),
+                          evaluation or _folder(data, day, "evaluation"), _folder(data, day, "published"))  # fmt: skip
+    out.print(f"served version: {result['version']}")
+
+
+@app.command()
+def rollback(
+    data: Data, to: Annotated[int | None, typer.Option(help="Installed version. Default: the previous one.")] = None
+) -> None:
+    """Serve the previous version again, at once."""
+    from freshrank.serving.publish import rollback as roll_back
+    from freshrank.settings import settings
+
+    pointer = roll_back(settings().triton_grpc_url, _repository(data), to)
+    out.print(f"served version: {pointer.version} (run {pointer.run_date})")
+
+
+@app.command()
+def submit(
+    data: Data,
+    day: Day = None,
+    recipe_name: Recipe = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compile for the cluster and print; submit nothing.")
+    ] = False,
+) -> None:
+    """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST)."""
+    from freshrank.orchestration import cluster
+
+    text = cluster.submit(data, date.fromisoformat(_date(data, day)), _config(recipe_name, overrides), dry_run=dry_run)
+    sys.stdout.write(f"{text}\n")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option("--data", help="KuaiRand, or schema.yaml + tables, or an imported dataset. "
+                                              "Default: a small simulated world.")] = None,
+    day: Day = None,
+    protocol: Annotated[str, typer.Option(help="How KuaiRand's items are made cold.")] = "staggered",
+) -> None:  # fmt: skip
+    """The whole daily run through a real Airflow, Kubeflow, Feast and Triton; then rank 100 candidates for a user."""
+    from freshrank import daily
+
+    summary = daily.demo(data, day, protocol, out)
+    daily.print_summary(summary, out)
+
+
+# ---------------------------------------------------------------- serving
+
+
+@app.command()
+def serve(
+    data: Data,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; stop with Ctrl-C.")] = False,
+) -> None:
+    """Start the local Triton with the model repository of this dataset; it answers on loopback only."""
+    from freshrank.serving.local import server
+
+    triton = server(data)
+    if foreground:
+        triton.run()
+    else:
+        out.print(triton.start().sentence())
+
+
+@app.command()
+def stop(data: Data) -> None:
+    """Stop the local Triton."""
+    from freshrank.serving.local import server
+
+    out.print("stopped" if server(data).stop() else "was not running")
+
+
+@app.command()
+def status(data: Data) -> None:
+    """What serves, since which run, and whether the server answers."""
+    from freshrank.serving.local import server
+
+    out.print(server(data).status().sentence())
+    pointer = _repository(data).served()
+    out.print(f"served version: {pointer.version} (run {pointer.run_date})" if pointer else "nothing is served yet")
+
+
+@app.command()
+def rank(
+    data: Data,
+    user: Annotated[str, typer.Option(help="User id, as in your log; unknown ones are answered too.")],
+    candidates: Annotated[str, typer.Option(help="Item ids, comma-separated; unknown ones are answered too.")],
+    at: Annotated[str | None, typer.Option(help="Time of the request, ISO 8601 with zone. Default: now.")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="Context column: name=value (repeat).")] = None,
+    top: Annotated[int, typer.Option(help="How many to print; 0 for all.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Ask Triton to rank candidate items for a user."""
+    from freshrank.serving.client import Client
+
+    with Client.for_dataset(data) as client:
+        answer = client.rank(user, [c.strip() for c in candidates.split(",") if c.strip()], at=at, context=context)
+    _print_answer(answer, top, as_json)
+
+
+def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
+    rows = answer.rows()[: top or None]
+    if as_json:
+        for row in rows:
+            sys.stdout.write(json.dumps(row) + "\n")
+        return
+    table = Table(title=f"model version {answer.model_version}{', degraded' if answer.degraded else ''}")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _config(name: str, overrides: list[str] | None) -> "RunConfig":
+    return recipe(name, overrides)
+
+
+def _date(data: Path, day: str | None) -> str:
+    from freshrank.clock import parse_day
+    from freshrank.datasets.contract import Dataset
+
+    if day:
+        return parse_day(day).isoformat()
+    return (Dataset.open(data).days[-1] + timedelta(days=1)).isoformat()
+
+
+def _folder(data: Path, day: str | None, name: str) -> Path:
+    from freshrank.steps import Run
+
+    return Run(data, _date(data, day)).directory / name
+
+
+def _repository(data: Path) -> Any:
+    from freshrank.serving.local import repository
+
+    return repository(data)
+
+
+@contextmanager
+def _server(data: Path) -> Iterator[None]:
+    """A Triton to publish to: the one that runs, or one started now and left running."""
+    from freshrank.serving.local import server
+
+    triton = server(data)
+    if not triton.status().ready:
+        err.print("starting the local Triton ...")
+        triton.start()
+    yield
+
+
+def _print_run(data: Path, run_date: str) -> None:
+    from freshrank import daily, steps
+
+    daily.print_summary(steps.summary(data, run_date), out)
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    out.print(title)
+    for name, value in facts.items():
+        out.print(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}")
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except FreshrankError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

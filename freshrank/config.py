@@ -1,0 +1,167 @@
+"""What is trained, judged and shipped: one typed tree, serialised as JSON, one pipeline parameter per section."""
+
+from datetime import date, timedelta
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from freshrank.clock import days
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WindowConfig(Section):
+    """How many days are trained on, calibrated on and judged, ending the day before the run's date."""
+
+    train_days: Positive = 27
+    calibration_days: Positive = 1
+    evaluation_days: Positive = 1
+
+    def split(self, run_date: date) -> "Split":
+        """On day D with the defaults: train up to D-3, calibrate on D-2, judge D-1."""
+        evaluation = run_date - timedelta(days=self.evaluation_days)
+        calibration = evaluation - timedelta(days=self.calibration_days)
+        train = calibration - timedelta(days=self.train_days)
+        one = timedelta(days=1)
+        return Split(
+            train=tuple(days(train, calibration - one)),
+            calibration=tuple(days(calibration, evaluation - one)),
+            evaluation=tuple(days(evaluation, run_date - one)),
+        )
+
+
+class Split(Section):
+    """Disjoint days in time order: no day of a later part lies before one of an earlier part."""
+
+    train: tuple[date, ...]
+    calibration: tuple[date, ...]
+    evaluation: tuple[date, ...]
+
+
+class ModelConfig(Section):
+    """Sizes of the ranker (paper, figure 5)."""
+
+    item_id_dim: Positive = 16
+    categorical_dim: Positive = 8
+    min_count: Positive = 3
+    """Values seen less often in training share the trained row for new and rare values."""
+    sequence_layers: Annotated[int, Field(ge=1)] = 1
+    sequence_heads: Positive = 2
+    sequence_dim: Positive = 32
+    group_dim: Positive = 32
+    """Width every feature group is summarised to before the crossing."""
+    cross_layers: Annotated[int, Field(ge=1)] = 2
+    cross_rank: Positive = 32
+    mlp: tuple[Positive, ...] = (128, 64)
+    """Hidden widths of the interaction module's MLP; the last is the width of z."""
+    experts: Positive = 4
+    expert_dim: Positive = 32
+    head_dim: Positive = 16
+    dropout: Probability = 0.0
+
+
+class ResidualConfig(Section):
+    """y = F([z; x_nh]) (eq. 3): x_nh is reduced to ``dim`` by one layer."""
+
+    dim: Positive = 16
+
+
+class ScoreRegConfig(Section):
+    """Squared difference of warm and cold mean predictions (eq. 6), times ``weight`` (lambda_2)."""
+
+    weight: Annotated[float, Field(gt=0)] = 0.1
+
+
+class MixupConfig(Section):
+    """Manifold mixup after I (eq. 7-9), loss times ``weight`` (lambda_1), lambda ~ Beta(alpha, alpha)."""
+
+    alpha: Annotated[float, Field(gt=0)] = 0.2
+    weight: Annotated[float, Field(gt=0)] = 0.2
+
+
+class TechniquesConfig(Section):
+    """None means off, and off is bit-identical to the technique never having existed."""
+
+    residual: ResidualConfig | None = None
+    score_reg: ScoreRegConfig | None = None
+    mixup: MixupConfig | None = None
+
+
+class TrainingConfig(Section):
+    epochs: Positive = 1
+    batch_size: Positive = 1024
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    new_item_probability: Probability = 0.05
+    """Share of item ids replaced by the new-item row, so that the row is trained."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
+class CalibrationConfig(Section):
+    """Platt scaling per action on the calibration days."""
+
+    min_positives: Positive = 10
+
+
+class EvaluationConfig(Section):
+    k: Positive = 3
+    lists: Literal["request", "user"] = "request"
+    """What is ranked together: a request, or all a user saw on the evaluation days (logs without request ids)."""
+    min_candidates: Positive = 4
+    age_buckets: tuple[float, ...] = (1.0, 7.0, 28.0)
+    exposure_buckets: tuple[int, ...] = (0, 10, 100, 1000)
+    bootstrap: Annotated[int, Field(ge=20)] = 1000
+    """Draws of lists behind every interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    ece_bins: Positive = 15
+    seed: int = 0
+
+
+class GateConfig(Section):
+    """Bounds a challenger must hold against what serves now; gate.py says what each outcome leads to."""
+
+    fresh_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Fresh Hits@k may be lower than the champion's by at most this (absolute, point estimate).
+
+    At 0 a challenger as good as the champion passes every second day; above 0 daily retraining may ratchet fresh
+    quality down by this much a day.
+    """
+    overall_margin: Annotated[float, Field(ge=0)] = 0.02
+    """Lower end of the interval of the difference in overall Hits@k must exceed minus this (absolute)."""
+    max_ece: Probability = 0.10
+    """On fresh and on warm rows, per action."""
+    max_calibration_ratio: Annotated[float, Field(gt=1)] = 2.0
+    """Mean prediction / observed rate on fresh and on warm rows must lie within [1 / this, this], per action: an
+    absolute bound on ECE says nothing about an action of 1% of rows."""
+    max_score_gap: Probability = 0.30
+    """Bound on |mean warm - mean fresh| / mean warm of predictions on positives, per action."""
+    max_pr_auc: Probability = 0.99
+    """No ranker of engagement is this good on rows it has not seen: above it a label has leaked."""
+    min_lists: Positive = 100
+    """Lists that hold an action with utility; fewer prove nothing about all items."""
+    min_fresh_lists: Positive = 30
+    """Lists that hold such an action on a fresh item."""
+    min_positives: Positive = 10
+    """Rows with an action that its calibration and score gap must rest on, per slice."""
+    max_parameter_increase: Annotated[float, Field(ge=0)] = 0.05
+
+
+class RunConfig(Section):
+    """Everything that decides which model a day produces and whether it serves."""
+
+    recipe: str = "warmer-for-less"
+    windows: WindowConfig = WindowConfig()
+    model: ModelConfig = ModelConfig()
+    techniques: TechniquesConfig = TechniquesConfig()
+    training: TrainingConfig = TrainingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()

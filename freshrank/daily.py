@@ -1,0 +1,113 @@
+"""A day's retraining as one call: with Airflow (`freshrank demo`) or without (`freshrank run`)."""
+
+import logging
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from rich.console import Console
+
+from freshrank import steps
+from freshrank.clock import midnight, parse_day
+from freshrank.config import RunConfig
+from freshrank.datasets.contract import MANIFEST, Dataset
+from freshrank.errors import ConfigError, ServingError
+from freshrank.recipes import DEFAULT_RECIPE
+from freshrank.schema import ITEM_ID, USER_ID
+from freshrank.settings import settings
+
+if TYPE_CHECKING:
+    from freshrank.report import RunSummary
+    from freshrank.serving.client import Answer
+
+log = logging.getLogger(__name__)
+UNKNOWN_CANDIDATES = 5
+
+
+def prepare(data: Path | None, protocol: str) -> Path:
+    """An imported dataset for ``data``: itself, or imported by its layout; a simulated world for None."""
+    where = settings().home / "data"
+    if data is None:
+        return _simulated(where / "simulated")
+    if not data.is_dir():
+        raise ConfigError(f"data: {data} is not a directory; expected KuaiRand's files, or schema.yaml with Parquet "
+                          "tables, or an imported dataset")  # fmt: skip
+    if (data / MANIFEST).exists():
+        return data
+    if (data / "schema.yaml").exists():
+        from freshrank.datasets.parquet import import_parquet
+
+        return import_parquet(data, where / data.resolve().name).path
+    from freshrank.datasets.kuairand import import_kuairand
+
+    return import_kuairand(data, where / f"kuairand_{protocol}", protocol).path
+
+
+def _simulated(path: Path) -> Path:
+    from freshrank.datasets.simulator import WorldConfig, simulate
+
+    return path if (path / MANIFEST).exists() else simulate(path, WorldConfig()).path
+
+
+def run(data: Path, run_date: date, config: RunConfig) -> None:
+    """Features, validation, Feast, then the Kubeflow pipeline: what the DAG does, in this process."""
+    from freshrank.orchestration.local import run_pipeline
+
+    windows, day = config.windows.model_dump_json(), run_date.isoformat()
+    steps.build_features(data, day, windows)
+    steps.validate(data, day, windows, steps.Run(data, day).directory / "validation")
+    steps.materialize(data, day)
+    run_pipeline(data, run_date, config)
+
+
+def demo(data: Path | None, day: str | None, protocol: str, console: Console) -> "RunSummary":
+    """The daily run through Airflow, then a ranking request to the server it published to."""
+    from freshrank.orchestration.airflow_home import run_dag
+    from freshrank.serving.local import server
+
+    path = prepare(data, protocol).resolve()
+    dataset = Dataset.open(path)
+    run_date = parse_day(day) if day else dataset.days[-1] + timedelta(days=1)
+    console.print(f"data: {path} ({dataset.schema.name}), run date {run_date}")
+    console.print(server(path).start().sentence())
+    conf = {"data": str(path), "date": run_date.isoformat(), "recipe": DEFAULT_RECIPE}
+    run_dag(run_date, conf, steps.Run(path, run_date.isoformat()).directory / "airflow.log")
+    _show_ranking(dataset, run_date, console)
+    return steps.summary(path, run_date.isoformat())
+
+
+def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
+    try:
+        user, answer = ask_for_ranking(dataset, run_date)
+    except ServingError as error:
+        console.print(f"no ranking was asked for: {error}")
+        return
+    console.print(f"ranked {len(answer.rows())} candidates for user {user} ({UNKNOWN_CANDIDATES} of them unknown items): "
+                  f"model version {answer.model_version}, best five:")  # fmt: skip
+    for row in answer.rows()[:5]:
+        console.print("  " + "  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+
+
+def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> tuple[int, "Answer"]:
+    """Ask the served model to rank items of the catalog and unknown ones for the user seen last."""
+    from freshrank.serving.client import Client
+
+    last = dataset.impressions([dataset.days[-1]]).select(USER_ID).tail(1).collect()
+    user = int(last[USER_ID][0])
+    at = midnight(run_date, dataset.schema.utc_offset_hours) + timedelta(hours=12)
+    known = _catalog(dataset, at).head(candidates - UNKNOWN_CANDIDATES)
+    unknown = [int(dataset.items()[ITEM_ID].max() or 0) + 1 + i for i in range(UNKNOWN_CANDIDATES)]  # type: ignore[arg-type]
+    with Client.for_dataset(dataset.path) as client:
+        return user, client.rank_ids(user, [*known, *unknown], at=at)
+
+
+def _catalog(dataset: Dataset, at: datetime) -> pl.Series:
+    """Ids of existing items, the youngest first."""
+    return dataset.items().filter(pl.col("created_at") < at).sort("created_at", ITEM_ID, descending=True)[ITEM_ID]
+
+
+def print_summary(summary: Any, console: Console) -> None:
+    from freshrank.report import print_summary as render
+
+    render(summary, console)

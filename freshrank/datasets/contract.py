@@ -1,0 +1,254 @@
+"""The imported dataset on disk: three Parquet tables, schema.yaml, manifest.json.
+
+DIR/schema.yaml
+DIR/items.parquet, DIR/users.parquet
+DIR/impressions/date=YYYY-MM-DD/part-0.parquet
+DIR/mappings/<column>.parquet      value (string) -> code (int64), for columns that were strings
+DIR/manifest.json                  per file and day: rows, sha256; source and protocol; counts of what was mended
+"""
+
+import errno
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from freshrank.clock import day_of
+from freshrank.datasets.mappings import Mappings, mapping_of
+from freshrank.datasets.tables import (
+    IMPRESSION_KEY,
+    Findings,
+    as_written,
+    check_references,
+    check_rows,
+    check_unique,
+    checked_columns,
+    declared,
+    harmonised,
+    keys_as_written,
+)
+from freshrank.errors import DataError
+from freshrank.schema import (
+    EVENT_TIMESTAMP,
+    ITEM_ID,
+    REQUEST_ID,
+    TABLES,
+    USAGE,
+    USER_ID,
+    Column,
+    Role,
+    Schema,
+    dump_schema,
+    load_schema,
+)
+from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_of, write_json
+
+MANIFEST = "manifest.json"
+MAPPINGS = "mappings"
+Frame = pl.DataFrame | pl.LazyFrame
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A validated, imported dataset; read-only."""
+
+    path: Path
+    schema: Schema
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "Dataset":
+        """Open an imported directory; a :class:`DataError` says how to import one that is not."""
+        if not (path / MANIFEST).exists():
+            raise DataError(f"{path}: no {MANIFEST}, so this is not an imported dataset; run "
+                            f"`freshrank import parquet {path} --out DIR` or `freshrank import kuairand`")  # fmt: skip
+        return cls(path, load_schema(path / "schema.yaml"), read_json(path / MANIFEST))
+
+    @property
+    def days(self) -> list[date]:
+        """Days that hold impressions, ascending."""
+        return sorted(date.fromisoformat(day) for day in self.manifest["days"])
+
+    def partition(self, day: date) -> Path:
+        return self.path / "impressions" / f"date={day.isoformat()}" / "part-0.parquet"
+
+    def impressions(self, wanted: list[date] | tuple[date, ...] | None = None) -> pl.LazyFrame:
+        """The log of ``wanted`` days (default all), in (event_timestamp, user_id, item_id) order per day.
+
+        Columns: request_id, event_timestamp (Datetime us UTC), user_id, item_id (Int64), the schema's actions
+        (Int8, null = not observed), context columns, ``usage`` (String), ``day`` (Date).
+        """
+        present = set(self.days)
+        chosen = [day for day in (wanted or self.days) if day in present]
+        if not chosen:
+            raise DataError(f"{self.path}: no impressions on {_span(wanted)}; the log holds {_span(self.days)}")
+        frames = [pl.scan_parquet(self.partition(d)).with_columns(pl.lit(d).alias("day")) for d in chosen]
+        return pl.concat(frames, how="vertical")
+
+    def items(self) -> pl.DataFrame:
+        return pl.read_parquet(self.path / "items.parquet")
+
+    def users(self) -> pl.DataFrame:
+        return pl.read_parquet(self.path / "users.parquet")
+
+    def fingerprint(self, wanted: list[date] | tuple[date, ...]) -> str:
+        """Changes when the schema, items, users or the log of any ``wanted`` day changes."""
+        files = self.manifest["files"]
+        days = {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
+        return fingerprint({"schema": self.schema.model_dump(mode="json"), "files": files, "days": days})
+
+
+def _span(chosen: list[date] | tuple[date, ...] | None) -> str:
+    return f"{min(chosen)} .. {max(chosen)}" if chosen else "any day"
+
+
+def write_dataset(
+    out: Path,
+    schema: Schema,
+    impressions: Frame | Iterable[Frame],
+    items: Frame,
+    users: Frame,
+    source: dict[str, Any],
+    allow_unknown_items: bool = False,
+) -> Dataset:
+    """Validate the three tables and make them the dataset at ``out``, replacing the one that stood there.
+
+    The tables carry the contract's column names (``Column.source`` is not applied) and more columns than the
+    schema's are left out, but for the optional ``usage`` and ``judged_created_at``. The log may be one frame or one
+    per file, in any order; only one day of it is held in memory at a time. Text is mapped to codes by the mappings
+    already at ``out``, extended. Raises a :class:`DataError` that lists every problem found; whatever fails, the
+    previous dataset stays as it was.
+    """
+    _refuse_foreign(out)
+    parts = [impressions] if isinstance(impressions, pl.DataFrame | pl.LazyFrame) else impressions
+    try:
+        with atomic_directory(out) as directory:
+            writer = _Writer(directory, schema, Mappings(out / MAPPINGS), Findings(), allow_unknown_items)
+            writer.write(parts, items, users, source)
+    except (OSError, pl.exceptions.ComputeError) as error:
+        if _is_disk_full(error):
+            raise DataError(f"{out}: the disk is full; free space and import again. Nothing was changed") from error
+        raise
+    return Dataset.open(out)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: holds something that is not an imported dataset and would be replaced; "
+                        "name a new or an empty directory")  # fmt: skip
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Polars reports a failed write as ComputeError with the number only in its text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
+
+
+@dataclass
+class _Writer:
+    """One import into the empty ``directory``."""
+
+    directory: Path
+    schema: Schema
+    mappings: Mappings
+    findings: Findings
+    allow_unknown_items: bool
+
+    def write(self, parts: Iterable[Frame], items: Frame, users: Frame, source: dict[str, Any]) -> None:
+        for name in self.mappings.names:
+            self.findings.note_coding(name, text=True, where=f"{MAPPINGS}/{name}.parquet of the earlier import")
+        entities = {"items": self._checked("items", items, ITEM_ID), "users": self._checked("users", users, USER_ID)}
+        files = {f"{table}.parquet": self._write_entity(table, frame) for table, frame in entities.items()}
+        days = self._write_log(parts, entities["items"], entities["users"])
+        self.findings.raise_refusals()
+        (self.directory / "schema.yaml").write_text(dump_schema(_without_sources(self.schema)))
+        mappings = self.mappings.write(self.directory / MAPPINGS)
+        manifest = {"source": source, "files": files, "days": days, "mappings": mappings,
+                    "counts": dict(self.findings.counts)}  # fmt: skip
+        write_json(self.directory / MANIFEST, manifest)
+
+    def _checked(self, table: str, frame: Frame, key: str) -> pl.DataFrame:
+        columns = self._columns(table, frame.lazy())
+        loaded = self._select(frame.lazy(), columns).collect()
+        check_rows(loaded, table, columns, self.findings)
+        check_unique(loaded, table, [key], self.findings)
+        return keys_as_written(loaded, columns)
+
+    def _columns(self, table: str, frame: pl.LazyFrame) -> dict[str, Column]:
+        return checked_columns(frame.collect_schema(), table, self.schema, self.findings)
+
+    def _select(self, frame: pl.LazyFrame, columns: dict[str, Column]) -> pl.LazyFrame:
+        return frame.select(harmonised(columns, frame.collect_schema()))
+
+    def _write_entity(self, table: str, frame: pl.DataFrame) -> dict[str, Any]:
+        key = {"items": ITEM_ID, "users": USER_ID}[table]
+        return self._write_table(self.directory / f"{table}.parquet", table, frame, [key])
+
+    def _write_table(self, path: Path, table: str, frame: pl.DataFrame, order: list[str]) -> dict[str, Any]:
+        if not self.findings.sound:
+            return {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._encoded(frame, table).sort(order).write_parquet(path)
+        return {"rows": len(frame), "sha256": sha256_of(path)}
+
+    def _encoded(self, frame: pl.DataFrame, table: str) -> pl.DataFrame:
+        columns = {n: c for n, c in declared(self.schema, table).items() if n in frame.columns or n == USAGE}
+        if USAGE in columns and USAGE not in frame.columns:
+            frame = frame.with_columns(pl.lit(None, pl.String).alias(USAGE))
+        typed = frame.select(as_written(name, column, frame[name].dtype) for name, column in columns.items())
+        return typed.with_columns(
+            self.mappings.encode(mapping_of(name), typed[name])
+            for name, column in columns.items()
+            if column.role is not Role.META and typed[name].dtype in (pl.String, pl.List(pl.String))
+        )
+
+    def _write_log(self, parts: Iterable[Frame], items: pl.DataFrame, users: pl.DataFrame) -> dict[str, Any]:
+        staged = self.directory / "staged"
+        for number, part in enumerate(parts):
+            self._stage(part.lazy(), staged / str(number))
+        days = sorted({path.name.removeprefix("day=") for path in staged.glob("*/day=*")})
+        if not days and self.findings.sound:
+            self.findings.refuse("impressions", "the log is empty", "import a log of at least one impression")
+        written = {day: self._write_day(day, staged, items, users) for day in _tracked(days)}
+        shutil.rmtree(staged, ignore_errors=True)
+        return written
+
+    def _stage(self, part: pl.LazyFrame, directory: Path) -> None:
+        """Split one part of the log by day, so that a day can be sorted and checked in memory."""
+        columns = self._columns("impressions", part)
+        if EVENT_TIMESTAMP in columns:
+            day = day_of(pl.col(EVENT_TIMESTAMP), self.schema.utc_offset_hours)
+            target = pl.PartitionBy(directory, key={"day": day}, include_key=False)
+            self._select(part, columns).sink_parquet(target, mkdir=True)
+
+    def _write_day(self, day: str, staged: Path, items: pl.DataFrame, users: pl.DataFrame) -> dict[str, Any]:
+        pieces = [pl.read_parquet(path) for path in sorted(staged.glob(f"*/day={day}/*.parquet"))]
+        log = pl.concat(pieces, how="diagonal_relaxed")
+        columns = {n: c for n, c in declared(self.schema, "impressions").items() if n in log.columns}
+        check_rows(log, "impressions", columns, self.findings)
+        log = keys_as_written(log, columns)
+        check_unique(log, "impressions", IMPRESSION_KEY, self.findings)
+        check_references(log, items, users, self.allow_unknown_items, self.findings)
+        path = self.directory / "impressions" / f"date={day}" / "part-0.parquet"
+        return self._write_table(path, "impressions", log, [EVENT_TIMESTAMP, USER_ID, ITEM_ID, REQUEST_ID])
+
+
+def _tracked(days: list[str]) -> Iterable[str]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(days, "importing the log", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _without_sources(schema: Schema) -> Schema:
+    """The written tables carry the contract's names."""
+
+    def renamed(columns: dict[str, Column]) -> dict[str, Column]:
+        return {name: column.model_copy(update={"source": None}) for name, column in columns.items()}
+
+    tables = {table: renamed(schema.table(table)) for table in TABLES}
+    return schema.model_copy(update=tables)

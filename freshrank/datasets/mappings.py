@@ -1,0 +1,54 @@
+"""Text values -> int64 codes, kept with the data: append-only, so a code never changes its meaning."""
+
+from pathlib import Path
+
+import polars as pl
+
+from freshrank.schema import ITEM_ID, QUERY_ITEM_ID
+from freshrank.storage import sha256_of
+
+_EMPTY = pl.Series("value", [], dtype=pl.String)
+
+
+def mapping_of(column: str) -> str:
+    """Name of the mapping of ``column``: item ids share one, wherever they stand."""
+    return ITEM_ID if column == QUERY_ITEM_ID else column
+
+
+class Mappings:
+    """The mappings of one dataset; a value's code is its place in the order of first appearance."""
+
+    def __init__(self, directory: Path) -> None:
+        """Continue the mappings kept in ``directory``; none there starts afresh."""
+        found = sorted(directory.glob("*.parquet"))
+        self._values = {path.stem: pl.read_parquet(path).sort("code")["value"] for path in found}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._values)
+
+    def encode(self, name: str, values: pl.Series) -> pl.Series:
+        """Codes of a String or List(String) series; values not met before are appended in sorted order."""
+        nested = isinstance(values.dtype, pl.List)
+        known = self._extend(name, values.explode() if nested else values)
+        codes = pl.int_range(len(known), eager=True)
+        lookup = pl.element() if nested else pl.col(values.name)
+        replaced = lookup.replace_strict(known, codes, default=None, return_dtype=pl.Int64)
+        expression = pl.col(values.name).list.eval(replaced) if nested else replaced
+        return values.to_frame().select(expression).to_series()
+
+    def write(self, directory: Path) -> dict[str, dict[str, int | str]]:
+        """Write one file per mapping; rows and sha256 of each."""
+        directory.mkdir(parents=True)
+        return {name: self._write(directory / f"{name}.parquet", self._values[name]) for name in sorted(self._values)}
+
+    def _write(self, path: Path, values: pl.Series) -> dict[str, int | str]:
+        table = pl.DataFrame({"value": values, "code": pl.int_range(len(values), eager=True)})
+        table.write_parquet(path)
+        return {"rows": len(values), "sha256": sha256_of(path)}
+
+    def _extend(self, name: str, values: pl.Series) -> pl.Series:
+        known = self._values.get(name, _EMPTY)
+        new = values.drop_nulls().unique().sort().alias("value")
+        self._values[name] = known.append(new.filter(~new.is_in(known.implode())))
+        return self._values[name]

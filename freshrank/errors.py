@@ -1,0 +1,52 @@
+"""Every error a user can meet, with the exit code the command line gives it.
+
+FreshrankError (1)
+├── ConfigError (2)        a setting, recipe or schema.yaml is wrong
+├── DataError (3)          the log, the items or the users break the contract
+├── ValidationFailed (4)   the day's data was read but must not be trained on
+├── ServingError (5)       Triton or the model repository refused
+├── MissingArtifact (6)    a step was asked for before the one it needs
+└── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
+"""
+
+
+class FreshrankError(Exception):
+    """Base of all errors that are the user's to mend; its text is printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(FreshrankError):
+    """A setting, a recipe or ``schema.yaml`` names something that cannot be."""
+
+    exit_code = 2
+
+
+class DataError(FreshrankError):
+    """A table breaks the data contract."""
+
+    exit_code = 3
+
+
+class ValidationFailed(FreshrankError):
+    """The day's data is readable but a blocking expectation failed."""
+
+    exit_code = 4
+
+
+class ServingError(FreshrankError):
+    """Triton, the model repository or the online store refused; the served version is unchanged."""
+
+    exit_code = 5
+
+
+class MissingArtifact(FreshrankError):
+    """A step needs the output of one that has not run."""
+
+    exit_code = 6
+
+
+class PipelineFailed(FreshrankError):
+    """The pipeline, or one of its steps, failed."""
+
+    exit_code = 7

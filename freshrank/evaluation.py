@@ -1,0 +1,537 @@
+"""Metrics with a clock: every number is also given for young and for little-shown items, beside what supports it.
+
+Slices: ``all``, ``fresh`` and ``warm`` (item younger than ``schema.fresh_days`` or not), ``age:...`` (days since
+creation) and ``exposures:...`` (impressions since birth). A slice without support has no value but a note that says
+why; it is never NaN, and never counts as good.
+
+Hits@k of an action on a slice: over the lists of at least ``min_candidates`` rows that hold a row of the slice with
+that action, the share that have such a row among their first k by score. With ``action`` None it is the average over
+the actions weighted by utility, left out those without utility or support.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from freshrank import statistics
+from freshrank.config import EvaluationConfig
+from freshrank.errors import DataError
+from freshrank.schema import Schema
+from freshrank.statistics import Bools, Floats, Ints
+
+ALL, FRESH, WARM = "all", "fresh", "warm"
+
+
+class MetricName(StrEnum):
+    HITS = "hits_at_k"
+    MATCHED_HITS = "exposure_matched_hits_at_k"
+    """Hits@k once one constant on all fresh logits gives fresh rows their due share of all top-k slots."""
+    MATCHED_SHIFT = "exposure_matched_logit_shift"
+    """That constant: above 0 the model scores fresh items too low as a group."""
+    NDCG = "ndcg_at_k"
+    PR_AUC = "pr_auc"
+    LOG_LOSS = "log_loss"
+    ECE = "ece"
+    """Expected calibration error over equal-mass bins (statistics.reliability)."""
+    CALIBRATION_RATIO = "calibration_ratio"
+    """Mean prediction / observed rate; 1 is calibrated, above 1 too high."""
+    SCORE_GAP_POSITIVE = "score_gap_positive"
+    """(mean warm - mean fresh prediction) / mean warm, among rows with the action (paper, fig. 2c and 6c)."""
+    SCORE_GAP_NEGATIVE = "score_gap_negative"
+    """The same among rows without the action."""
+    FRESH_SHARE_TOP = "fresh_share_of_top_k"
+    FRESH_SHARE_CANDIDATES = "fresh_share_of_candidates"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's predictions on the evaluation rows, and what happened."""
+
+    probabilities: Floats
+    """[N, A], actions in schema order."""
+    score: Floats
+    """[N], the utility-weighted sum of the probabilities (eq. 12); what lists are ranked by."""
+    labels: Floats
+    """[N, A] of 0, 1, NaN = not observed."""
+    list_id: Ints
+    age_days: Floats
+    exposures: Ints
+    """Impressions of the item before this row's day."""
+    item_id: Ints
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            shape = getattr(self, field.name).shape
+            expected = self.labels.shape if field.name in ("probabilities", "labels") else self.labels.shape[:1]
+            if shape != expected or self.labels.ndim != 2:
+                raise DataError(f"Judged.{field.name}: received shape {shape}, expected {expected or '[N, A]'}; "
+                                "all arrays hold the same rows in the same order")  # fmt: skip
+        strange = self.labels[~np.isin(self.labels, (0, 1)) & ~np.isnan(self.labels)]
+        if len(strange):
+            raise DataError(f"Judged.labels: received {strange[0]}, expected 0, 1 or NaN (not observed)")
+        if not np.isfinite(self.age_days).all():
+            raise DataError("Judged.age_days: received a value that is not finite; give every item a created_at")
+
+    @property
+    def invalid(self) -> str | None:
+        """Why nothing can be judged: scores that are not finite, probabilities outside [0, 1], or no row at all."""
+        if not len(self.score):
+            return "there is no row to judge"
+        bad = ~((self.probabilities >= 0) & (self.probabilities <= 1)).all(axis=1) | ~np.isfinite(self.score)
+        return f"{bad.sum():,} of {len(bad):,} predictions are not finite probabilities" if bad.any() else None
+
+
+class Support(BaseModel):
+    """What a value rests on: observed rows, the lists that count, rows with the action."""
+
+    rows: int = 0
+    lists: int = 0
+    positives: int = 0
+
+
+class Metric(BaseModel):
+    """One row of the metric table; ``note`` says why a value is missing or what it leaves out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slice: str
+    metric: MetricName
+    action: str | None = None
+    value: float | None = None
+    note: str | None = None
+    support: Support = Support()
+
+
+class ReliabilityBin(BaseModel):
+    slice: str
+    action: str
+    predicted: float
+    observed: float
+    rows: int
+
+
+class Evaluation(BaseModel):
+    """All metrics of one model on one set of rows."""
+
+    k: int
+    fresh_days: float
+    rows: int
+    lists: int
+    """Lists of at least ``min_candidates`` rows."""
+    utilities: dict[str, float]
+    invalid: str | None = None
+    """Set where no metric could be computed: the sentence that says why."""
+    metrics: list[Metric]
+    reliability: list[ReliabilityBin] = []
+
+    def get(self, metric: MetricName, slice: str, action: str | None = None) -> Metric:
+        """The row asked for; one without value where it was never computed."""
+        for row in self.metrics:
+            if (row.metric, row.slice, row.action) == (metric, slice, action):
+                return row
+        return Metric(slice=slice, metric=metric, action=action, note=self.invalid or "was not computed")
+
+    @property
+    def slices(self) -> list[str]:
+        return list(dict.fromkeys(row.slice for row in self.metrics))
+
+
+class Interval(BaseModel):
+    """Point estimate with the ends of its bootstrap percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(BaseModel):
+    """Hits@k of both models on the same lists, and challenger minus baseline."""
+
+    slice: str
+    metric: MetricName
+    action: str | None = None
+    baseline: Interval | None = None
+    challenger: Interval | None = None
+    difference: Interval | None = None
+    lists: int = 0
+    note: str | None = None
+
+
+class Comparison(BaseModel):
+    """Paired bootstrap over lists of every Hits@k, per action and (action None) weighted by utility."""
+
+    k: int
+    confidence: float
+    draws: int
+    lists: int
+    fresh_share: float | None = None
+    """Share of top-k slots that exposure matching gave the fresh rows of both models."""
+    invalid: str | None = None
+    rows: list[Difference]
+
+    def get(self, metric: MetricName, slice: str, action: str | None = None) -> Difference:
+        for row in self.rows:
+            if (row.metric, row.slice, row.action) == (metric, slice, action):
+                return row
+        return Difference(slice=slice, metric=metric, action=action, note=self.invalid or "was not computed")
+
+
+def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: EvaluationConfig) -> dict[str, Bools]:
+    """Name -> row mask [N]; age buckets hold their lower end, exposure buckets their upper end."""
+    named = {ALL: np.ones(len(age_days), np.bool_), FRESH: age_days < fresh_days, WARM: age_days >= fresh_days}
+    age_of = np.searchsorted(config.age_buckets, age_days, side="right")
+    for bucket, name in enumerate(_age_names(config.age_buckets)):
+        named[f"age:{name}"] = age_of == bucket
+    exposed = np.searchsorted(config.exposure_buckets, exposures, side="left")
+    for bucket, name in enumerate(_exposure_names(config.exposure_buckets)):
+        named[f"exposures:{name}"] = exposed == bucket
+    return named
+
+
+def _age_names(edges: tuple[float, ...]) -> list[str]:
+    inner = [f"{low:g}-{high:g}" for low, high in zip((0.0, *edges), edges, strict=False)]
+    return [*inner, f"{edges[-1]:g}+" if edges else "0+"]
+
+
+def _exposure_names(edges: tuple[int, ...]) -> list[str]:
+    lows = [0, *(edge + 1 for edge in edges)]
+    inner = [f"{low}" if low == high else f"{low}-{high}" for low, high in zip(lows, edges, strict=False)]
+    return [*inner, f"{lows[-1]}+"]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One model's rows, with the lists long enough to be ranked; arrays named ``listed_*`` hold only their E rows."""
+
+    judged: Judged
+    schema: Schema
+    config: EvaluationConfig
+
+    @cached_property
+    def utilities(self) -> NDArray[np.float64]:
+        return np.asarray(self.schema.utilities, np.float64)
+
+    @cached_property
+    def slices(self) -> dict[str, Bools]:
+        return slices(self.judged.age_days, self.judged.exposures, self.schema.fresh_days, self.config)
+
+    @cached_property
+    def listed(self) -> Bools:
+        _, inverse, counts = np.unique(self.judged.list_id, return_inverse=True, return_counts=True)
+        long_enough: Bools = counts[inverse] >= self.config.min_candidates
+        return long_enough
+
+    @cached_property
+    def lists(self) -> Ints:
+        return np.unique(self.judged.list_id[self.listed], return_inverse=True)[1].astype(np.int64)
+
+    @cached_property
+    def list_count(self) -> int:
+        return int(self.lists.max(initial=-1)) + 1
+
+    @cached_property
+    def ties(self) -> NDArray[np.uint64]:
+        columns = (self.judged.list_id, self.judged.item_id, self.judged.age_days.astype(np.float64))
+        return statistics.tie_key(self.config.seed, *(column[self.listed] for column in columns))
+
+    @cached_property
+    def rank(self) -> Ints:
+        return statistics.ranks(self.judged.score[self.listed], self.lists, self.ties)
+
+    @cached_property
+    def listed_fresh(self) -> Bools:
+        return self.slices[FRESH][self.listed]
+
+    @cached_property
+    def fresh_share(self) -> float | None:
+        return float(self.listed_fresh.mean()) if self.list_count else None
+
+    def positive(self, name: str, action: int) -> Bools:
+        """[E] rows of the slice with the action."""
+        with_action: Bools = self.judged.labels[self.listed, action] == 1
+        return with_action & self.slices[name][self.listed]
+
+    def hits(self, name: str, rank: Ints) -> tuple[Bools, Bools]:
+        """([L, A], [L, A]): the list holds a row of the slice with the action; has one among its first k."""
+        columns = [
+            statistics.list_hits(self.positive(name, action), rank, self.lists, self.list_count, self.config.k)
+            for action in range(len(self.utilities))
+        ]
+        return np.stack([holds for holds, _ in columns], axis=1), np.stack([hit for _, hit in columns], axis=1)
+
+    def matched(self, share: float) -> tuple[Ints, float] | str:
+        """Ranks and shift at equal exposure, or why they cannot be had."""
+        if not 0 < (self.fresh_share or 0) < 1:
+            return "the lists hold only fresh or only warm candidates"
+        if not np.allclose(self.judged.score, self.judged.probabilities @ self.utilities, rtol=1e-3, atol=1e-4):
+            return "the score is not the utility-weighted sum of the probabilities, so logits cannot be shifted"
+        return statistics.matched_ranks(self.judged.probabilities[self.listed], self.utilities, self.listed_fresh,
+                                        self.lists, self.ties, self.config.k, share)  # fmt: skip
+
+
+def evaluate(judged: Judged, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None) -> Evaluation:
+    """All metrics of one model.
+
+    ``fresh_share`` of all top-k slots goes to fresh rows in the exposure-matched metrics; by default as large as
+    their share of the candidates.
+    """
+    table = _Table(judged, schema, config)
+    invalid = judged.invalid
+    metrics = [] if invalid else [*_metrics(table, fresh_share)]
+    return Evaluation(
+        k=config.k,
+        fresh_days=schema.fresh_days,
+        rows=len(judged.score),
+        lists=table.list_count,
+        utilities=dict(zip(schema.actions, schema.utilities, strict=True)),
+        invalid=invalid,
+        metrics=metrics,
+        reliability=[] if invalid else [*_reliability(table)],
+    )
+
+
+def _metrics(table: _Table, fresh_share: float | None) -> Iterator[Metric]:
+    for name in table.slices:
+        yield from _hits(table, name, MetricName.HITS, table.rank)
+        for action in range(len(table.utilities)):
+            yield _ndcg(table, name, action)
+            yield from _row_metrics(table, name, action)
+    for action in range(len(table.utilities)):
+        yield _gap(table, action, 1, MetricName.SCORE_GAP_POSITIVE)
+        yield _gap(table, action, 0, MetricName.SCORE_GAP_NEGATIVE)
+    yield from _exposure(table, fresh_share)
+
+
+def _hits(table: _Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+    holds, hit = table.hits(name, rank)
+    rows = table.slices[name][table.listed]
+    for action, label in enumerate(table.schema.actions):
+        support = Support(
+            rows=int((rows & ~np.isnan(table.judged.labels[table.listed, action])).sum()),
+            lists=int(holds[:, action].sum()),
+            positives=int(table.positive(name, action).sum()),
+        )
+        value = float(hit[:, action].sum() / support.lists) if support.lists else None
+        yield Metric(slice=name, metric=metric, action=label, value=value, support=support,
+                     note=None if support.lists else _no_list(table, name, label))  # fmt: skip
+    weights, note = _weights(table, holds)
+    counted = holds[:, weights != 0].any(axis=1).sum()
+    value = float(_rates(holds, hit) @ weights) if counted else None
+    yield Metric(slice=name, metric=metric, value=value, note=note, support=Support(rows=rows.sum(), lists=counted))
+
+
+def _no_list(table: _Table, name: str, action: str) -> str:
+    return f"no list of at least {table.config.min_candidates} candidates holds '{action}' on an item of slice '{name}'"
+
+
+def _rates(holds: Bools, hit: Bools) -> NDArray[np.float64]:
+    """[A] hit rates, 0 where no list counts (its weight is 0 as well)."""
+    rates: NDArray[np.float64] = hit.sum(axis=0) / np.maximum(holds.sum(axis=0), 1)
+    return rates
+
+
+def _weights(table: _Table, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
+    """[A] weights of the utility-weighted average over the actions that have lists, and a note on the others."""
+    supported = holds.any(axis=0) & (table.utilities != 0)
+    absent = [a for a, u, s in zip(table.schema.actions, table.utilities, supported, strict=True) if u and not s]
+    if not supported.any():
+        return np.zeros(len(supported)), "no list holds an action with utility on an item of the slice"
+    weights = np.where(supported, table.utilities, 0.0)
+    return weights / np.abs(weights).sum(), f"without {', '.join(absent)}: no list holds it" if absent else None
+
+
+def _ndcg(table: _Table, name: str, action: int) -> Metric:
+    positive = table.positive(name, action)
+    value = statistics.ndcg(positive, table.rank, table.lists, table.list_count, table.config.k)
+    label = table.schema.actions[action]
+    support = Support(lists=len(np.unique(table.lists[positive])), positives=int(positive.sum()),
+                      rows=int(table.slices[name][table.listed].sum()))  # fmt: skip
+    note = _no_list(table, name, label) if value is None else None
+    return Metric(slice=name, metric=MetricName.NDCG, action=label, value=value, support=support, note=note)
+
+
+def _observed(table: _Table, name: str, action: int) -> tuple[Floats, Floats, Bools]:
+    rows = table.slices[name] & ~np.isnan(table.judged.labels[:, action])
+    return table.judged.probabilities[rows, action].astype(np.float64), table.judged.labels[rows, action], rows
+
+
+def _row_metrics(table: _Table, name: str, action: int) -> Iterator[Metric]:
+    from sklearn.metrics import average_precision_score  # 1 s to import; not needed to read a finished evaluation
+
+    probabilities, labels, rows = _observed(table, name, action)
+    label = table.schema.actions[action]
+    positives = int(labels.sum())
+    support = Support(rows=len(labels), lists=len(np.unique(table.judged.list_id[rows])), positives=positives)
+    empty = None if len(labels) else f"no row of slice '{name}' has '{label}' observed"
+    none_positive = empty or (None if positives else f"no row of slice '{name}' has '{label}'")
+    one_class = none_positive or (None if positives < len(labels) else f"every row of slice '{name}' has '{label}'")
+    bins = table.config.ece_bins
+    computed: list[tuple[MetricName, str | None, Callable[[], float]]] = [
+        (MetricName.PR_AUC, one_class, lambda: float(average_precision_score(labels, probabilities))),
+        (MetricName.LOG_LOSS, empty, lambda: statistics.log_loss(probabilities, labels)),
+        (MetricName.ECE, empty, lambda: statistics.expected_calibration_error(probabilities, labels, bins)),
+        (MetricName.CALIBRATION_RATIO, none_positive, lambda: float(probabilities.mean() / labels.mean())),
+    ]
+    for metric, note, compute in computed:
+        yield Metric(slice=name, metric=metric, action=label, value=None if note else compute(), note=note,
+                     support=support)  # fmt: skip
+
+
+def _gap(table: _Table, action: int, wanted: int, metric: MetricName) -> Metric:
+    label = table.schema.actions[action]
+    means, counts = [], []
+    for name in (WARM, FRESH):
+        probabilities, labels, _ = _observed(table, name, action)
+        chosen = probabilities[labels == wanted]
+        counts.append(len(chosen))
+        means.append(float(chosen.mean()) if len(chosen) else 0.0)
+    support = Support(rows=sum(counts), positives=counts[1] if wanted else 0)
+    note = None
+    if not min(counts) or means[0] == 0:
+        kind = "with" if wanted else "without"
+        note = f"{counts[0]} warm and {counts[1]} fresh rows {kind} '{label}'; both need predictions above 0"
+    value = None if note else (means[0] - means[1]) / means[0]
+    return Metric(slice=FRESH, metric=metric, action=label, value=value, note=note, support=support)
+
+
+def _exposure(table: _Table, fresh_share: float | None) -> Iterator[Metric]:
+    support = Support(rows=int(table.listed.sum()), lists=table.list_count)
+    share = table.fresh_share
+    if share is None:
+        note = f"no list of at least {table.config.min_candidates} candidates"
+        yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_TOP, note=note)
+        return
+    top = float(table.listed_fresh[table.rank < table.config.k].mean())
+    yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_TOP, value=top, support=support)
+    yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_CANDIDATES, value=share, support=support)
+    matched = table.matched(share if fresh_share is None else fresh_share)
+    if isinstance(matched, str):
+        yield Metric(slice=FRESH, metric=MetricName.MATCHED_HITS, note=matched)
+        return
+    yield from _hits(table, FRESH, MetricName.MATCHED_HITS, matched[0])
+    yield Metric(slice=FRESH, metric=MetricName.MATCHED_SHIFT, value=matched[1], support=support)
+
+
+def _reliability(table: _Table) -> Iterator[ReliabilityBin]:
+    for name in (FRESH, WARM):
+        for action, label in enumerate(table.schema.actions):
+            probabilities, labels, _ = _observed(table, name, action)
+            if len(labels):
+                bins = statistics.reliability(probabilities, labels, table.config.ece_bins)
+                for predicted, observed, rows in zip(*bins, strict=True):
+                    yield ReliabilityBin(slice=name, action=label, predicted=predicted, observed=observed, rows=rows)
+
+
+def compare(
+    challenger: Judged,
+    baseline: Judged,
+    schema: Schema,
+    config: EvaluationConfig,
+    fresh_share: float | None = None,
+) -> Comparison:
+    """Paired differences in Hits@k on all, on fresh, and on fresh at equal exposure.
+
+    Both must have been judged on the same rows in the same order; a :class:`DataError` says where they differ.
+    """
+    _check_same_rows(challenger, baseline)
+    ours, theirs = _Table(challenger, schema, config), _Table(baseline, schema, config)
+    invalid = _invalid(challenger, baseline) or (None if ours.list_count else
+              f"no list of at least {config.min_candidates} candidates")  # fmt: skip
+    share = ours.fresh_share if fresh_share is None else fresh_share
+    rows = [] if invalid or share is None else [*_differences(ours, theirs, share)]
+    return Comparison(k=config.k, confidence=config.confidence, draws=config.bootstrap, lists=ours.list_count,
+                      fresh_share=share, invalid=invalid, rows=rows)  # fmt: skip
+
+
+def _check_same_rows(challenger: Judged, baseline: Judged) -> None:
+    for name in ("list_id", "item_id", "labels"):
+        ours, theirs = getattr(challenger, name), getattr(baseline, name)
+        if ours.shape != theirs.shape:
+            raise DataError(f"compare: {name} has shape {ours.shape} for the challenger and {theirs.shape} for the "
+                            "baseline; judge both on the same rows in the same order")  # fmt: skip
+        differs = np.flatnonzero((ours != theirs) & ~((ours != ours) & (theirs != theirs)))
+        if len(differs):
+            raise DataError(f"compare: {name} differs at row {differs[0]}: challenger {ours.flat[differs[0]]}, "
+                            f"baseline {theirs.flat[differs[0]]}; judge both on the same rows")  # fmt: skip
+
+
+def _invalid(challenger: Judged, baseline: Judged) -> str | None:
+    for who, judged in (("challenger", challenger), ("baseline", baseline)):
+        if judged.invalid:
+            return f"{who}: {judged.invalid}"
+    return None
+
+
+def _differences(ours: _Table, theirs: _Table, share: float) -> Iterator[Difference]:
+    groups = [(ALL, MetricName.HITS, ours.rank, theirs.rank), (FRESH, MetricName.HITS, ours.rank, theirs.rank)]
+    matched, matched_theirs = ours.matched(share), theirs.matched(share)
+    refusal = next((why for why in (matched, matched_theirs) if isinstance(why, str)), None)
+    if not isinstance(matched, str) and not isinstance(matched_theirs, str):
+        groups.append((FRESH, MetricName.MATCHED_HITS, matched[0], matched_theirs[0]))
+    hits = [(ours.hits(name, rank), theirs.hits(name, other)[1]) for name, _, rank, other in groups]
+    holds = np.hstack([both[0] for both, _ in hits])
+    hit, other_hit = np.hstack([both[1] for both, _ in hits]), np.hstack([theirs_hit for _, theirs_hit in hits])
+    draws = statistics.paired_bootstrap(holds, hit, other_hit, ours.config.bootstrap, ours.config.seed)
+    width = len(ours.utilities)
+    for number, (name, metric, _, _) in enumerate(groups):
+        block = slice(number * width, (number + 1) * width)
+        group = _Group(name, metric, holds[:, block], hit[:, block], other_hit[:, block])
+        yield from group.differences(ours, draws.challenger[:, block], draws.baseline[:, block])
+    if refusal:
+        yield Difference(slice=FRESH, metric=MetricName.MATCHED_HITS, note=refusal)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The [L, A] hit indicators of both models for one slice and metric."""
+
+    name: str
+    metric: MetricName
+    holds: Bools
+    challenger: Bools
+    baseline: Bools
+
+    def differences(self, table: _Table, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
+        """One row per action and one for their weighted average, from bootstrap draws [B, A]."""
+        for action, label in enumerate(table.schema.actions):
+            weights = np.eye(len(table.utilities))[action]
+            note = None if self.holds[:, action].any() else _no_list(table, self.name, label)
+            yield self._difference(table.config, label, weights, note, challenger, baseline)
+        weights, note = _weights(table, self.holds)
+        yield self._difference(table.config, None, weights, note, challenger, baseline)
+
+    def _difference(
+        self,
+        config: EvaluationConfig,
+        action: str | None,
+        weights: NDArray[np.float64],
+        note: str | None,
+        challenger: Floats,
+        baseline: Floats,
+    ) -> Difference:
+        lists = int(self.holds[:, weights != 0].any(axis=1).sum())
+        row = Difference(slice=self.name, metric=self.metric, action=action, lists=lists, note=note)
+        if not lists:
+            return row
+        chosen = weights != 0
+        points = [float(_rates(self.holds, hit) @ weights) for hit in (self.challenger, self.baseline)]
+        drawn = [draws[:, chosen] @ weights[chosen] for draws in (challenger, baseline)]
+        return row.model_copy(
+            update={
+                "challenger": _interval(points[0], drawn[0], config.confidence),
+                "baseline": _interval(points[1], drawn[1], config.confidence),
+                "difference": _interval(points[0] - points[1], drawn[0] - drawn[1], config.confidence),
+            }
+        )
+
+
+def _interval(value: float, draws: Floats, confidence: float) -> Interval:
+    """Percentile interval; draws without any supporting list are left out."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws[~np.isnan(draws)], (tail, 1 - tail))
+    return Interval(value=value, low=float(low), high=float(high))

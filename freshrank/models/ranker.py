@@ -1,0 +1,172 @@
+"""The multi-task ranker (paper, section 4.1, figure 5): y_hat = F(I(x_h; x_nh)), eq. 1.
+
+I: per-group embedding, user-sequence transformer, summarization (grouping, crossing), DCNv2, MLP -> z.
+F: MMoE and one head per action. The user block is computed once per user and broadcast to its candidates.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from freshrank.config import ModelConfig, ResidualConfig
+from freshrank.encoding import Encoder
+from freshrank.models.inputs import EntityInputs, ItemIds, SequenceEncoder
+from freshrank.schema import Entity
+from freshrank.techniques.residual import Residual
+
+Inputs = dict[str, Tensor]
+Groups = dict[str, Tensor]
+
+
+class Representation(NamedTuple):
+    """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual."""
+
+    z_bar: Tensor
+    z: Tensor
+    x_nh: Tensor
+
+
+class LowRankCross(nn.Module):
+    """One DCNv2 layer (Wang et al. 2021): x_{l+1} = x_0 * (U V x_l + b) + x_l."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.up = nn.Linear(rank, dim)
+
+    def forward(self, x0: Tensor, x: Tensor) -> Tensor:
+        return torch.addcmul(x, x0, self.up(self.down(x)))
+
+
+class Summarization(nn.Module):
+    """Project every feature group to one width (grouping) and add all pairwise dot products (crossing)."""
+
+    pairs: Tensor
+
+    def __init__(self, dims: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleDict({name: nn.Linear(dim, width) for name, dim in dims.items()})
+        count = len(dims)
+        self.register_buffer("pairs", torch.triu_indices(count, count, offset=1))
+        self.out_dim = count * width + self.pairs.shape[1]
+
+    def forward(self, groups: Groups) -> Tensor:
+        x = torch.stack([project(groups[name]) for name, project in self.projections.items()], dim=-2)
+        dots = (x @ x.transpose(-1, -2)) * x.shape[-1] ** -0.5
+        crossed = dots[..., self.pairs[0], self.pairs[1]]
+        return torch.cat([torch.relu(x).flatten(-2), crossed], dim=-1)
+
+
+class Interaction(nn.Module):
+    """I(x_h; x_nh) -> z."""
+
+    def __init__(self, dims: dict[str, int], config: ModelConfig) -> None:
+        super().__init__()
+        self.summarization = Summarization(dims, config.group_dim)
+        dim = self.summarization.out_dim
+        self.crosses = nn.ModuleList([LowRankCross(dim, config.cross_rank) for _ in range(config.cross_layers)])
+        widths = [dim, *config.mlp]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(config.dropout))
+                  for a, b in itertools.pairwise(widths)]  # fmt: skip
+        self.mlp = nn.Sequential(*layers)
+        self.out_dim = widths[-1]
+
+    def forward(self, groups: Groups) -> Tensor:
+        x0 = x = self.summarization(groups)
+        for cross in self.crosses:
+            x = cross(x0, x)
+        z: Tensor = self.mlp(x)
+        return z
+
+
+class Prediction(nn.Module):
+    """F: multi-gate mixture of experts (Ma et al. 2018) and one head per action; z_bar [N, d] -> logits [N, A]."""
+
+    def __init__(self, dim: int, actions: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.experts = nn.Linear(dim, config.experts * config.expert_dim)
+        self.gates = nn.Linear(dim, actions * config.experts)
+        self.hidden = nn.ModuleList([nn.Linear(config.expert_dim, config.head_dim) for _ in range(actions)])
+        self.out = nn.ModuleList([nn.Linear(config.head_dim, 1) for _ in range(actions)])
+        self.shape = (config.experts, config.expert_dim, actions)
+
+    def forward(self, z_bar: Tensor) -> Tensor:
+        experts, width, actions = self.shape
+        expert = torch.relu(self.experts(z_bar)).unflatten(-1, (experts, width))
+        gate = torch.softmax(self.gates(z_bar).unflatten(-1, (actions, experts)), dim=-1)
+        mixed = gate @ expert
+        heads = zip(self.hidden, self.out, strict=True)
+        return torch.cat([out(torch.relu(hidden(mixed[..., a, :]))) for a, (hidden, out) in enumerate(heads)], dim=-1)
+
+
+class Ranker(nn.Module):
+    """Logits per action for N candidates of U users; see :class:`freshrank.encoding.Encoder` for the inputs."""
+
+    def __init__(self, encoder: Encoder, config: ModelConfig, residual: ResidualConfig | None = None) -> None:
+        super().__init__()
+        schema = encoder.schema
+        self.user = EntityInputs(Entity.USER, encoder, config)
+        self.item = EntityInputs(Entity.ITEM, encoder, config)
+        self.row = EntityInputs(Entity.ROW, encoder, config)
+        self.item_ids = ItemIds(encoder, config)
+        self.has_query = schema.has_query
+        self.has_categories = "categorical" in self.item.blocks
+        lookup_dim = config.item_id_dim + self.item.widths.get("categorical", 0)
+        length = schema.history.sequence_length
+        self.sequence = SequenceEncoder(lookup_dim, len(schema.actions), length, config)
+        dims = self._group_dims(config, lookup_dim)
+        self.interaction = Interaction(dims, config)
+        self.x_nh_dim = sum(d for name, d in dims.items() if name.endswith("_content"))
+        self.residual = Residual(self.x_nh_dim, residual.dim) if residual else None
+        d = self.interaction.out_dim + (residual.dim if residual else 0)
+        self.prediction = Prediction(d, len(schema.actions), config)
+
+    def _group_dims(self, config: ModelConfig, lookup_dim: int) -> dict[str, int]:
+        entities = {"user": self.user, "item": self.item, "row": self.row}
+        dims = {f"{name}_{group}": d for name, entity in entities.items() for group, d in entity.dims.items()}
+        dims |= {"sequence": self.sequence.out_dim, "item_id": config.item_id_dim}
+        return dims | ({"query": lookup_dim} if self.has_query else {})
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits [N, A]."""
+        logits: Tensor = self.prediction(self.represent(inputs).z_bar)
+        return logits
+
+    def represent(self, inputs: Inputs) -> Representation:
+        groups = self.groups(inputs)
+        z = self.interaction(groups)
+        x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
+        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh)
+
+    def groups(self, inputs: Inputs) -> Groups:
+        """Dense vectors per feature group, [N, ..] each: what the analyses switch off and differentiate by."""
+        user = _named("user", self.user(inputs)) | {"sequence": self._sequence(inputs)}
+        index = inputs["user_index"]
+        groups = {name: x.index_select(0, index) for name, x in user.items()}
+        groups |= _named("item", self.item(inputs)) | _named("row", self.row(inputs))
+        groups["item_id"] = self.item_ids(inputs["item_id"])
+        if self.has_query:
+            groups["query"] = self._lookup(inputs["query_item_id"], inputs.get("query_categorical"))
+        return groups
+
+    def _sequence(self, inputs: Inputs) -> Tensor:
+        tokens = self._lookup(inputs["sequence_items"], inputs.get("sequence_categorical"))
+        encoded: Tensor = self.sequence(tokens, inputs["sequence_actions"])
+        return encoded
+
+    def _lookup(self, ids: Tensor, categories: Tensor | None) -> Tensor:
+        """An item as a sequence or a query sees it: id embedding and content categories, [.., lookup_dim]."""
+        vectors = [self.item_ids(ids)]
+        if categories is not None:
+            vectors.append(self.item.blocks["categorical"](categories).flatten(-2))
+        return torch.cat(vectors, dim=-1)
+
+
+def _named(prefix: str, dense: dict[str, Tensor]) -> Groups:
+    return {f"{prefix}_{group}": x for group, x in dense.items()}
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

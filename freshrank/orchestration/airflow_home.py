@@ -1,0 +1,118 @@
+"""An Airflow of its own under the workspace, and one run of the DAG in it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import deque
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from freshrank.errors import PipelineFailed
+from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.storage import atomic_write
+
+DAG_ID = "daily_retraining"
+TAIL_LINES = 25
+
+_TASK = re.compile(r"\[DAG TEST\] starting task_id=(\w+)")
+_STEP = re.compile(r"Executing task \S*?'([\w-]+)'")
+_FINAL = re.compile(r"AirflowFailException: (.*)")
+
+
+def airflow_environment(home: Path) -> dict[str, str]:
+    """Environment in which every ``airflow`` command works on ``home`` alone: SQLite, our DAGs only, loopback."""
+    own = {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(PROJECT_ROOT / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
+        # A coloured log is for eyes; this one is read by the progress display first.
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+        "FRESHRANK_HOME": str(settings().home),
+    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")}
+    return inherited | own
+
+
+def airflow_command(*arguments: str) -> list[str]:
+    """The Airflow of this interpreter, whatever is on PATH."""
+    return [sys.executable, "-m", "airflow", *arguments]
+
+
+def prepare_home() -> Path:
+    """Airflow's home with a migrated database; only the first call does work."""
+    home = settings().home / "airflow"
+    migrated = home / "migrated"
+    if not migrated.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run(
+            airflow_command("db", "migrate"),
+            env=airflow_environment(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            raise PipelineFailed(f"airflow db migrate failed in {home}:\n{_tail(result.stdout.splitlines())}")
+        with atomic_write(migrated) as temporary:
+            temporary.touch()
+    return home
+
+
+def run_dag(run_date: date, conf: dict[str, Any], log: Path) -> None:
+    """Run ``daily_retraining`` for ``run_date`` in this machine's own Airflow, with a spinner that names the step.
+
+    ``conf`` are the DAG's params; all output goes to ``log``. Raises PipelineFailed with what failed and why.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, log_path=False)
+    with console.status("preparing Airflow") as status:
+        home = prepare_home()
+        command = airflow_command("dags", "test", DAG_ID, run_date.isoformat(), "-c", json.dumps(conf))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            log.open("w") as copy,
+            subprocess.Popen(
+                command, env=airflow_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                copy.write(line)
+                if step := step_in(line):
+                    status.update(step)
+                    console.log(step)
+    if process.returncode:
+        raise PipelineFailed(f"the DAG run for {run_date} failed\n{reason(log)}\nThe whole log: {log}")
+
+
+def step_in(line: str) -> str | None:
+    """The task, or the pipeline's step, that begins with this line of the log."""
+    if task := _TASK.search(line):
+        return f"task {task[1]}"
+    if step := _STEP.search(line):
+        return f"  step {step[1]}"
+    return None
+
+
+def reason(log: Path) -> str:
+    """The error that no retry can mend, as its task gave it, else the end of the log."""
+    lines = log.read_text().splitlines()
+    failures = [index for index, line in enumerate(lines) if _FINAL.search(line)]
+    if not failures:
+        return _tail(lines)
+    first = lines[failures[-1] :]
+    return "\n".join([_FINAL.split(first[0], maxsplit=1)[1], *first[1:TAIL_LINES]])
+
+
+def _tail(lines: list[str]) -> str:
+    return "\n".join(deque(lines, maxlen=TAIL_LINES))

@@ -1,0 +1,91 @@
+"""Run the pipeline on this machine: every step a subprocess of this interpreter, no container, no cluster."""
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from freshrank.config import RunConfig
+from freshrank.errors import PipelineFailed
+from freshrank.orchestration.pipeline import arguments, load_pipeline
+from freshrank.settings import settings
+
+KEPT_RUNS = 5
+LOG = "pipeline.log"
+TAIL_LINES = 20
+
+_COLOUR = re.compile(r"\x1b\[\d+m")
+_STEP = re.compile(r"Executing task '([^']+)'")
+_STEP_END = re.compile(r"^\S+ - (?:INFO|ERROR) - Task '", re.MULTILINE)
+_OWN_ERROR = re.compile(r"^\s*freshrank\.errors\.(?=\w+: )", re.MULTILINE)
+
+
+def run_pipeline(data: Path, run_date: date, config: RunConfig) -> dict[str, Any]:
+    """Run ``train_ranker`` for ``run_date`` and return the summary of the run.
+
+    The steps' output is streamed to stdout and kept in ``kfp/<run>/pipeline.log`` of the workspace, with the
+    artifacts of the last five runs. Raises PipelineFailed with the step that failed and its own error.
+    """
+    from kfp import local
+
+    from freshrank import steps
+
+    parameters = arguments(data, run_date, config)
+    root = _new_root(settings().home / "kfp", run_date)
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
+    with _logged_to(root / LOG):
+        try:
+            load_pipeline()(**parameters)
+        except RuntimeError as error:
+            raise PipelineFailed(explain(root / LOG)) from error
+    summary: dict[str, Any] = steps.summary(parameters["data"], parameters["run_date"])
+    return summary
+
+
+def _new_root(parent: Path, run_date: date) -> Path:
+    """A new directory for one run; of the earlier ones the latest ``KEPT_RUNS - 1`` stay."""
+    root = parent / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-for-{run_date.isoformat()}"
+    root.mkdir(parents=True)
+    for old in sorted(parent.glob("*-for-*"))[:-KEPT_RUNS]:
+        shutil.rmtree(old, ignore_errors=True)
+    return root
+
+
+class _Tee:
+    """Text goes to both files; what else a stream can do is asked of the first."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self._stream = stream
+        self._copy = copy
+
+    def write(self, text: str) -> int:
+        self._copy.write(_COLOUR.sub("", text))
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    with path.open("w", buffering=1) as copy, redirect_stdout(_Tee(sys.stdout, copy)):  # type: ignore[type-var]
+        yield
+
+
+def explain(log: Path) -> str:
+    """Which step failed and why: freshrank's own error where the step raised one, else the last lines of its log."""
+    _, *steps = _STEP.split(log.read_text())
+    if not steps:
+        return f"the pipeline failed before its first step; the whole log: {log}"
+    name, text = steps[-2:]
+    return f"step '{name}' failed\n{_reason(_STEP_END.split(text)[0])}\nThe whole log: {log}"
+
+
+def _reason(step_log: str) -> str:
+    own = list(_OWN_ERROR.finditer(step_log))
+    text = step_log[own[-1].end() :] if own else "\n".join(step_log.rstrip().splitlines()[-TAIL_LINES:])
+    return "\n".join(line.removeprefix(" " * 4).rstrip() for line in text.strip().splitlines())

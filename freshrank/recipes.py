@@ -1,0 +1,52 @@
+"""Named configurations; `freshrank run --recipe NAME`, `--set section.field=value` for a single change."""
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from freshrank.config import MixupConfig, ResidualConfig, RunConfig, ScoreRegConfig, TechniquesConfig
+from freshrank.errors import ConfigError
+
+PAPER_TECHNIQUES = TechniquesConfig(residual=ResidualConfig(), score_reg=ScoreRegConfig(), mixup=MixupConfig())
+
+RECIPES = {
+    "warmer-for-less": RunConfig(recipe="warmer-for-less", techniques=PAPER_TECHNIQUES),
+    "baseline": RunConfig(recipe="baseline"),
+}
+DEFAULT_RECIPE = "warmer-for-less"
+
+
+def recipe(name: str = DEFAULT_RECIPE, overrides: list[str] | None = None) -> RunConfig:
+    """The named recipe with ``section.field=value`` overrides (values are JSON, or plain text)."""
+    if name not in RECIPES:
+        raise ConfigError(f"recipe: received {name!r}, expected one of {sorted(RECIPES)}")
+    tree = RECIPES[name].model_dump(mode="json")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{where}: received {problem['input']!r}, {problem['msg'].lower()}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    *parents, leaf = path.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        node = {} if node is None else node
+    if not separator or not isinstance(node, dict) or (parents and leaf not in node):
+        known = sorted(node) if isinstance(node, dict) else []
+        raise ConfigError(f"--set {override}: expected section.field=value, with a field of {known}")
+    node[leaf] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,341 @@
+"""The data contract: tables, columns, roles, feature groups, defaults. The only place names are spelled.
+
+``schema.yaml`` lists, per table, every column with its role and kind; :meth:`Schema.features` derives from it
+every feature of the model. Feast views, the encoder, the Triton inputs and the validation suites are all
+generated from that one list.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from freshrank.errors import ConfigError
+
+REQUEST_ID = "request_id"
+EVENT_TIMESTAMP = "event_timestamp"
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+QUERY_ITEM_ID = "query_item_id"
+CREATED_AT = "created_at"
+POSITION = "position"
+USAGE = "usage"
+JUDGED_CREATED_AT = "judged_created_at"
+SNAPSHOT = "snapshot_timestamp"
+ITEM_AGE = "item_age_days"
+SEQUENCE_ITEMS = "sequence_item_ids"
+SEQUENCE_ACTIONS = "sequence_actions"
+RESERVED = {REQUEST_ID, EVENT_TIMESTAMP, USER_ID, ITEM_ID, QUERY_ITEM_ID, CREATED_AT, POSITION, USAGE,
+            JUDGED_CREATED_AT}  # fmt: skip
+REQUIRED = {"impressions": (REQUEST_ID, EVENT_TIMESTAMP, USER_ID, ITEM_ID), "items": (ITEM_ID, CREATED_AT),
+            "users": (USER_ID,)}  # fmt: skip
+TABLES = tuple(REQUIRED)
+
+
+class Role(StrEnum):
+    KEY = "key"
+    TIME = "time"
+    ACTION = "action"
+    CONTENT = "content"
+    CONTEXT = "context"
+    PROFILE = "profile"
+    META = "meta"
+
+
+class Kind(StrEnum):
+    CATEGORICAL = "categorical"
+    NUMERIC = "numeric"
+    MULTI_VALUED = "multi_valued"
+    TEXT = "text"
+    EMBEDDING = "embedding"
+    SEQUENCE = "sequence"
+
+
+class Group(StrEnum):
+    HISTORICAL = "historical"
+    NON_HISTORICAL = "non_historical"
+
+
+class Entity(StrEnum):
+    USER = "user"
+    ITEM = "item"
+    ROW = "row"
+    """One (request, candidate) pair: context, item age, crosses of a user's and an item's features."""
+
+
+class Usage(StrEnum):
+    """What an impression may be used for (optional column ``usage`` of the log; absent or null means all)."""
+
+    ALL = "all"
+    HISTORY = "history"
+    """Feeds counters and sequences only: backfilled rows without exact times, say."""
+    TRAINING = "training"
+    """All but judging."""
+    EVALUATION = "evaluation"
+    """Judged only: withheld from training, calibration and all history."""
+
+
+IN_HISTORY = (Usage.ALL, Usage.HISTORY, Usage.TRAINING)
+IN_TRAINING = (Usage.ALL, Usage.TRAINING)
+IN_EVALUATION = (Usage.ALL, Usage.EVALUATION)
+
+Transform = Literal["none", "log1p"]
+_ROLES = {
+    "impressions": {Role.KEY, Role.TIME, Role.ACTION, Role.CONTEXT, Role.META},
+    "items": {Role.KEY, Role.TIME, Role.CONTENT},
+    "users": {Role.KEY, Role.PROFILE},
+}
+_MODELLED = {Role.CONTENT, Role.CONTEXT, Role.PROFILE}
+
+
+class Column(BaseModel):
+    """One column of a table of the contract."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    kind: Kind | None = None
+    source: str | None = None
+    """Name in the user's own file, when it differs."""
+    default: float | None = None
+    """Stands in for a missing numeric value; without it the model sees a missing mask and the mean."""
+    transform: Transform = "none"
+    dim: int | None = None
+    """Length of an embedding."""
+    max_values: int = 8
+    """How many values of a multi-valued or text column are kept, in their order."""
+    utility: float = 1.0
+    """Weight u of an action in the final score s = sum(u * p) (eq. 12)."""
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _kind_fits_role(self) -> "Column":
+        if self.role in _MODELLED and self.kind is None:
+            raise ValueError(f"a column of role '{self.role}' needs a kind: one of {[k.value for k in Kind][:-1]}")
+        if self.kind is Kind.EMBEDDING and not self.dim:
+            raise ValueError("an embedding column needs 'dim', the length of its vectors")
+        if self.kind is Kind.SEQUENCE:
+            raise ValueError("kind 'sequence' is built from the log, not read from a table")
+        return self
+
+
+class Feature(BaseModel):
+    """One input of the model, as offline store, online store, encoder and report name it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    entity: Entity
+    group: Group
+    kind: Kind
+    default: float | None = None
+    transform: Transform = "none"
+    dim: int = 1
+    """Length of an embedding, number of kept values of a multi-valued feature, length of a sequence."""
+    stored: bool = True
+    """False for what is computed at request time: item age, context, crosses."""
+
+
+class HistoryConfig(BaseModel):
+    """Which historical features are built from the log."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    windows: tuple[Annotated[int, Field(ge=1, le=366)], ...] = (1, 7, 28)
+    """Days per counter window, ascending; the longest is also how far back sequences and affinities look."""
+    sequence_length: Annotated[int, Field(ge=1, le=1000)] = 50
+    affinity: tuple[str, ...] = ()
+    """Categorical or multi-valued content columns for user x category counters (first value counts)."""
+    affinity_size: int = 16
+    """How many of a user's most seen categories are kept."""
+
+
+class Schema(BaseModel):
+    """``schema.yaml``, validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    fresh_days: Annotated[float, Field(gt=0)] = 28
+    """An impression is fresh (cold) while its item is younger than this."""
+    utc_offset_hours: Annotated[float, Field(ge=-14, le=14)] = 0
+    """When the calendar day of counters and partitions starts, relative to UTC midnight."""
+    impressions: dict[str, Column]
+    items: dict[str, Column]
+    users: dict[str, Column]
+    history: HistoryConfig = HistoryConfig()
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Schema":
+        for table in TABLES:
+            self._check_table(table)
+        if not self.actions:
+            raise ValueError("table 'impressions' has no column of role 'action'; declare at least one 0/1 column")
+        self._check_affinity()
+        return self
+
+    def _check_table(self, table: str) -> None:
+        columns = self.table(table)
+        missing = [name for name in REQUIRED[table] if name not in columns]
+        if missing:
+            raise ValueError(f"table '{table}' lacks required columns {missing}; it has {sorted(columns)}")
+        for name, column in columns.items():
+            if column.role not in _ROLES[table]:
+                allowed = sorted(role.value for role in _ROLES[table])
+                raise ValueError(f"column '{table}.{name}' has role '{column.role}'; expected one of {allowed}")
+            if name in RESERVED and column.role in _MODELLED | {Role.ACTION}:
+                raise ValueError(f"column '{table}.{name}' is a reserved name and cannot have role '{column.role}'")
+
+    def _check_affinity(self) -> None:
+        fitting = [n for n, c in self.items.items() if c.kind in (Kind.CATEGORICAL, Kind.MULTI_VALUED)]
+        for name in self.history.affinity:
+            if name not in fitting:
+                raise ValueError(f"history.affinity names '{name}'; expected categorical or multi-valued item "
+                                 f"columns: {fitting}")  # fmt: skip
+
+    def table(self, name: str) -> dict[str, Column]:
+        columns: dict[str, Column] = getattr(self, name)
+        return columns
+
+    @property
+    def actions(self) -> list[str]:
+        """Names of the actions, in the order of every [.., A] tensor."""
+        return [name for name, column in self.impressions.items() if column.role is Role.ACTION]
+
+    @property
+    def utilities(self) -> list[float]:
+        return [self.impressions[name].utility for name in self.actions]
+
+    @property
+    def has_query(self) -> bool:
+        return QUERY_ITEM_ID in self.impressions
+
+    @property
+    def lookback_days(self) -> int:
+        """How many past days any historical feature can depend on."""
+        return max(self.history.windows)
+
+    def features(self) -> list[Feature]:
+        """Every feature of the model, in a fixed order."""
+        return [
+            *self._declared("users", Entity.USER, Role.PROFILE),
+            *self._counters(Entity.USER),
+            *self._sequences(),
+            *self._affinities(),
+            *self._declared("items", Entity.ITEM, Role.CONTENT),
+            *self._counters(Entity.ITEM),
+            Feature(name=ITEM_AGE, entity=Entity.ROW, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC,
+                    transform="log1p", stored=False),
+            *self._declared("impressions", Entity.ROW, Role.CONTEXT, stored=False),
+            *self._crosses(),
+        ]  # fmt: skip
+
+    def select(self, entity: Entity, kind: Kind | None = None, stored: bool | None = None) -> list[Feature]:
+        """The features of one entity, optionally of one kind, optionally only those (not) in the store."""
+        return [
+            feature
+            for feature in self.features()
+            if feature.entity is entity and kind in (None, feature.kind) and stored in (None, feature.stored)
+        ]
+
+    def _declared(self, table: str, entity: Entity, role: Role, stored: bool = True) -> list[Feature]:
+        return [
+            Feature(name=name, entity=entity, group=Group.NON_HISTORICAL, kind=_stored_kind(column),
+                    default=column.default, transform=column.transform, dim=_dim(column), stored=stored)
+            for name, column in self.table(table).items()
+            if column.role is role
+        ]  # fmt: skip
+
+    def _counters(self, entity: Entity) -> list[Feature]:
+        counts, rates = [], []
+        for window in self.history.windows:
+            names = [f"{entity}_impressions_{window}d", *(f"{entity}_{a}_{window}d" for a in self.actions)]
+            counts += [_historical(name, entity, default=0.0, transform="log1p") for name in names]
+            rates += [_historical(f"{entity}_{a}_rate_{window}d", entity) for a in self.actions]
+        return counts + rates
+
+    def _sequences(self) -> list[Feature]:
+        length = self.history.sequence_length
+        return [
+            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE, dim=length)
+            for name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)
+        ]
+
+    def _affinities(self) -> list[Feature]:
+        names = [name for column in self.history.affinity for name in affinity_lists(column, self.actions)]
+        return [
+            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE,
+                    dim=self.history.affinity_size)
+            for name in names
+        ]  # fmt: skip
+
+    def _crosses(self) -> list[Feature]:
+        crosses = []
+        for column in self.history.affinity:
+            name = f"affinity_{column}_impressions"
+            crosses.append(_historical(f"cross_{name}", Entity.ROW, default=0.0, transform="log1p", stored=False))
+            crosses += [
+                _historical(f"cross_affinity_{column}_{action}_rate", Entity.ROW, stored=False)
+                for action in self.actions
+            ]
+        return crosses
+
+
+def affinity_lists(column: str, actions: list[str]) -> list[str]:
+    """Names of the parallel lists a user's affinity to ``column`` is stored as: values, impressions, actions."""
+    return [f"affinity_{column}_{part}" for part in ("values", "impressions", *actions)]
+
+
+def _historical(
+    name: str,
+    entity: Entity,
+    default: float | None = None,
+    transform: Transform = "none",
+    stored: bool = True,
+) -> Feature:
+    return Feature(name=name, entity=entity, group=Group.HISTORICAL, kind=Kind.NUMERIC, default=default,
+                   transform=transform, stored=stored)  # fmt: skip
+
+
+def _stored_kind(column: Column) -> Kind:
+    assert column.kind is not None
+    return Kind.MULTI_VALUED if column.kind is Kind.TEXT else column.kind
+
+
+def _dim(column: Column) -> int:
+    if column.kind in (Kind.MULTI_VALUED, Kind.TEXT):
+        return column.max_values
+    return column.dim or 1
+
+
+def load_schema(path: Path) -> Schema:
+    """Read ``schema.yaml``; a :class:`ConfigError` names the file, the field, what it held and what was expected."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found; a data directory holds schema.yaml beside its tables") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with 'name', 'impressions', 'items', 'users', got {raw!r:.80}")
+    try:
+        return Schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    def line(problem: Any) -> str:
+        where = ".".join(map(str, problem["loc"])) or "schema"
+        received = "" if isinstance(problem["input"], dict) else f" (received {problem['input']!r:.80})"
+        return f"{where}: {problem['msg'].removeprefix('Value error, ')}{received}"
+
+    return "; ".join(line(problem) for problem in error.errors())
+
+
+def dump_schema(schema: Schema) -> str:
+    """``schema`` as the YAML :func:`load_schema` reads."""
+    text: str = yaml.safe_dump(schema.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    return text

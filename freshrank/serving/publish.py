@@ -1,0 +1,123 @@
+"""Put a version bundle in service, or take the served one out, without a moment in which no version answers.
+
+A candidate is installed beside what is served, loaded next to it, asked the golden requests at its explicit
+version, and only then pointed to. The pointer moves by one rename after everything that can fail, so a process
+killed at any moment leaves the old or the new version in service, and running the same call again finishes the work.
+"""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from freshrank.errors import ServingError
+from freshrank.serving.bundle import difference, golden_cases
+from freshrank.serving.client import TritonClient
+from freshrank.serving.repository import RANKER, ModelRepository, Pointer
+
+TOLERANCE = 1e-5
+WARM_UP_ROUNDS = 2
+KEPT_VERSIONS = 7
+
+log = logging.getLogger(__name__)
+
+
+def publish(bundle: Path, server_url: str, repository: ModelRepository, *, tolerance: float = TOLERANCE) -> Pointer:
+    """Serve ``bundle`` from the Triton at ``server_url`` (gRPC) and return the new pointer.
+
+    On ServingError the pointer is as before and the candidate is unloaded and removed. A bundle whose fingerprint is
+    already served is verified again and changes nothing.
+    """
+    with repository.lock(), TritonClient(server_url) as client:
+        client.require_ready()
+        version = repository.install_version(bundle)
+        before = repository.served()
+        try:
+            _load_and_verify(client, repository, version, tolerance)
+        except ServingError as error:
+            if before is None or version not in before.live:
+                repository.reject(version, str(error))
+            raise
+        pointer = _advanced(before, repository, version)
+        _serve(client, repository, pointer)
+        return pointer
+
+
+def rollback(server_url: str, repository: ModelRepository, to: int | None = None) -> Pointer:
+    """Serve the previous version again, or installed version ``to``, and return the new pointer.
+
+    Rolling back twice goes back once: the second call finds its work done. To go further back, name ``to``.
+    """
+    with repository.lock(), TritonClient(server_url) as client:
+        client.require_ready()
+        before = repository.served()
+        if before is None:
+            raise ServingError("nothing is served yet; publish a bundle first")
+        target = _target(before, repository, to)
+        if target == before.version:
+            return before
+        _load_and_verify(client, repository, target, TOLERANCE)
+        info = repository.info(target)
+        pointer = Pointer(version=target, rolled_back_from=before.version, **info.model_dump())
+        repository.point_to(pointer)
+        return pointer
+
+
+def _target(before: Pointer, repository: ModelRepository, to: int | None) -> int:
+    target = to or before.previous or (before.version if before.rolled_back_from else None)
+    if target is None:
+        raise ServingError(f"version {before.version} is the first one served; there is none to go back to")
+    if target not in repository.versions():
+        raise ServingError(f"version {target} is not installed, only {repository.versions()} are")
+    return target
+
+
+def _load_and_verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float) -> None:
+    before = repository.served()
+    live = before.live if before else []
+    try:
+        client.load(RANKER, repository.ranker_config_json({*live, version}))
+        verify(client, repository, version, tolerance)
+    except ServingError as error:
+        _withdraw(client, repository, live)
+        still = f"version {before.version} is still served" if before else "nothing is served"
+        raise ServingError(f"version {version} was not put in service: {error}; {still}") from error
+
+
+def verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float = TOLERANCE) -> None:
+    """Ask loaded ``version`` all its golden requests, more than once: the first answers warm it up."""
+    outputs = [spec.name for spec in repository.signature(version).outputs]
+    cases = golden_cases(repository.version_directory(version))
+    for _ in range(WARM_UP_ROUNDS):
+        for number, case in enumerate(cases):
+            answer = client.infer(RANKER, case.inputs, outputs, version)
+            problem = difference(case.outputs, answer, tolerance)
+            if problem:
+                raise ServingError(f"golden case {number}: {problem}")
+
+
+def _withdraw(client: TritonClient, repository: ModelRepository, live: list[int]) -> None:
+    # The caller must hear why the candidate failed, not that a broken server cannot be tidied either.
+    with suppress(ServingError):
+        if live:
+            client.load(RANKER, repository.ranker_config_json(live))
+        else:
+            client.unload(RANKER)
+
+
+def _advanced(before: Pointer | None, repository: ModelRepository, version: int) -> Pointer:
+    if before and before.version == version:
+        return before
+    info = repository.info(version)
+    return Pointer(version=version, previous=before.version if before else None, **info.model_dump())
+
+
+def _serve(client: TritonClient, repository: ModelRepository, pointer: Pointer) -> None:
+    models = repository.point_to(pointer)
+    # The pointer has moved: what follows only tidies, and the next publication or start would do it as well.
+    try:
+        for model in models:
+            # Triton skips a load whose config.pbtxt is older than the last override, so ranker is told outright.
+            client.load(model, repository.ranker_config_json(pointer.live) if model == RANKER else None)
+        repository.prune(KEPT_VERSIONS)
+    except ServingError as error:
+        log.warning("version %d is served; tidying up after it failed: %s", pointer.version, error)

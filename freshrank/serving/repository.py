@@ -1,0 +1,239 @@
+"""Triton's model repository on disk: installed versions, the served one, and the configs rendered from both.
+
+<root>/models/ranker/{config.pbtxt,<version>/}     one directory per installed bundle
+<root>/models/ranking/{config.pbtxt,1/}            the model that clients call; it reads the pointer at every request
+<root>/served.json                                 the pointer: which version of ranker is served
+<root>/rejected/<version>.json                     what was wrong with versions that never served
+
+The pointer is the only state: config.pbtxt is derived from it, so switching and rolling back are one rename.
+"""
+
+import fcntl
+import py_compile
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Self
+
+from google.protobuf import json_format, text_format  # type: ignore[import-untyped]
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from pydantic import BaseModel, ConfigDict
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from freshrank.errors import ServingError
+from freshrank.serving.bundle import (
+    BundleInfo,
+    Signature,
+    TensorSpec,
+    check_bundle,
+    read_info,
+    read_signature,
+)
+from freshrank.settings import PROJECT_ROOT
+from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
+
+RANKER = "ranker"
+RANKING = "ranking"
+TEMPLATES = PROJECT_ROOT / "triton_models"
+
+Platform = Literal["python", "onnxruntime"]
+
+
+class Pointer(BaseModel):
+    """Which installed version answers, and which one a roll-back returns to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int
+    previous: int | None = None
+    rolled_back_from: int | None = None
+    run_date: str
+    fingerprint: str
+
+    @property
+    def live(self) -> list[int]:
+        """Versions that stay loaded."""
+        return sorted({self.version, *([self.previous] if self.previous else [])})
+
+
+class ModelRepository:
+    """The model repository under ``root``; whoever changes it holds :meth:`lock`."""
+
+    def __init__(self, root: Path, platform: Platform = "python", threads: int = 0) -> None:
+        """``threads`` per ranker version; 0 is one per core."""
+        self.root = root.resolve()
+        self.models = self.root / "models"
+        self.pointer_path = self.root / "served.json"
+        self.platform = platform
+        self.threads = threads
+        self.version_directory(0).parent.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[Self]:
+        """Wait until no other process publishes, rolls back or starts a server here; a killed holder frees it."""
+        with (self.root / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield self
+
+    def version_directory(self, version: int) -> Path:
+        return self.models / RANKER / str(version)
+
+    def versions(self) -> list[int]:
+        """Installed versions, ascending."""
+        return sorted(int(entry.name) for entry in (self.models / RANKER).iterdir() if entry.name.isdigit())
+
+    def info(self, version: int) -> BundleInfo:
+        return read_info(self.version_directory(version))
+
+    def signature(self, version: int) -> Signature:
+        return read_signature(self.version_directory(version))
+
+    def install_version(self, bundle: Path) -> int:
+        """Copy ``bundle`` in and return its version; a fingerprint already installed keeps its version."""
+        info = check_bundle(bundle)
+        self._remove_unfinished()
+        for version in self.versions():
+            if self.info(version).fingerprint == info.fingerprint:
+                return version
+        version = self._next_version()
+        with atomic_directory(self.version_directory(version)) as directory:
+            shutil.copytree(bundle, directory, dirs_exist_ok=True)
+            _place_code(RANKER, directory, self.version_directory(version))
+        return version
+
+    def reject(self, version: int, reason: str) -> None:
+        """Remove a version that never served; its number is not given again and ``reason`` is kept."""
+        note = {"fingerprint": self.info(version).fingerprint, "reason": reason}
+        write_json(self.root / "rejected" / f"{version}.json", note)
+        shutil.rmtree(self.version_directory(version))
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove the oldest versions beyond ``keep``, never a live one; return what was removed."""
+        pointer = self.served()
+        live = pointer.live if pointer else []
+        doomed = [version for version in self.versions()[:-keep] if version not in live]
+        for version in doomed:
+            shutil.rmtree(self.version_directory(version))
+        return doomed
+
+    def served(self) -> Pointer | None:
+        """The pointer, None before the first publication."""
+        if not self.pointer_path.exists():
+            return None
+        return Pointer.model_validate(read_json(self.pointer_path))
+
+    def point_to(self, pointer: Pointer) -> list[str]:
+        """Serve ``pointer.version`` from the next request on; return the models a server should have loaded."""
+        before = self.served()
+        # A server that restarts between these writes finds the version of either pointer in its config.
+        self._write_ranker_config({*pointer.live, *(before.live if before else [])})
+        write_json(self.pointer_path, pointer.model_dump(mode="json"))
+        return self.write_configs()
+
+    def ranker_config(self, versions: Collection[int]) -> str:
+        """``config.pbtxt`` of ranker with exactly ``versions`` loaded.
+
+        Versions may differ in signature: their inputs are united, and one that not all of them take is optional.
+        """
+        signatures = [self.signature(version) for version in versions]
+        inputs = _united([signature.inputs for signature in signatures])
+        return _render(
+            RANKER,
+            versions=sorted(versions),
+            inputs=inputs,
+            outputs=_united([signature.outputs for signature in signatures]),
+            optional=_not_everywhere(inputs, signatures),
+            platform=self.platform,
+            threads=self.threads,
+        )
+
+    def ranker_config_json(self, versions: Collection[int]) -> str:
+        """The same as :meth:`ranker_config`, as the model control API takes it."""
+        return str(json_format.MessageToJson(text_format.Parse(self.ranker_config(versions), ModelConfig())))
+
+    def write_configs(self) -> list[str]:
+        """Bring every config.pbtxt in line with the pointer; return the models a server loads at its start."""
+        pointer = self.served()
+        if pointer is None:
+            return []
+        if pointer.version not in self.versions():
+            raise ServingError(
+                f"{self.pointer_path} serves version {pointer.version}, but only {self.versions()} are installed "
+                f"in {self.models / RANKER}; publish a bundle again"
+            )
+        self._write_ranker_config(pointer.live)
+        return [RANKER, *self._write_ranking()]
+
+    def _write_ranker_config(self, versions: Collection[int]) -> None:
+        installed = sorted(set(versions) & set(self.versions()))
+        _write_text(self.models / RANKER / "config.pbtxt", self.ranker_config(installed))
+
+    def _write_ranking(self) -> list[str]:
+        if not (TEMPLATES / RANKING / "config.pbtxt.j2").exists():
+            return []
+        code = self.models / RANKING / "1"
+        if not _is_same_file(code / "model.py", TEMPLATES / RANKING / "model.py"):
+            with atomic_directory(code) as directory:
+                _place_code(RANKING, directory, code)
+        config = _render(RANKING, pointer_path=self.pointer_path, models=self.models)
+        _write_text(self.models / RANKING / "config.pbtxt", config)
+        return [RANKING]
+
+    def _next_version(self) -> int:
+        rejected = [int(path.stem) for path in (self.root / "rejected").glob("*.json")]
+        return 1 + max([0, *self.versions(), *rejected])
+
+    def _remove_unfinished(self) -> None:
+        for leftover in (self.models / RANKER).glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _place_code(model: str, directory: Path, final: Path) -> None:
+    """Put the Python model into ``directory``, which will be named ``final``, and compile it.
+
+    Triton would take the file that Python compiles at the first load for a changed version and load it again.
+    """
+    code = directory / "model.py"
+    shutil.copyfile(TEMPLATES / model / "model.py", code)
+    py_compile.compile(str(code), dfile=str(final / "model.py"), doraise=True)
+
+
+def _is_same_file(left: Path, right: Path) -> bool:
+    return left.exists() and left.read_bytes() == right.read_bytes()
+
+
+def _united(groups: list[tuple[TensorSpec, ...]]) -> list[TensorSpec]:
+    united: dict[str, TensorSpec] = {}
+    for spec in (spec for group in groups for spec in group):
+        united[spec.name] = _widened(united.get(spec.name, spec), spec)
+    return list(united.values())
+
+
+def _widened(left: TensorSpec, right: TensorSpec) -> TensorSpec:
+    if left.dtype != right.dtype or len(left.shape) != len(right.shape):
+        raise ServingError(
+            f"tensor {left.name!r} is {left.dtype}{left.shape} in one loaded version and "
+            f"{right.dtype}{right.shape} in another; give the changed tensor a new name"
+        )
+    shape = tuple(a if a == b else -1 for a, b in zip(left.shape, right.shape, strict=True))
+    return left.model_copy(update={"shape": shape})
+
+
+def _not_everywhere(inputs: list[TensorSpec], signatures: list[Signature]) -> set[str]:
+    everywhere = set.intersection(*({spec.name for spec in signature.inputs} for signature in signatures))
+    return {spec.name for spec in inputs} - everywhere
+
+
+def _render(model: str, **values: object) -> str:
+    loader = FileSystemLoader(TEMPLATES / model)
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=select_autoescape())
+    return environment.get_template("config.pbtxt.j2").render(values)
+
+
+def _write_text(path: Path, text: str) -> None:
+    # Triton reloads what has a newer modification time, so what did not change is not written.
+    if path.exists() and path.read_text() == text:
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)

@@ -1,0 +1,302 @@
+"""Run the tritonserver of the ``nvidia-pytriton`` wheel on this machine, bound to loopback."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from freshrank.errors import ServingError
+from freshrank.serving.client import TritonClient
+from freshrank.serving.repository import ModelRepository
+from freshrank.settings import Settings, settings
+from freshrank.storage import atomic_directory, read_json, write_json
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+LOG_TAIL_LINES = 25
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where Triton and its Python stubs meet
+
+
+class Ports(BaseModel):
+    """The three ports of one server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    grpc: int = 8001
+    http: int = 8000
+    metrics: int = 8002
+
+    @classmethod
+    def of(cls, where: Settings) -> Self:
+        return cls(grpc=where.triton_grpc_port, http=where.triton_http_port, metrics=where.triton_metrics_port)
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What runs: ``pid`` is None when nothing does; ``models`` maps each model to its loaded versions."""
+
+    pid: int | None
+    ready: bool
+    ports: Ports
+    models: dict[str, list[int]]
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{LOOPBACK}:{self.ports.grpc}"
+
+
+class _Record(BaseModel):
+    """The pid file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pid: int
+    ports: Ports
+
+
+class TritonServer:
+    """The tritonserver of one model repository. Any process may start it and any other one stop it."""
+
+    def __init__(self, repository: ModelRepository, ports: Ports | None = None) -> None:
+        self.repository = repository
+        self.ports = ports or Ports.of(settings())
+        self.log_path = repository.root / "server.log"
+        self.pid_path = repository.root / "server.json"
+        self._wheel = Wheel.find()
+        self._stub = repository.root / "backends" / "python" / "triton_python_backend_stub"
+
+    def start(self, timeout: float = START_SECONDS) -> ServerStatus:
+        """Start in the background, in a process group of its own, and return once every served model is loaded.
+
+        A server of this repository that already runs on the same ports is left as it is.
+        """
+        with self.repository.lock():
+            running = self._running()
+            if running:
+                self._require_same_ports(running)
+            else:
+                self._launch()
+            self._wait_until_ready(timeout)
+        return self.status()
+
+    def stop(self, timeout: float = STOP_SECONDS) -> bool:
+        """Stop the server and its Python stubs; False when none ran."""
+        record = self._running()
+        if record:
+            with suppress(psutil.Error):
+                psutil.Process(record.pid).terminate()
+            _wait_until(lambda: not _command_of(record.pid), timeout)
+        self._clear_leftovers()
+        return record is not None
+
+    def status(self) -> ServerStatus:
+        record = self._running()
+        if record is None:
+            return ServerStatus(None, False, self.ports, {})
+        with TritonClient(f"{LOOPBACK}:{record.ports.grpc}", timeout=5.0) as client:
+            ready = client.is_ready()
+            return ServerStatus(record.pid, ready, record.ports, client.ready_versions() if ready else {})
+
+    def run(self) -> None:
+        """Start, stay in the foreground until SIGINT or SIGTERM, stop. Raise ServingError if the server dies."""
+        asked_to_stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: asked_to_stop.set())
+        self.start()
+        while not asked_to_stop.wait(0.5):
+            if self._running() is None:
+                self._clear_leftovers()
+                raise ServingError(f"tritonserver died\n{self._log_tail()}")
+        self.stop()
+
+    def _launch(self) -> None:
+        self._clear_leftovers()
+        self._require_free_ports()
+        models = self.repository.write_configs()
+        self._wheel.assemble_backends(self._stub.parent.parent)
+        if self.log_path.exists():
+            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
+        with self.log_path.open("wb") as log:
+            process = subprocess.Popen(
+                self._command(models),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._wheel.environment(),
+                start_new_session=True,
+            )
+        write_json(self.pid_path, _Record(pid=process.pid, ports=self.ports).model_dump())
+
+    def _command(self, models: list[str]) -> list[str]:
+        return [
+            *self._identity(),
+            f"--backend-directory={self._stub.parent.parent}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix()}",
+            "--model-control-mode=explicit",
+            # Every config is complete; completing it would start one more Python process per version.
+            "--disable-auto-complete-config",
+            # Strictly, a server is "not ready" while any version loads or unloads, or after a candidate failed to.
+            "--strict-readiness=false",
+            *(f"--load-model={model}" for model in models),
+            f"--grpc-address={LOOPBACK}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--http-address={LOOPBACK}",
+            f"--http-port={self.ports.http}",
+            f"--metrics-address={LOOPBACK}",
+            f"--metrics-port={self.ports.metrics}",
+            "--allow-gpu-metrics=false",
+            "--exit-timeout-secs=10",
+        ]
+
+    def _identity(self) -> list[str]:
+        return [str(self._wheel.binary), f"--model-repository={self.repository.models}"]
+
+    def _shared_memory_prefix(self) -> str:
+        return f"freshrank_{uuid.uuid5(uuid.NAMESPACE_URL, str(self.repository.root)).hex}_"
+
+    def _running(self) -> _Record | None:
+        """The record of the pid file, unless that process is gone or its number now belongs to another program."""
+        if not self.pid_path.exists():
+            return None
+        record = _Record.model_validate(read_json(self.pid_path))
+        return record if _command_of(record.pid)[:2] == self._identity() else None
+
+    def _require_same_ports(self, record: _Record) -> None:
+        if record.ports != self.ports:
+            raise ServingError(
+                f"the server of {self.repository.root} already runs (pid {record.pid}) on {record.ports}, "
+                f"not on {self.ports}; stop it first"
+            )
+
+    def _require_free_ports(self) -> None:
+        for name, port in self.ports:
+            if not _is_free(port):
+                raise ServingError(
+                    f"{name} port {port} of {LOOPBACK} is in use by another program; "
+                    f"set FRESHRANK_TRITON_{name.upper()}_PORT to a free one"
+                )
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        with TritonClient(f"{LOOPBACK}:{self.ports.grpc}", timeout=5.0) as client:
+            _wait_until(lambda: client.is_ready() or self._running() is None, timeout)
+            died = self._running() is None
+            if died or not client.is_ready():
+                self.stop()
+                fate = "exited" if died else f"was not ready after {timeout:.0f} s"
+                raise ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
+
+    def _clear_leftovers(self) -> None:
+        """Kill what a dead or deaf server left: itself, its stubs, its shared memory and its pid file."""
+        for process in self._own_processes():
+            with suppress(psutil.Error):
+                process.kill()
+        _wait_until(lambda: not any(self._own_processes()), 5.0)
+        for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix()}*"):
+            region.unlink(missing_ok=True)
+        self.pid_path.unlink(missing_ok=True)
+
+    def _own_processes(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            command = _command_of(process.pid)
+            if command[:1] == [str(self._stub)] or command[:2] == self._identity():
+                yield process
+
+    def _log_tail(self) -> str:
+        if not self.log_path.exists():
+            return "(no log)"
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        # Triton prints its models and options as tables, wide and of no use here.
+        return "\n".join([line for line in lines if line and line[0] not in "|+"][-LOG_TAIL_LINES:])
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Where the ``nvidia-pytriton`` wheel keeps its tritonserver; the package itself is never imported."""
+
+    site_packages: Path
+
+    @classmethod
+    def find(cls) -> Self:
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise ServingError("no local tritonserver: install it with `pip install --no-deps nvidia-pytriton==0.7.0`")
+        return cls(Path(spec.origin).parent.parent)
+
+    @property
+    def home(self) -> Path:
+        return self.site_packages / "pytriton" / "tritonserver"
+
+    @property
+    def binary(self) -> Path:
+        return self.home / "bin" / "tritonserver"
+
+    def assemble_backends(self, directory: Path) -> None:
+        """Link the Python backend and the stub of this Python version together, as the server expects them."""
+        with atomic_directory(directory) as temporary:
+            (temporary / "python").mkdir()
+            for file in [*(self.home / "backends" / "python").glob("*.*"), self._stub()]:
+                (temporary / "python" / file.name).symlink_to(file)
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the wheel's and Python's libraries, and with this Python for the stubs."""
+        libraries = [str(self.site_packages / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_path_entries("LD_LIBRARY_PATH")]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), *_path_entries("PATH")]),
+        }
+
+    def _stub(self) -> Path:
+        stubs = self.home / "python_backend_stubs"
+        wanted = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = stubs / wanted / "triton_python_backend_stub"
+        if not stub.exists():
+            offered = sorted(path.name for path in stubs.iterdir())
+            raise ServingError(f"the tritonserver wheel has no stub for Python {wanted}, only for {offered}")
+        return stub
+
+
+def _path_entries(variable: str) -> list[str]:
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def _command_of(pid: int) -> list[str]:
+    """Command line of a process; empty when it is gone, a zombie, or not ours to see."""
+    try:
+        return list(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return []
+
+
+def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

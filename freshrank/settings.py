@@ -1,0 +1,45 @@
+"""Where things are: paths, ports, stores. What is trained lives in config.py, names in schema.py."""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Settings(BaseSettings):
+    """Read from environment variables ``FRESHRANK_<FIELD>``; the defaults run everything on one machine."""
+
+    model_config = SettingsConfigDict(env_prefix="FRESHRANK_", extra="forbid")
+
+    home: Path = Path(".freshrank")
+    """Workspace: datasets, features, frames, runs, the model repository, Airflow's and Feast's state."""
+    triton_host: str = "127.0.0.1"
+    triton_http_port: int = 8000
+    triton_grpc_port: int = 8001
+    triton_metrics_port: int = 8002
+    online_store: Literal["sqlite", "redis"] = "sqlite"
+    redis_url: SecretStr = SecretStr("127.0.0.1:6379")
+    """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""
+    runner: Literal["local", "cluster"] = "local"
+    """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
+    kfp_host: str = ""
+    dataset: Path | None = None
+    """Data directory used by the DAG and by feature_repo/ when none is named."""
+
+    @property
+    def triton_grpc_url(self) -> str:
+        return f"{self.triton_host}:{self.triton_grpc_port}"
+
+    @property
+    def triton_http_url(self) -> str:
+        return f"{self.triton_host}:{self.triton_http_port}"
+
+
+@cache
+def settings() -> Settings:
+    loaded = Settings()
+    return loaded.model_copy(update={"home": loaded.home.resolve()})

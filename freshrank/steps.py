@@ -1,0 +1,330 @@
+"""The steps of a daily run. The command line, the Kubeflow components and the DAG only call these.
+
+Every step is a function of its inputs: its output is kept under the fingerprint of the data it reads, the config
+sections it takes and the code it runs, so a step that was killed is done again and one that finished is not.
+"""
+
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from datetime import date, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from freshrank.clock import days, parse_day
+from freshrank.config import (
+    CalibrationConfig,
+    EvaluationConfig,
+    GateConfig,
+    ModelConfig,
+    Section,
+    Split,
+    TechniquesConfig,
+    TrainingConfig,
+    WindowConfig,
+)
+from freshrank.datasets.contract import Dataset
+from freshrank.errors import DataError, MissingArtifact, ServingError
+from freshrank.schema import CREATED_AT, IN_TRAINING, ITEM_ID
+from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
+from freshrank.workspace import Workspace
+
+if TYPE_CHECKING:
+    from freshrank.report import RunSummary
+
+log = logging.getLogger(__name__)
+FreshrankPath = Path | str
+
+
+class Run:
+    """One dataset, one date: what every step starts from."""
+
+    def __init__(self, data: FreshrankPath, run_date: str) -> None:
+        self.dataset = Dataset.open(Path(data))
+        self.workspace = Workspace.of(self.dataset.schema.name)
+        self.date = parse_day(run_date)
+        self.directory = self.workspace.run(self.date)
+
+    def days(self, part: Iterable[date], what: str) -> list[date]:
+        """Those of ``part`` the log holds; a :class:`DataError` where it holds none."""
+        wanted = list(part)
+        present = sorted(set(wanted) & set(self.dataset.days))
+        if not present:
+            raise DataError(
+                f"{self.dataset.path}: no impressions on the {what} days {min(wanted)} .. {max(wanted)} of run "
+                f"{self.date}; the log holds {self.dataset.days[0]} .. {self.dataset.days[-1]}"
+            )
+        return present
+
+    def read(self, part: Iterable[date]) -> str:
+        """Fingerprint of every row that can reach features or labels of ``part``."""
+        wanted = sorted(part)
+        lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
+        return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
+
+    def step(self, name: str, inputs: dict[str, Any], out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
+        """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
+        key = fingerprint(inputs)
+        kept = self.workspace.steps / name / key
+        if kept.is_dir():
+            log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
+        else:
+            log.info("step=%s date=%s fingerprint=%s state=started", name, self.date, key)
+            with atomic_directory(kept) as directory:
+                compute(directory)
+            log.info("step=%s date=%s fingerprint=%s state=finished", name, self.date, key)
+        with atomic_directory(Path(out)) as directory:
+            shutil.copytree(kept, directory, dirs_exist_ok=True)
+        return Path(out)
+
+
+def _code(*modules: ModuleType) -> str:
+    """Fingerprint of the source of ``modules``: an edit makes their kept outputs stale."""
+    return fingerprint([sha256_of(Path(inspect.getfile(module))) for module in modules])
+
+
+def _config(section: type[Section], text: str) -> Any:
+    return section.model_validate_json(text)
+
+
+def _split(run: Run, windows: str) -> Split:
+    split: Split = WindowConfig.model_validate_json(windows).split(run.date)
+    return split
+
+
+def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
+    """Historical snapshots for every day of the run's windows and for the run's date itself."""
+    from freshrank.history import build_history
+
+    run = Run(data, run_date)
+    split = _split(run, windows or WindowConfig().model_dump_json())
+    first = max(split.train[0], run.dataset.days[0])
+    build_history(run.dataset, run.workspace, list(days(first, run.date)))
+
+
+def materialize(data: FreshrankPath, run_date: str) -> None:
+    """Register the feature definitions and put the state of the run's date into the online store."""
+    from freshrank.feature_store import FeatureStore
+
+    run = Run(data, run_date)
+    store = FeatureStore(run.dataset, run.workspace)
+    store.apply()
+    store.materialize(run.date)
+
+
+def train(
+    data: FreshrankPath,
+    run_date: str,
+    windows: str,
+    model: str,
+    techniques: str,
+    training: str,
+    out: FreshrankPath,
+) -> dict[str, Any]:
+    """Train the ranker on the training days into directory ``out``."""
+    from freshrank import encoding, frames, history, training as training_module
+    from freshrank.models import inputs, ranker
+    from freshrank.techniques import mixup, residual, score_reg
+
+    run = Run(data, run_date)
+    wanted = run.days(_split(run, windows).train, "training")
+    code = _code(encoding, frames, history, training_module, inputs, ranker, mixup, residual, score_reg)
+    key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
+
+    def compute(directory: Path) -> None:
+        frame = frames.load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
+        trained = training_module.train_ranker(
+            frame, run.dataset.items(), run.dataset.schema, _config(ModelConfig, model),
+            _config(TechniquesConfig, techniques), _config(TrainingConfig, training),
+        )  # fmt: skip
+        trained.save(directory)
+        write_json(directory / "key.json", key)
+
+    run.step("train", key, out, compute)
+    facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
+    losses = facts["curve"]["losses"]["bce"]
+    names = ("parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows")
+    return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
+
+
+def calibrate(
+    data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath, out: FreshrankPath
+) -> dict[str, Any]:
+    """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
+    from freshrank import calibration as calibration_module, export, frames, training
+
+    run = Run(data, run_date)
+    wanted = run.days(_split(run, windows).calibration, "calibration")
+    trained_key = read_json(_existing(Path(model_dir) / "key.json", "freshrank train"))
+    key = {"train": trained_key, "data": run.read(wanted), "days": wanted, "calibration": calibration,
+           "date": run.date, "code": _code(calibration_module, export)}  # fmt: skip
+
+    def compute(directory: Path) -> None:
+        schema, items = run.dataset.schema, run.dataset.items()
+        trained = training.Trained.load(Path(model_dir))
+        frame = frames.load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
+        logits, labels = training.predict(trained, frame, items), training.labels_of(frame, schema)
+        platt = calibration_module.fit_platt(logits, labels, schema.actions, _config(CalibrationConfig, calibration))
+        facts = {"fingerprint": fingerprint(key), "run_date": run_date, "dataset": schema.name,
+                 "training": trained.facts, "platt": platt.model_dump()}  # fmt: skip
+        export.export_bundle(trained, platt, frame, items, directory, facts)
+
+    run.step("calibrate", key, out, compute)
+    platt = read_json(Path(out) / "bundle.json")["platt"]
+    actions = run.dataset.schema.actions
+    return {f"{part}_{a}": value for part, values in platt.items() for a, value in zip(actions, values, strict=True)}
+
+
+def validate(data: FreshrankPath, run_date: str, windows: str, out: FreshrankPath) -> dict[str, Any]:
+    """Check the newest day, write ``validation.json`` and ``validation.html`` into ``out``.
+
+    Raises:
+        ValidationFailed: a blocking expectation failed; the two files say so as well.
+    """
+    from freshrank import validation
+
+    run = Run(data, run_date)
+    report = validation.validate_day(run.dataset, run.date, _item_history(run))
+    with atomic_directory(Path(out)) as directory:
+        write_json(directory / "validation.json", report.model_dump(mode="json"))
+        validation.write_validation_page(report, directory / "validation.html")
+    report.raise_if_blocked()
+    held = sum(result.success for result in report.results)
+    return {"expectations": len(report.results), "passed": held, "rows": report.rows, "fresh_rows": report.fresh_rows}
+
+
+def _item_history(run: Run) -> pl.DataFrame | None:
+    """The newest snapshot of item counters beside each item's birth, for the leak detector."""
+    snapshot = run.workspace.features / "item" / f"date={run.date}" / "part-0.parquet"
+    if not snapshot.exists():
+        return None
+    births = run.dataset.items().select(ITEM_ID, CREATED_AT)
+    return pl.read_parquet(snapshot, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
+
+
+def evaluate(
+    data: FreshrankPath,
+    run_date: str,
+    windows: str,
+    evaluation: str,
+    gate: str,
+    bundle: FreshrankPath,
+    out: FreshrankPath,
+) -> dict[str, Any]:
+    """Judge the bundle on the evaluation days against what serves; write evaluation, verdict and report to ``out``."""
+    from freshrank import evaluation as judging, gate as gate_module, judged, popularity, report
+
+    run = Run(data, run_date)
+    facts = read_json(_existing(Path(bundle) / "bundle.json", "freshrank calibrate"))
+    wanted = run.days(_split(run, windows).evaluation, "evaluation")
+    champion = judged.champion(run)
+    code = _code(judging, gate_module, judged, popularity, report)
+    key = {"bundle": facts["fingerprint"], "data": run.read(wanted), "days": wanted, "sections": [evaluation, gate],
+           "champion": champion.fingerprint if champion else None, "code": code}  # fmt: skip
+
+    def compute(directory: Path) -> None:
+        config = _config(EvaluationConfig, evaluation)
+        rows = judged.JudgedRows.load(run, wanted, config)
+        ours, theirs = rows.of_bundle(Path(bundle)), rows.of_champion(champion)
+        comparison = judging.compare(ours, theirs, run.dataset.schema, config)
+        challenger = judging.evaluate(ours, run.dataset.schema, config)
+        increase = facts["training"]["parameter_increase"]
+        verdict = gate_module.judge(comparison, challenger, _config(GateConfig, gate), increase)
+        log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
+        for reason in verdict.obstacles:
+            log.info("step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed,
+                     reason.sentence)  # fmt: skip
+        baseline = judging.evaluate(theirs, run.dataset.schema, config)
+        judged.write_evidence(directory, run, facts, champion, challenger, baseline, comparison, verdict)
+
+    run.step("evaluate", key, out, compute)
+    verdict = read_json(Path(out) / "verdict.json")
+    _publish_evidence(run, Path(out))
+    return {"verdict": verdict["verdict"], "reasons": verdict["reasons"], **read_json(Path(out) / "headline.json")}
+
+
+def _publish_evidence(run: Run, evidence: Path) -> None:
+    """Put what a person opens into the run's folder, and start its record."""
+    for name in ("report.html", "evaluation.json", "verdict.json", "headline.json"):
+        with atomic_write(run.directory / name) as path:
+            shutil.copyfile(evidence / name, path)
+    record(run, read_json(evidence / "verdict.json")["verdict"], _served_version(run))
+
+
+def record(run: Run, verdict: str, served_version: int | None) -> None:
+    """``run.json``: how the day ended so far."""
+    write_json(run.directory / "run.json", {"run_date": run.date, "verdict": verdict, "served_version": served_version})
+
+
+def _served_version(run: Run) -> int | None:
+    from freshrank.serving.repository import ModelRepository
+
+    pointer = ModelRepository(run.workspace.triton).served()
+    return pointer.version if pointer else None
+
+
+def deploy(
+    data: FreshrankPath, run_date: str, bundle: FreshrankPath, evaluation: FreshrankPath, out: FreshrankPath
+) -> dict[str, Any]:
+    """Publish a blessed bundle: load it beside what serves, verify it, point to it.
+
+    A day older than what serves, and a version someone rolled back, are left as they are.
+
+    Raises:
+        ServingError: the verdict is not blessed, no server is ready, or the server's answers are not the golden ones.
+    """
+    from freshrank.serving.publish import publish
+    from freshrank.serving.repository import ModelRepository
+    from freshrank.settings import settings
+
+    run = Run(data, run_date)
+    verdict = read_json(_existing(Path(evaluation) / "verdict.json", "freshrank evaluate"))["verdict"]
+    fingerprint_ = read_json(_existing(Path(bundle) / "bundle.json", "freshrank calibrate"))["fingerprint"]
+    judged_fingerprint = read_json(Path(evaluation) / "headline.json")["fingerprint"]
+    if verdict != "blessed" or judged_fingerprint != fingerprint_:
+        raise ServingError(f"deploy: the verdict on bundle {judged_fingerprint} is '{verdict}'; expected 'blessed' for "
+                           f"bundle {fingerprint_}; what serves is unchanged")  # fmt: skip
+    repository = ModelRepository(run.workspace.triton)
+    served = repository.served()
+    if served and served.run_date > run_date:
+        log.warning("step=deploy date=%s: run %s already serves as version %d and stays", run.date, served.run_date,
+                    served.version)  # fmt: skip
+        pointer = served
+    else:
+        pointer = publish(Path(bundle), settings().triton_grpc_url, repository)
+    result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
+    log.info("step=deploy date=%s version=%d", run.date, pointer.version)
+    with atomic_directory(Path(out)) as directory:
+        write_json(directory / "published.json", result)
+    record(run, verdict, pointer.version)
+    return result
+
+
+def stop(data: FreshrankPath, run_date: str, evaluation: FreshrankPath, out: FreshrankPath) -> dict[str, Any]:
+    """End a day that is not blessed: keep its reasons; what serves is unchanged."""
+    run = Run(data, run_date)
+    verdict = read_json(_existing(Path(evaluation) / "verdict.json", "freshrank evaluate"))
+    reasons = [reason["sentence"] for reason in verdict["reasons"] if not reason["passed"]]
+    with atomic_directory(Path(out)) as directory:
+        (directory / "reasons.txt").write_text("\n".join([verdict["verdict"], *reasons, ""]))
+    record(run, verdict["verdict"], _served_version(run))
+    return {"verdict": verdict["verdict"], "reasons": reasons}
+
+
+def summary(data: FreshrankPath, run_date: str) -> "RunSummary":
+    """How the run of ``run_date`` ended; a :class:`MissingArtifact` where it has not been judged."""
+    from freshrank.judged import summarise
+
+    run = Run(data, run_date)
+    _existing(run.directory / "run.json", f"freshrank run --date {run_date}")
+    return summarise(run.directory)
+
+
+def _existing(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise MissingArtifact(f"{path}: not found; run `{command}` first")
+    return path

@@ -1,0 +1,308 @@
+"""One pass over the training days: batches by user and day, the paper's objective, Adam.
+
+Rows of the same user and day stand together in a batch, so the user block and its sequence encoder run once
+per user and day and not once per impression; users are shuffled within the whole training range.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from freshrank.config import ModelConfig, ResidualConfig, TechniquesConfig, TrainingConfig
+from freshrank.encoding import Blocks, Catalog, Encoder
+from freshrank.errors import DataError
+from freshrank.frames import Frame
+from freshrank.models.inputs import ItemIds
+from freshrank.models.ranker import Inputs, Ranker, count_parameters
+from freshrank.schema import ITEM_AGE, Schema
+from freshrank.storage import atomic_write, read_json, write_json
+from freshrank.techniques.mixup import mixup
+from freshrank.techniques.score_reg import score_reg
+
+log = logging.getLogger(__name__)
+WEIGHTS = "ranker.safetensors"
+DESCRIPTION = "ranker.json"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What training runs on, chosen from what the machine has."""
+
+    name: str
+    dtype: torch.dtype
+    compiled: bool
+
+    @classmethod
+    def choose(cls, config: TrainingConfig) -> "Device":
+        """CUDA with bf16 and torch.compile where there is one, else the CPU in float32, uncompiled."""
+        cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+        half = cuda and torch.cuda.is_bf16_supported() if config.precision == "auto" else config.precision == "bfloat16"
+        compiled = cuda if config.compile == "auto" else config.compile == "on"
+        return cls("cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32, compiled)
+
+    def __str__(self) -> str:
+        model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
+        compiled = "on" if self.compiled else "off"
+        return f"{self.name} ({model}), {str(self.dtype).removeprefix('torch.')}, compile={compiled}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs as the ranker takes them; labels [B, A] with NaN = not observed; cold bool [B]."""
+
+    inputs: Inputs
+    labels: Tensor
+    cold: Tensor
+
+
+class TensorFrame:
+    """A frame encoded once, on the device; batches are gathers."""
+
+    def __init__(self, frame: Frame, encoder: Encoder, catalog: Catalog, device: str = "cpu") -> None:
+        schema = encoder.schema
+        places, actions = encoder.sequence_places(frame.users, catalog)
+        self.users = _tensors(encoder.users_without_sequences(frame), device) | _tensors(
+            {"places": places.astype(np.int32)}, device
+        )
+        self.users["sequence_actions"] = torch.from_numpy(actions.astype(np.int32)).to(device)
+        self.items = _tensors(encoder.items(frame), device)
+        self.rows = _tensors(encoder.rows(frame, catalog), device)
+        self.catalog = _tensors({"item_id": catalog.item_id, "categorical": catalog.categorical}, device)
+        self.user_row = torch.from_numpy(frame.rows["user_row"].to_numpy().astype(np.int64)).to(device)
+        self.item_row = torch.from_numpy(frame.rows["item_row"].to_numpy().astype(np.int64)).to(device)
+        self.labels = torch.from_numpy(labels_of(frame, schema)).to(device)
+        self.cold = torch.from_numpy((frame.rows[ITEM_AGE] < schema.fresh_days).to_numpy().copy()).to(device)
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Rows (positions, int64 [B]); rows of one user and day should be neighbours."""
+        users, index = torch.unique_consecutive(self.user_row[rows], return_inverse=True)
+        inputs = {name: block[users] for name, block in self.users.items()}
+        places = inputs.pop("places").long()
+        inputs["sequence_items"] = self.catalog["item_id"][places]
+        if self.catalog["categorical"].shape[1]:
+            inputs["sequence_categorical"] = self.catalog["categorical"][places]
+        inputs |= {name: block[self.item_row[rows]] for name, block in self.items.items()}
+        inputs |= {name: block[rows] for name, block in self.rows.items()}
+        return Batch(inputs | {"user_index": index}, self.labels[rows], self.cold[rows])
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Row positions per batch; users in random order with a generator, in their own order without."""
+        users = self.users["places"].shape[0]
+        rank = torch.arange(users) if generator is None else torch.randperm(users, generator=generator)
+        order = torch.argsort(rank.to(self.user_row.device)[self.user_row], stable=True)
+        yield from order.split(size)
+
+
+@dataclass
+class TrainingCurve:
+    """Mean losses since the entry before, by step."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, step: int, parts: dict[str, float]) -> None:
+        self.steps.append(step)
+        for name, value in parts.items():
+            self.losses.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained ranker with what is needed to run and to describe it."""
+
+    ranker: Ranker
+    encoder: Encoder
+    model: ModelConfig
+    residual: ResidualConfig | None
+    facts: dict[str, object]
+
+    def save(self, directory: Path) -> None:
+        """Weights as safetensors, everything else as JSON."""
+        with atomic_write(directory / WEIGHTS) as path:
+            save_file({n: t.contiguous() for n, t in self.ranker.state_dict().items()}, path)
+        self.encoder.save(directory)
+        residual = self.residual.model_dump() if self.residual else None
+        write_json(
+            directory / DESCRIPTION, {"model": self.model.model_dump(), "residual": residual, "facts": self.facts}
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> "Trained":
+        description = read_json(directory / DESCRIPTION)
+        encoder = Encoder.load(directory)
+        model = ModelConfig.model_validate(description["model"])
+        residual = ResidualConfig.model_validate(description["residual"]) if description["residual"] else None
+        ranker = Ranker(encoder, model, residual)
+        ranker.load_state_dict(load_file(directory / WEIGHTS))
+        return cls(ranker.eval(), encoder, model, residual, description["facts"])
+
+
+def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over actions of the mean binary cross-entropy of the observed labels; labels may be soft. A scalar."""
+    observed = ~torch.isnan(labels)
+    target = torch.where(observed, labels, torch.zeros_like(labels))
+    losses = binary_cross_entropy_with_logits(logits, target, reduction="none") * observed
+    return (losses.sum(0) / observed.sum(0).clamp(min=1)).sum()
+
+
+def objective(
+    ranker: Ranker, batch: Batch, techniques: TechniquesConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_BCE + lambda_1 L_BCE(mixed) + lambda_2 L_MMD (eq. 11), and its parts before weighting."""
+    z_bar = ranker.represent(batch.inputs).z_bar
+    logits = ranker.prediction(z_bar).float()
+    parts = {"bce": masked_bce(logits, batch.labels)}
+    loss = parts["bce"]
+    if techniques.mixup:
+        z_mix, y_mix = mixup(z_bar, batch.labels, techniques.mixup.alpha, generator)
+        parts["mixup"] = masked_bce(ranker.prediction(z_mix).float(), y_mix)
+        loss = loss + techniques.mixup.weight * parts["mixup"]
+    if techniques.score_reg:
+        parts["score_reg"] = score_reg(torch.sigmoid(logits), batch.cold)
+        loss = loss + techniques.score_reg.weight * parts["score_reg"]
+    return loss, parts
+
+
+def train_ranker(
+    frame: Frame,
+    items: pl.DataFrame,
+    schema: Schema,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+) -> Trained:
+    """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
+
+    Raises:
+        DataError: no row with an observed label, or an action without a single positive.
+    """
+    _check_labels(frame, schema)
+    device = Device.choose(training)
+    log.info("training on %s, %d rows, %d user-days", device, len(frame.rows), len(frame.users))
+    encoder = Encoder.fit(frame, schema, model.min_count)
+    data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device.name)
+    torch.manual_seed(training.seed)
+    ranker = Ranker(encoder, model, techniques.residual).to(device.name)
+    started = time.perf_counter()
+    curve = _fit(ranker, data, techniques, training, device)
+    seconds = time.perf_counter() - started
+    facts = _facts(ranker, encoder, model, training, data, curve, device) | {
+        "examples_per_second": round(len(data) * training.epochs / seconds, 1)
+    }
+    return Trained(ranker.cpu().eval(), encoder, model, techniques.residual, facts)
+
+
+def _fit(
+    ranker: Ranker, data: TensorFrame, techniques: TechniquesConfig, training: TrainingConfig, device: Device
+) -> TrainingCurve:
+    order = torch.Generator().manual_seed(training.seed)
+    # Draws of their own: switching one technique on leaves batches, hidden ids and initial weights as they were.
+    hiding, mixing = (torch.Generator().manual_seed(training.seed + k) for k in (1, 2))
+    steps = training.epochs * -(-len(data) // training.batch_size)
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
+                                  fused=True)  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    run = torch.compile(objective) if device.compiled else objective
+    curve, sums = TrainingCurve(), _RunningMean()
+    ranker.train()
+    batches = (rows for _ in range(training.epochs) for rows in data.batches(training.batch_size, order))
+    for step, rows in enumerate(track(batches, "training", total=steps, disable=None), start=1):
+        batch = data.batch(rows)
+        batch.inputs["item_id"] = ItemIds.hide(batch.inputs["item_id"], training.new_item_probability, hiding)
+        with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+            loss, parts = run(ranker, batch, techniques, mixing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        sums.add(parts)
+        if step % max(1, steps // 50) == 0 or step == steps:
+            curve.add(step, sums.take())
+    return curve
+
+
+class _RunningMean:
+    """Sums losses on the device and reads them only when asked, to keep a GPU busy."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+def predict(trained: Trained, frame: Frame, items: pl.DataFrame, batch_size: int = 8192) -> np.ndarray:
+    """Uncalibrated logits [N, A] float32 for every row of ``frame``, in its order."""
+    catalog = Catalog.build(items, trained.encoder)
+    data = TensorFrame(frame, trained.encoder, catalog)
+    logits = torch.empty(len(data), len(trained.encoder.schema.actions))
+    with torch.inference_mode():
+        for rows in data.batches(batch_size):
+            logits[rows] = trained.ranker(data.batch(rows).inputs)
+    return logits.numpy()
+
+
+def labels_of(frame: Frame, schema: Schema) -> np.ndarray:
+    """Labels float32 [N, A], NaN = not observed."""
+    columns = [frame.rows[a].cast(pl.Float32).fill_null(float("nan")).to_numpy() for a in schema.actions]
+    return np.stack(columns, axis=1)
+
+
+def _check_labels(frame: Frame, schema: Schema) -> None:
+    for action in schema.actions:
+        positives = frame.rows[action].sum()
+        if not positives:
+            raise DataError(
+                f"action '{action}': 0 positives in {len(frame.rows)} training rows; expected at least one. "
+                "Check the label join, or train on more days (windows.train_days)"
+            )
+
+
+def _tensors(blocks: Blocks, device: str) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(block)).to(device) for name, block in blocks.items()}
+
+
+def _facts(
+    ranker: Ranker,
+    encoder: Encoder,
+    model: ModelConfig,
+    training: TrainingConfig,
+    data: TensorFrame,
+    curve: TrainingCurve,
+    device: Device,
+) -> dict[str, object]:
+    parameters = count_parameters(ranker)
+    with torch.random.fork_rng():
+        plain = count_parameters(Ranker(encoder, model))
+    return {
+        "device": str(device),
+        "rows": len(data),
+        "cold_rows": int(data.cold.sum()),
+        "user_days": int(data.users["places"].shape[0]),
+        "parameters": parameters,
+        "parameter_increase": parameters / plain - 1,
+        "curve": {"steps": curve.steps, "losses": curve.losses},
+        "training": json.loads(training.model_dump_json()),
+    }

@@ -1,0 +1,619 @@
+"""What the chart promises, asked of the objects that the real helm renders. No cluster is needed, none is claimed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from freshrank.settings import Settings
+from freshrank.workspace import Workspace
+
+CHART = Path(__file__).resolve().parents[2] / "helm"
+SCENARIOS = ["default", "kind", "gpu", "production"]
+COMPONENTS = ["triton", "feast", "feast-apply", "redis"]
+KUBERNETES = ["1.29", kubernetes_validate.latest_version()]
+GPU = "nvidia.com/gpu"
+PUBLISHER = {"freshrank/publisher": "true"}
+
+Object = dict[str, Any]
+
+in_every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
+
+
+def find_helm() -> str:
+    """Beside the interpreter first: a helm of another version on PATH must not decide a test."""
+    beside = Path(sys.executable).parent / "helm"
+    found = str(beside) if beside.is_file() else shutil.which("helm")
+    if found is None:
+        pytest.fail("helm was found neither beside Python nor on PATH: run `make setup`, which installs it.")
+    return found
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([find_helm(), *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def values_of(scenario: str) -> list[str]:
+    return [] if scenario == "default" else ["--values", str(CHART / "ci" / f"{scenario}-values.yaml")]
+
+
+def template(scenario: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    settings = [part for override in overrides for part in ("--set-json", override)]
+    return helm("template", "freshrank", str(CHART), *values_of(scenario), *settings)
+
+
+@cache
+def rendered(scenario: str, *overrides: str) -> list[Object]:
+    """Every object of the release; an override reads ``path=json``."""
+    run = template(scenario, *overrides)
+    assert run.returncode == 0, run.stderr
+    return [document for document in yaml.safe_load_all(run.stdout) if document]
+
+
+def refusal(*overrides: str) -> str:
+    """What helm says when it rejects the values; fails when it accepts them."""
+    run = template("default", *overrides)
+    assert run.returncode != 0, f"{overrides} was accepted"
+    return run.stderr
+
+
+def of_kind(objects: list[Object], kind: str) -> list[Object]:
+    return [item for item in objects if item["kind"] == kind]
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [item for item in of_kind(objects, kind) if item["metadata"]["name"] == name]
+    return found
+
+
+def pods(objects: list[Object]) -> list[Object]:
+    return [item["spec"]["template"] for item in objects if "template" in item.get("spec", {})]
+
+
+def pod_of(objects: list[Object], component: str) -> Object:
+    (found,) = [pod for pod in pods(objects) if component_of(pod) == component]
+    return found
+
+
+def component_of(pod: Object) -> str:
+    return str(pod["metadata"]["labels"]["app.kubernetes.io/component"])
+
+
+def container_of(objects: list[Object], component: str) -> Object:
+    (found,) = pod_of(objects, component)["spec"]["containers"]
+    return dict(found)
+
+
+def containers(objects: list[Object]) -> list[Object]:
+    return [container for pod in pods(objects) for container in pod["spec"]["containers"]]
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that is not a mapping with entries."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, tree
+
+
+def rules(objects: list[Object], component: str) -> list[Object]:
+    return list(named(objects, "NetworkPolicy", f"freshrank-{component}")["spec"]["ingress"])
+
+
+def ports_open_to(objects: list[Object], component: str, peer: Object) -> set[int]:
+    open_rules = [rule for rule in rules(objects, component) if peer in rule["from"]]
+    return {port["port"] for rule in open_rules for port in rule["ports"]}
+
+
+def default_values() -> Object:
+    return dict(yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+# --- the chart as a whole
+
+
+@in_every_scenario
+def test_helm_finds_nothing_to_complain_about(scenario: str) -> None:
+    """`helm lint --strict` passes with the values of the scenario."""
+    run = helm("lint", "--strict", str(CHART), *values_of(scenario))
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@in_every_scenario
+def test_every_object_is_what_kubernetes_accepts(scenario: str, version: str) -> None:
+    """Each object fits the strict schema of the oldest supported and the newest known Kubernetes."""
+    for item in rendered(scenario):
+        kubernetes_validate.validate(item, version, strict=True)
+
+
+def test_every_values_file_in_ci_is_a_tested_scenario() -> None:
+    """A new scenario cannot be added without being rendered here."""
+    assert {path.name.removesuffix("-values.yaml") for path in CHART.glob("ci/*")} == set(SCENARIOS[1:])
+
+
+def test_the_scenarios_install_triton_feast_and_redis() -> None:
+    """The default release runs all four pods."""
+    assert {component_of(pod) for pod in pods(rendered("default"))} == set(COMPONENTS)
+
+
+def test_two_releases_share_a_namespace() -> None:
+    """No object of one release has the name of an object of another."""
+    run = helm("template", "second", str(CHART))
+    second = [item for item in yaml.safe_load_all(run.stdout) if item]
+    first_names = {(item["kind"], item["metadata"]["name"]) for item in rendered("default")}
+    assert not first_names & {(item["kind"], item["metadata"]["name"]) for item in second}
+
+
+@in_every_scenario
+def test_nothing_is_scheduled_by_the_chart(scenario: str) -> None:
+    """When things run belongs to dags/: there is no CronJob."""
+    assert not of_kind(rendered(scenario), "CronJob")
+
+
+def test_settings_given_to_pods_are_settings_that_freshrank_reads() -> None:
+    """Every FRESHRANK_ variable is a field of Settings, so none is silently ignored."""
+    known = {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields}
+    objects = rendered("production", 'home.dataset="datasets/shop"') + rendered("default")
+    given = {key for item in of_kind(objects, "ConfigMap") for key in item["data"]}
+    given |= {entry["name"] for container in containers(objects) for entry in container.get("env", [])}
+    assert {name for name in given if name.startswith("FRESHRANK_")} <= known
+
+
+def test_settings_in_the_config_map_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings accepts the very strings that the pods get."""
+    for key, value in named(rendered("production"), "ConfigMap", "freshrank-settings")["data"].items():
+        monkeypatch.setenv(key, value)
+    loaded = Settings()
+    assert (loaded.online_store, loaded.runner, str(loaded.home)) == (
+        "redis",
+        "cluster",
+        "/var/lib/freshrank",
+    )
+
+
+@in_every_scenario
+def test_kubernetes_injects_no_variables_of_its_own(scenario: str) -> None:
+    """A Service named freshrank-triton would otherwise become FRESHRANK_TRITON_PORT=tcp://…"""
+    assert all(pod["spec"]["enableServiceLinks"] is False for pod in pods(rendered(scenario)))
+
+
+def test_a_changed_setting_restarts_the_pods_that_read_it() -> None:
+    """The pod template carries a checksum of the settings."""
+    changed = rendered("default", 'kubeflow.host="http://pipelines:8888"')
+    for component in ("triton", "feast"):
+        before = pod_of(rendered("default"), component)["metadata"]["annotations"]
+        assert pod_of(changed, component)["metadata"]["annotations"] != before
+
+
+# --- values
+
+
+def test_an_unknown_key_is_refused() -> None:
+    """A misspelt key is an error, at the top and in the depth."""
+    assert "additional properties 'replicaz'" in refusal("triton.replicaz=3")
+    assert "additional properties 'tritn'" in refusal("tritn={}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'triton.replicas="3"',
+        "triton.gpus=0.5",
+        "triton.gpus=-1",
+        'networkPolicy.enabled="yes"',
+        'networkPolicy.clientNamespaces="shop"',
+        'redis.mode="memory"',
+        'home.path="relative/path"',
+        'home.dataset="/absolute"',
+        'home.size="fifty gigabytes"',
+        'kubeflow.host="pipelines"',
+        "triton.resources.limits.memory=null",
+        'triton.resources.limits={"cpu":"1","memory":"1Gi","nvidia.com/gpu":"1"}',
+        'redis.existingSecret=""',
+        'triton.control.existingSecret=""',
+        "feast=null",
+    ],
+)
+def test_a_value_of_the_wrong_form_is_refused(override: str) -> None:
+    """The schema stops it before the cluster sees it, and names the place."""
+    place = override.split("=")[0].split(".")[0]
+    assert place in refusal(override)
+
+
+@pytest.mark.parametrize("tag", ["latest", "latest-gpu", ""])
+@pytest.mark.parametrize("image", ["freshrank", "triton", "redis"])
+def test_a_moving_or_missing_tag_is_refused(image: str, tag: str) -> None:
+    """Images are pinned."""
+    assert f"/images/{image}/tag" in refusal(f'images.{image}.tag="{tag}"')
+
+
+def schemas_below(schema: Object) -> Iterator[Object]:
+    """The schema itself and every one inside it."""
+    yield schema
+    inner = [part for key in ("properties", "definitions") for part in schema.get(key, {}).values()]
+    for part in inner + ([schema["items"]] if "items" in schema else []):
+        yield from schemas_below(part)
+
+
+def test_the_schema_is_closed_everywhere() -> None:
+    """No object of the schema accepts a key it does not know; labels and annotations are free, but text."""
+    objects = [
+        schema
+        for schema in schemas_below(json.loads((CHART / "values.schema.json").read_text()))
+        if schema.get("type") == "object"
+    ]
+    assert objects
+    assert all(schema["additionalProperties"] in (False, {"type": "string"}) for schema in objects)
+
+
+def test_every_value_is_described_in_the_readme() -> None:
+    """The table of helm/README.md names exactly the values there are."""
+    described = set(re.findall(r"^\| `([\w.]+)` \|", (CHART / "README.md").read_text(), re.MULTILINE))
+    grouped = {
+        path.split(".resources.")[0] + ".resources" if ".resources." in path else path
+        for path, _ in leaves(default_values())
+    }
+    assert described == grouped
+
+
+# --- secrets
+
+
+@in_every_scenario
+def test_no_secret_is_made_by_the_chart(scenario: str) -> None:
+    """Secrets exist before the release does; the chart holds their names only."""
+    assert not of_kind(rendered(scenario), "Secret")
+
+
+@in_every_scenario
+def test_no_value_is_a_secret(scenario: str) -> None:
+    """Keys that speak of secrets name a Secret or a key in one."""
+    file = CHART / ("values.yaml" if scenario == "default" else f"ci/{scenario}-values.yaml")
+    paths = [path for path, _ in leaves(yaml.safe_load(file.read_text()))]
+    suspicious = [path for path in paths if re.search(r"password|token|secret|credential", path, re.IGNORECASE)]
+    assert all(re.search(r"(existingSecret|pullSecrets|Key)$", path) for path in suspicious)
+
+
+@in_every_scenario
+def test_secret_variables_come_by_reference(scenario: str) -> None:
+    """A variable that carries a secret is read from a Secret, or composed from one that is."""
+    for container in containers(rendered(scenario)):
+        for entry in container.get("env", []):
+            if re.search(r"PASSWORD|TOKEN|AUTH|REDIS_URL", entry["name"]):
+                assert "secretKeyRef" in entry.get("valueFrom", {}) or "$(REDIS_PASSWORD)" in entry["value"]
+
+
+def test_a_composed_variable_follows_the_one_it_uses() -> None:
+    """Kubernetes expands $(REDIS_PASSWORD) only where it is declared earlier in the list."""
+    names = [entry["name"] for entry in container_of(rendered("default"), "triton")["env"]]
+    assert names.index("REDIS_PASSWORD") < names.index("FRESHRANK_REDIS_URL")
+
+
+# --- security of pods
+
+
+@in_every_scenario
+def test_no_pod_runs_as_root_or_talks_to_the_cluster(scenario: str) -> None:
+    """User, seccomp profile and service account of every pod."""
+    for pod in pods(rendered(scenario)):
+        context = pod["spec"]["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["runAsUser"] > 0
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["serviceAccountName"] != "default"
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys()
+
+
+@in_every_scenario
+def test_no_container_can_gain_rights_or_write_its_image(scenario: str) -> None:
+    """Capabilities, escalation and root file system of every container."""
+    for container in containers(rendered(scenario)):
+        context = container["securityContext"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["privileged"] is False
+
+
+@in_every_scenario
+def test_what_a_pod_can_write_is_bounded(scenario: str) -> None:
+    """Volumes are claims or emptyDirs with a size limit; nothing of the host."""
+    for pod in pods(rendered(scenario)):
+        for volume in pod["spec"].get("volumes", []):
+            assert "persistentVolumeClaim" in volume or volume["emptyDir"]["sizeLimit"]
+
+
+def test_the_inference_server_cannot_change_the_models_it_serves() -> None:
+    """Triton mounts the workspace read-only."""
+    mounts = {mount["name"]: mount for mount in container_of(rendered("default"), "triton")["volumeMounts"]}
+    assert mounts["home"]["readOnly"] is True
+
+
+@in_every_scenario
+def test_every_image_is_pinned(scenario: str) -> None:
+    """Each image has a tag, and it is not latest."""
+    for container in containers(rendered(scenario)):
+        tag = container["image"].rpartition("/")[2].partition(":")[2]
+        assert tag
+        assert "latest" not in tag
+
+
+def test_an_image_can_be_pinned_to_its_content() -> None:
+    """A digest is appended to the tag."""
+    digest = "sha256:" + "0" * 64
+    objects = rendered("default", f'images.triton.digest="{digest}"')
+    assert container_of(objects, "triton")["image"].endswith(f"@{digest}")
+
+
+@in_every_scenario
+def test_every_container_says_what_it_needs_and_may_take(scenario: str) -> None:
+    """CPU and memory have a request and a limit."""
+    for container in containers(rendered(scenario)):
+        for amounts in (container["resources"]["requests"], container["resources"]["limits"]):
+            assert {"cpu", "memory"} <= amounts.keys()
+
+
+# --- serving
+
+
+@pytest.mark.parametrize("scenario, gpus", [("default", None), ("kind", None), ("gpu", 1), ("production", 1)])
+def test_a_gpu_is_asked_for_only_where_there_is_one(scenario: str, gpus: int | None) -> None:
+    """Only Triton of the gpu and production scenarios requests a GPU, and goes where GPUs are."""
+    taken = {
+        component_of(pod): pod["spec"]["containers"][0]["resources"]["limits"].get(GPU)
+        for pod in pods(rendered(scenario))
+    }
+    assert {component for component, count in taken.items() if count} == ({"triton"} if gpus else set())
+    assert taken["triton"] == gpus
+    assert ("nodeSelector" in pod_of(rendered(scenario), "triton")["spec"]) == bool(gpus)
+
+
+@contextmanager
+def triton_with(loaded: set[str]) -> Iterator[int]:
+    """A port that answers as Triton's model readiness endpoint does when `loaded` is loaded."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path.split("/")[3] in loaded else 400)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Keep the test's output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "loaded, ready",
+    [({"ranker", "ranking"}, True), ({"ranking"}, False), ({"ranker"}, False), (set[str](), False)],
+)
+def test_a_replica_is_ready_when_both_models_are_loaded(loaded: set[str], ready: bool) -> None:
+    """Readiness asks for `ranker` too: an image that cannot load it must not finish a rolling update."""
+    interpreter, *options, script = container_of(rendered("default"), "triton")["readinessProbe"]["exec"]["command"]
+    assert interpreter == "python3"
+    with triton_with(loaded) as port:
+        run = subprocess.run([sys.executable, *options, script.replace("8000", str(port))], check=False)
+    assert (run.returncode == 0) == ready
+
+
+def test_a_replica_without_a_server_is_not_ready() -> None:
+    """A refused connection is a failed probe, not a passed one."""
+    command = container_of(rendered("default"), "triton")["readinessProbe"]["exec"]["command"]
+    script = command[-1].replace("8000", "1")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode != 0
+
+
+def test_triton_serves_the_repository_that_publishing_writes() -> None:
+    """The path of the chart is the path of Workspace and ModelRepository."""
+    models = Workspace(Path("/var/lib/freshrank"), "any").triton / "models"
+    assert f"--model-repository={models}" in container_of(rendered("default"), "triton")["args"]
+
+
+def test_a_server_without_models_waits_for_the_publisher() -> None:
+    """Triton loads both models by name and neither exits nor closes while there is none."""
+    arguments = container_of(rendered("default"), "triton")["args"]
+    wanted = {
+        "--model-control-mode=explicit",
+        "--exit-on-error=false",
+        "--strict-readiness=false",
+        "--load-model=ranker",
+        "--load-model=ranking",
+    }
+    assert wanted <= set(arguments)
+
+
+@in_every_scenario
+def test_long_running_containers_have_three_probes(scenario: str) -> None:
+    """Slow start, temporary trouble and a hang are told apart."""
+    for pod in pods(rendered(scenario)):
+        if component_of(pod) != "feast-apply":
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= pod["spec"]["containers"][0].keys()
+
+
+def test_loading_may_take_as_long_as_the_values_say() -> None:
+    """startupSeconds is the time before a starting server is killed."""
+    probe = container_of(rendered("default", "triton.startupSeconds=900"), "triton")["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 900
+
+
+@in_every_scenario
+def test_an_update_never_lowers_the_number_of_ready_replicas(scenario: str) -> None:
+    """Deployments add a replica before they take one away."""
+    for deployment in of_kind(rendered(scenario), "Deployment"):
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+@pytest.mark.parametrize("component", ["triton", "feast"])
+def test_a_drain_takes_one_replica_at_a_time(component: str) -> None:
+    """A PodDisruptionBudget covers exactly the pods of the Deployment."""
+    objects = rendered("production")
+    budget = named(objects, "PodDisruptionBudget", f"freshrank-{component}")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"] == named(objects, "Deployment", f"freshrank-{component}")["spec"]["selector"]
+
+
+def test_the_autoscaler_owns_the_number_of_replicas() -> None:
+    """With autoscaling the Deployment names no number, so an upgrade does not undo a scale-up."""
+    objects = rendered("production")
+    assert "replicas" not in named(objects, "Deployment", "freshrank-triton")["spec"]
+    scaler = named(objects, "HorizontalPodAutoscaler", "freshrank-triton")["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 12)
+    assert not of_kind(rendered("default"), "HorizontalPodAutoscaler")
+
+
+# --- who reaches what
+
+
+@in_every_scenario
+def test_loading_a_model_needs_the_token_on_both_protocols(scenario: str) -> None:
+    """Control and inference share Triton's ports, so its control API is restricted to a secret header."""
+    arguments = container_of(rendered(scenario), "triton")["args"]
+    for flag in ("--http-restricted-api=", "--grpc-restricted-protocol="):
+        (value,) = [argument.removeprefix(flag) for argument in arguments if argument.startswith(flag)]
+        interfaces, _, key = value.partition(":")
+        assert "model-repository" in interfaces.split(",")
+        assert key == "x-freshrank-control=$(TRITON_CONTROL_TOKEN)"
+
+
+@pytest.mark.parametrize("protocol, inference, other", [("grpc", 8001, 8000), ("http", 8000, 8001)])
+def test_only_the_inference_port_is_open_to_the_namespace(protocol: str, inference: int, other: int) -> None:
+    """Any pod of the namespace may rank; the other ports are the publisher's."""
+    objects = rendered("default", f'triton.inferenceProtocol="{protocol}"')
+    assert ports_open_to(objects, "triton", {"podSelector": {}}) == {inference}
+    assert other in ports_open_to(objects, "triton", {"podSelector": {"matchLabels": PUBLISHER}})
+    (port,) = named(objects, "Service", "freshrank-triton")["spec"]["ports"]
+    assert (port["name"], port["port"]) == (protocol, inference)
+
+
+def test_a_publisher_reaches_every_replica_even_before_it_is_ready() -> None:
+    """The control Service is headless and lists replicas that have no model yet."""
+    control = named(rendered("default"), "Service", "freshrank-triton-control")["spec"]
+    assert control["clusterIP"] == "None"
+    assert control["publishNotReadyAddresses"] is True
+    client = named(rendered("default"), "Service", "freshrank-triton")["spec"]
+    assert not client.get("publishNotReadyAddresses")
+
+
+def test_other_namespaces_are_named_one_by_one() -> None:
+    """Clients get the inference port, publishers also need their label, Prometheus gets metrics only."""
+    objects = rendered("production")
+    peers = {
+        name: {
+            "namespaceSelector": {
+                "matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [name]}]
+            }
+        }
+        for name in ("storefront", "kubeflow", "monitoring")
+    }
+    assert ports_open_to(objects, "triton", peers["storefront"]) == {8001}
+    assert ports_open_to(objects, "triton", peers["monitoring"]) == {8002}
+    assert ports_open_to(objects, "triton", peers["kubeflow"]) == set()
+    publisher = peers["kubeflow"] | {"podSelector": {"matchLabels": PUBLISHER}}
+    assert ports_open_to(objects, "triton", publisher) == {8000, 8001, 8002}
+
+
+@pytest.mark.parametrize("component", ["feast", "redis"])
+def test_stores_are_not_open_to_the_namespace(component: str) -> None:
+    """Feature server and Redis accept writes: only our pods and publishers reach them."""
+    peers = [peer for rule in rules(rendered("default"), component) for peer in rule["from"]]
+    assert all(peer["podSelector"]["matchLabels"] for peer in peers)
+
+
+@pytest.mark.parametrize("component", ["triton", "feast", "redis"])
+def test_a_policy_selects_the_pods_it_speaks_of(component: str) -> None:
+    """The labels of a policy are labels of the pods, and of no other component's."""
+    selector = named(rendered("default"), "NetworkPolicy", f"freshrank-{component}")["spec"]["podSelector"]
+    matched = [
+        component_of(pod)
+        for pod in pods(rendered("default"))
+        if selector["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    ]
+    assert matched == [component]
+
+
+@pytest.mark.parametrize("component", ["triton", "feast", "redis"])
+def test_a_policy_opens_exactly_the_ports_that_are_listened_on(component: str) -> None:
+    """No port of a pod is forgotten and none is open without a listener."""
+    opened = {port["port"] for rule in rules(rendered("default"), component) for port in rule["ports"]}
+    assert opened == {port["containerPort"] for port in container_of(rendered("default"), component)["ports"]}
+
+
+@in_every_scenario
+def test_services_point_at_ports_that_exist(scenario: str) -> None:
+    """Each target port is a named port of the one pod the Service selects."""
+    objects = rendered(scenario)
+    for service in of_kind(objects, "Service"):
+        pod = pod_of(objects, service["spec"]["selector"]["app.kubernetes.io/component"])
+        names = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+
+
+# --- online store and feature store
+
+
+def test_an_external_redis_leaves_no_redis_behind() -> None:
+    """No Redis object is rendered and the address comes whole from the Secret."""
+    objects = rendered("default", 'redis.mode="external"')
+    assert not [item for item in objects if item["metadata"]["name"].endswith("-redis")]
+    (url,) = [entry for entry in container_of(objects, "triton")["env"] if entry["name"] == "FRESHRANK_REDIS_URL"]
+    assert url["valueFrom"]["secretKeyRef"] == {"name": "freshrank-redis", "key": "url"}
+
+
+def test_redis_never_forgets_a_feature_to_make_room() -> None:
+    """An evicted feature would read as a cold item, so a full store refuses writes."""
+    arguments = container_of(rendered("default"), "redis")["args"]
+    assert arguments[arguments.index("--maxmemory-policy") + 1] == "noeviction"
+
+
+@pytest.mark.parametrize("scenario", ["default", "kind"])
+def test_redis_is_full_before_kubernetes_kills_it(scenario: str) -> None:
+    """maxmemory leaves a fifth of the limit for buffers and the rewrite of the log."""
+    container = container_of(rendered(scenario), "redis")
+    arguments = container["args"]
+    maximum = int(arguments[arguments.index("--maxmemory") + 1].removesuffix("mb"))
+    limit = {"1Gi": 1024, "128Mi": 128}[container["resources"]["limits"]["memory"]]
+    assert maximum <= 0.8 * limit
+
+
+def job_name(*overrides: str) -> str:
+    (job,) = of_kind(rendered("default", *overrides), "Job")
+    return str(job["metadata"]["name"])
+
+
+def test_features_are_applied_again_exactly_when_the_job_changed() -> None:
+    """Jobs are immutable: a new image gives a new Job, an unrelated value gives the same."""
+    assert job_name() != job_name('images.freshrank.tag="0.2.0"')
+    assert job_name() == job_name("triton.replicas=2")
+
+
+def test_a_chart_version_does_not_change_the_pod_of_the_job() -> None:
+    """A version in its labels would make an upgrade fail on the immutable pod."""
+    labels = pod_of(rendered("default"), "feast-apply")["metadata"]["labels"]
+    assert not {"helm.sh/chart", "app.kubernetes.io/version"} & labels.keys()
+
+
+def test_models_outlive_the_release() -> None:
+    """The claim the chart makes is kept on uninstall; an existing claim makes none."""
+    claim = named(rendered("default"), "PersistentVolumeClaim", "freshrank-home")
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert not of_kind(rendered("production"), "PersistentVolumeClaim")

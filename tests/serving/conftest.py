@@ -1,0 +1,34 @@
+"""A real tritonserver for the whole session, and more of them for tests of the server itself."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from served import Served, free_ports
+
+from freshrank.serving.repository import ModelRepository
+from freshrank.serving.server import TritonServer
+
+
+@pytest.fixture
+def new_server(tmp_path: Path) -> Iterator[Callable[[], Served]]:
+    """Servers of one repository, not yet started; whatever runs at the end is stopped."""
+    made: list[Served] = []
+
+    def make() -> Served:
+        made.append(Served(TritonServer(ModelRepository(tmp_path / "triton"), free_ports()), tmp_path / f"{len(made)}"))
+        return made[-1]
+
+    yield make
+    for served in made:
+        served.server.stop()
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all tests that only publish; each test starts from whatever the ones before it left."""
+    home = tmp_path_factory.mktemp("serving")
+    served = Served(TritonServer(ModelRepository(home / "triton"), free_ports()), home)
+    served.server.start()
+    yield served
+    served.server.stop()

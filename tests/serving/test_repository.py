@@ -1,0 +1,69 @@
+"""The model repository on disk, without a server."""
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tiny_bundles import SIGNATURE, write_bundle
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from freshrank.errors import ServingError
+from freshrank.serving.repository import ModelRepository, Platform, Pointer
+from freshrank.storage import write_json
+
+
+def config_of(repository: ModelRepository, versions: list[int]) -> ModelConfig:
+    return text_format.Parse(repository.ranker_config(versions), ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("platform", "file"), [("python", "model.py"), ("onnxruntime", "ranker.onnx")], ids=["local", "cluster"]
+)
+def test_one_template_renders_both_platforms(tmp_path: Path, platform: Platform, file: str) -> None:
+    """Only the backend, its file and its thread parameter differ; both files are in every version."""
+    repository = ModelRepository(tmp_path / "triton", platform)
+    version = repository.install_version(write_bundle(tmp_path / "bundle", 1.0))
+    config = config_of(repository, [version])
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == (platform, file, 0)
+    assert [(i.name, list(i.dims)) for i in config.input] == [(s["name"], s["shape"]) for s in SIGNATURE["inputs"]]
+    assert list(config.version_policy.specific.versions) == [version]
+    assert (repository.version_directory(version) / file).is_file()
+
+
+def test_versions_grow_and_a_fingerprint_keeps_its_own(tmp_path: Path) -> None:
+    """Three bundles, the first one twice, are versions 1, 2 and 3."""
+    repository = ModelRepository(tmp_path / "triton")
+    bundles = [write_bundle(tmp_path / f"b{weight}", weight) for weight in (1.0, 2.0, 3.0)]
+    assert [repository.install_version(bundle) for bundle in [*bundles, bundles[0]]] == [1, 2, 3, 1]
+    assert (repository.version_directory(1) / "encoder.json").exists()
+
+
+def test_pruning_spares_what_is_live(tmp_path: Path) -> None:
+    """A version rolled back to stays, however old it is."""
+    repository = ModelRepository(tmp_path / "triton")
+    for weight in (1.0, 2.0, 3.0, 4.0):
+        repository.install_version(write_bundle(tmp_path / f"b{weight}", weight))
+    repository.point_to(Pointer(version=2, previous=1, run_date="2022-05-01", fingerprint="w2.0"))
+    assert repository.prune(keep=1) == [3]
+    assert repository.versions() == [1, 2, 4]
+
+
+def test_a_tensor_may_not_change_its_type_between_loaded_versions(tmp_path: Path) -> None:
+    """Two versions of one model share a config, so the error asks for a new name."""
+    repository = ModelRepository(tmp_path / "triton")
+    bundle = write_bundle(tmp_path / "old", 1.0)
+    repository.install_version(bundle)
+    repository.install_version(write_bundle(tmp_path / "new", 2.0))
+    changed = [spec | ({"dtype": "float32"} if spec["name"] == "user_index" else {}) for spec in SIGNATURE["inputs"]]
+    write_json(repository.version_directory(2) / "signature.json", SIGNATURE | {"inputs": changed})
+    with pytest.raises(ServingError, match=r"'user_index' is int64.*float32.*give the changed tensor a new name"):
+        repository.ranker_config([1, 2])
+
+
+def test_a_pointer_to_a_version_that_is_gone_is_explained(tmp_path: Path) -> None:
+    """A half-copied workspace is named as such instead of starting a server that serves nothing."""
+    repository = ModelRepository(tmp_path / "triton")
+    repository.install_version(write_bundle(tmp_path / "bundle", 1.0))
+    write_json(repository.pointer_path, {"version": 7, "run_date": "2022-05-01", "fingerprint": "x"})
+    with pytest.raises(ServingError, match=r"serves version 7, but only \[1\] are installed"):
+        repository.write_configs()

@@ -1,0 +1,221 @@
+"""The ranker, its encoder and its training on a tiny world with every kind of feature."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from freshrank.calibration import Platt, fit_platt
+from freshrank.config import (
+    CalibrationConfig,
+    MixupConfig,
+    ModelConfig,
+    ResidualConfig,
+    ScoreRegConfig,
+    TechniquesConfig,
+    TrainingConfig,
+)
+from freshrank.encoding import MISSING, NEW, Catalog, Encoder, Vocabulary
+from freshrank.errors import DataError
+from freshrank.export import OnnxRanker, export_bundle
+from freshrank.frames import Frame
+from freshrank.models.ranker import Ranker, count_parameters
+from freshrank.schema import Entity
+from freshrank.serving.bundle import check_bundle
+from freshrank.training import TensorFrame, Trained, labels_of, masked_bce, objective, predict, train_ranker
+from tests.worlds import random_frame, tiny_schema
+
+SMALL = ModelConfig(
+    item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4, mlp=(16, 8), experts=2,
+    expert_dim=8, head_dim=4,
+)  # fmt: skip
+TRAINING = TrainingConfig(batch_size=64, epochs=2)
+ALL_THREE = TechniquesConfig(residual=ResidualConfig(dim=2), score_reg=ScoreRegConfig(), mixup=MixupConfig())
+SCHEMA = tiny_schema(query=True)
+FRAME = random_frame(SCHEMA)
+
+
+def _trained(techniques: TechniquesConfig = ALL_THREE, training: TrainingConfig = TRAINING) -> Trained:
+    return train_ranker(FRAME, FRAME.items, SCHEMA, SMALL, techniques, training)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return _trained()
+
+
+@pytest.fixture(scope="module")
+def bundle(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle")
+    platt = Platt(slope=(1.1, 0.9), intercept=(0.1, -0.2))
+    export_bundle(trained, platt, FRAME, FRAME.items, out, {"fingerprint": "f", "run_date": "2024-03-11"})
+    return out
+
+
+def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_missing_row():
+    """7 is seen twice, 9 once; 8 never."""
+    vocabulary = Vocabulary.fit(pl.Series([7, 7, 9]), None, min_count=2)
+    assert len(vocabulary) == 3
+    assert vocabulary.encode_series(pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
+
+
+def test_crosses_say_what_the_user_did_with_the_candidates_category():
+    """The user saw category 5 four times and clicked once; category 6 is unknown to them."""
+    user = {"affinity_category_values": [[5, 3]], "affinity_category_impressions": [[4, 9]],
+            "affinity_category_click": [[1, 9]], "affinity_category_save": [[0, 0]]}  # fmt: skip
+    frame = Frame(
+        FRAME.users[:1].with_columns(**{k: pl.Series(v, dtype=pl.List(pl.Int64)) for k, v in user.items()}),
+        FRAME.items[:2].with_columns(category=pl.Series([5, 6])),
+        FRAME.rows[:2].with_columns(user_row=pl.lit(0), item_row=pl.Series([0, 1])),
+    )
+    encoder = Encoder.fit(frame, SCHEMA, min_count=1)
+    numeric = encoder.rows(frame, Catalog.build(frame.items, encoder))["row_numeric"]
+    names = [f.name for f in encoder.numeric(Entity.ROW)]
+    crosses = dict(zip(names, numeric.T, strict=True))
+    assert crosses["cross_affinity_category_impressions"].tolist() == [4, 0]
+    assert crosses["cross_affinity_category_click_rate"][0] == 0.25
+    assert np.isnan(crosses["cross_affinity_category_click_rate"][1])
+
+
+def test_numeric_statistics_come_from_the_training_frame_alone(trained: Trained):
+    """Encoding another frame does not move them."""
+    other = random_frame(SCHEMA, seed=9)
+    before = trained.encoder.statistics[Entity.ITEM].mean.copy()
+    trained.encoder.items(other)
+    assert np.array_equal(trained.encoder.statistics[Entity.ITEM].mean, before)
+
+
+def test_masked_bce_ignores_unobserved_labels():
+    """Action 0: one label 1 at p = 0.5, one not observed: log 2; action 1: nothing observed: 0."""
+    labels = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
+    assert masked_bce(torch.zeros(2, 2), labels).item() == pytest.approx(np.log(2))
+
+
+def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_gives(trained: Trained):
+    """Broadcast and repetition are the same model."""
+    frame = Frame(FRAME.users, FRAME.items, FRAME.rows[:20])
+    blocks = trained.encoder.inputs(frame, Catalog.build(FRAME.items, trained.encoder))
+    inputs = {name: torch.from_numpy(np.ascontiguousarray(block)) for name, block in blocks.items()}
+    repeated = {n: x[inputs["user_index"]] if n.startswith(("user_", "sequence_")) and n != "user_index" else x
+                for n, x in inputs.items()} | {"user_index": torch.arange(20)}  # fmt: skip
+    with torch.inference_mode():
+        assert torch.allclose(trained.ranker(inputs), trained.ranker(repeated), atol=1e-6)
+
+
+def test_training_lowers_the_loss():
+    """Even ids are clicked more often: three epochs must find it."""
+    curve = _trained(training=TRAINING.model_copy(update={"epochs": 12})).facts["curve"]["losses"]["bce"]
+    assert np.mean(curve[-5:]) < 0.95 * np.mean(curve[:5])
+
+
+def test_the_same_seed_trains_the_same_ranker_and_another_seed_another():
+    """Bit-identical weights, so a run that is done again is the same run."""
+    first, again = _trained().ranker.state_dict(), _trained().ranker.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = _trained(training=TRAINING.model_copy(update={"seed": 1})).ranker.state_dict()
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_with_all_techniques_off_the_objective_is_the_plain_cross_entropy_bit_for_bit():
+    """Off means never having existed: same loss, same gradients as a loop that has never heard of them."""
+    encoder = Encoder.fit(FRAME, SCHEMA, 1)
+    data = TensorFrame(FRAME, encoder, Catalog.build(FRAME.items, encoder))
+    batch = data.batch(torch.arange(64))
+    gradients = []
+    for loss_of in (
+        lambda ranker: objective(ranker, batch, TechniquesConfig(), torch.Generator())[0],
+        lambda ranker: masked_bce(ranker(batch.inputs), batch.labels),
+    ):
+        torch.manual_seed(0)
+        ranker = Ranker(encoder, SMALL)
+        loss_of(ranker).backward()
+        gradients.append([p.grad for p in ranker.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_technique_that_draws_random_numbers_leaves_batches_and_hidden_ids_alone():
+    """With weight 0 in effect, mixup on gives the very weights mixup off gives."""
+    tiny = TechniquesConfig(mixup=MixupConfig(weight=1e-30))
+    plain, mixed = _trained(TechniquesConfig()).ranker.state_dict(), _trained(tiny).ranker.state_dict()
+    assert all(torch.allclose(plain[name], mixed[name], atol=1e-7) for name in plain)
+
+
+def test_the_residual_adds_at_most_five_percent_parameters_at_the_default_size():
+    """The paper's bound, on a world with few embedding rows (the worst case for the ratio)."""
+    encoder = Encoder.fit(FRAME, SCHEMA, 1)
+    plain, residual = Ranker(encoder, ModelConfig()), Ranker(encoder, ModelConfig(), ResidualConfig())
+    assert count_parameters(plain) < count_parameters(residual) <= 1.05 * count_parameters(plain)
+
+
+def test_saving_and_loading_a_ranker_keeps_its_answers(trained: Trained, tmp_path: Path):
+    """Bit-identical logits after the round trip."""
+    trained.save(tmp_path)
+    assert np.array_equal(predict(Trained.load(tmp_path), FRAME, FRAME.items), predict(trained, FRAME, FRAME.items))
+
+
+def test_an_action_without_positives_cannot_be_trained_on():
+    """The error names the action and the mend."""
+    barren = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(save=pl.lit(0, pl.Int8)))
+    with pytest.raises(DataError, match=r"action 'save': 0 positives in 400 training rows.*train_days"):
+        train_ranker(barren, FRAME.items, SCHEMA, SMALL, ALL_THREE, TRAINING)
+
+
+def test_platt_scaling_recovers_the_slope_and_intercept_that_made_the_labels():
+    """Labels drawn from sigmoid(0.5 x - 1)."""
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, (40_000, 1)).astype(np.float32)
+    label = (rng.random((40_000, 1)) < 1 / (1 + np.exp(-(0.5 * logit - 1)))).astype(np.float32)
+    platt = fit_platt(logit, label, ["click"], CalibrationConfig())
+    assert platt.slope[0] == pytest.approx(0.5, abs=0.03)
+    assert platt.intercept[0] == pytest.approx(-1, abs=0.05)
+
+
+def test_calibration_without_enough_positives_names_the_action_and_the_mend():
+    """Three positives where ten are needed."""
+    label = np.zeros((50, 1), np.float32)
+    label[:3] = 1
+    with pytest.raises(DataError, match=r"action 'click': 3 positives among 50 .* at least 10"):
+        fit_platt(np.zeros((50, 1), np.float32), label, ["click"], CalibrationConfig())
+
+
+def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_inside(trained: Trained, bundle: Path):
+    """Logits agree; probabilities are their Platt-scaled sigmoid; the score weighs them by utility (eq. 12)."""
+    answers = OnnxRanker(bundle).score(FRAME, FRAME.items, batch_users=7)
+    logits = predict(trained, FRAME, FRAME.items)
+    assert np.abs(answers["logits"] - logits).max() < 1e-5
+    expected = Platt(slope=(1.1, 0.9), intercept=(0.1, -0.2)).probabilities(logits)
+    assert np.abs(answers["probabilities"] - expected).max() < 1e-5
+    assert np.abs(answers["score"] - expected @ [1.0, 2.0]).max() < 1e-5
+
+
+def test_a_bundle_holds_what_serving_needs_with_an_all_missing_request_among_its_golden_answers(bundle: Path):
+    """The serving side's own check accepts it."""
+    assert check_bundle(bundle).fingerprint == "f"
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObject):
+    """Cold-complete: any subset of features null, ids unknown, sequences empty."""
+    users, items, rows = FRAME.users[:1], FRAME.items[:8], FRAME.rows[:8]
+    rows = rows.with_columns(user_row=pl.lit(0), item_row=pl.Series(range(8)))
+    for table, key in ((users, "user_id"), (items, "item_id")):
+        stored = [c for c in table.columns if c not in (key, "day")]
+        gone = data.draw(st.lists(st.sampled_from(stored), unique=True))
+        emptied = table.with_columns(pl.lit(None, table.schema[c]).alias(c) for c in gone)
+        users, items = (emptied, items) if key == "user_id" else (users, emptied)
+    if data.draw(st.booleans()):
+        items = items.with_columns(item_id=pl.lit(-7, pl.Int64))
+    context = rows.with_columns(pl.lit(None, pl.Int64).alias("surface")) if data.draw(st.booleans()) else rows
+    answers = OnnxRanker(bundle).score(Frame(users, items, context), FRAME.items)
+    assert all(np.isfinite(answer).all() for answer in answers.values())
+
+
+def test_labels_are_nan_where_an_action_was_not_observed():
+    """Null in the log, NaN in the tensor."""
+    labels = labels_of(FRAME, SCHEMA)
+    assert np.isnan(labels[:, 1]).sum() == FRAME.rows["save"].null_count()
+    assert not np.isnan(labels[:, 0]).any()
