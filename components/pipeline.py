@@ -12,7 +12,9 @@ NAME = "train-ranker"
 def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> dsl.base_component.BaseComponent:
     """The pipeline ``train_ranker``; ``place`` is told every task and may say where it runs, not what it does."""
 
-    @dsl.pipeline(name=NAME, description="Validate, train, calibrate, judge; deploy only what is blessed.")
+    @dsl.pipeline(  # type: ignore[untyped-decorator]
+        name=NAME, description="Validate, train, calibrate, judge; deploy only what is blessed."
+    )
     def train_ranker(
         data: str,
         run_date: str,
@@ -49,7 +51,7 @@ def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> ds
         for task in (checked, trained, calibrated, judged, deployed, stopped):
             task.set_env_variable("PYTHONUNBUFFERED", "1")
             place(task)
-        return verdict
+        return verdict  # type: ignore[no-any-return]
 
     return train_ranker
 

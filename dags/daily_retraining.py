@@ -33,7 +33,7 @@ RANKER = Asset("ranker")
 
 DATA = "{{ params.data or '' }}"
 RUN_DATE = "{{ params.date or (logical_date or dag_run.run_after).strftime('%Y-%m-%d') }}"
-LOG = {"data": DATA, "run_date": RUN_DATE}
+LOG: dict[str, Any] = {"data": DATA, "run_date": RUN_DATE}
 
 PARAMS = {
     "data": Param(None, type=["null", "string"], description="Imported data directory; FRESHRANK_DATASET if empty."),
@@ -46,7 +46,7 @@ PARAMS = {
 
 @task.sensor(poke_interval=300, timeout=timedelta(hours=6).total_seconds(), mode="reschedule")
 def wait_for_partition(data: str, run_date: str, params: dict[str, Any] | None = None) -> PokeReturnValue:
-    from freshrank.orchestration.daily import missing_partition
+    from freshrank.orchestration.checks import missing_partition
 
     with final_errors():
         missing = missing_partition(data_directory(data), run_date)
@@ -68,11 +68,13 @@ def historical_features(data: str, run_date: str, params: dict[str, Any] | None 
 
 @task
 def validate(data: str, run_date: str, params: dict[str, Any] | None = None) -> None:
-    from freshrank.orchestration import daily
+    from freshrank import steps
 
     assert params is not None
     with final_errors():
-        daily.validate(data_directory(data), run_date, run_config(params["recipe"], params["overrides"]))
+        path, config = data_directory(data), run_config(params["recipe"], params["overrides"])
+        folder = steps.Run(path, run_date).directory / "validation"
+        steps.validate(path, run_date, config.windows.model_dump_json(), folder)
 
 
 @task
@@ -85,10 +87,10 @@ def materialize(data: str, run_date: str) -> None:
 
 @task(outlets=[RANKER])
 def confirm_served(data: str, run_date: str) -> int:
-    from freshrank.orchestration import daily
+    from freshrank.orchestration import checks
 
     with final_errors():
-        version = daily.confirm_served(data_directory(data), run_date)
+        version = checks.confirm_served(data_directory(data), run_date)
     if version is None:
         raise AirflowSkipException("no model was deployed; the champion still serves")
     return version
@@ -105,8 +107,8 @@ def confirm_served(data: str, run_date: str) -> int:
     default_args={
         "owner": "ranking",
         "retries": 2,
-        "retry_delay": timedelta(minutes=1),
-        "retry_exponential_backoff": 2.0,
+        "retry_delay": timedelta(seconds=20),
+        "retry_exponential_backoff": 4.0,
         "max_retry_delay": timedelta(minutes=10),
     },
 )

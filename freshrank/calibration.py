@@ -26,7 +26,9 @@ class Platt(BaseModel):
 
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities [N, A] of logits [N, A]."""
-        return 1 / (1 + np.exp(-(np.asarray(self.slope) * logits.astype(np.float64) + np.asarray(self.intercept))))
+        scaled = np.asarray(self.slope) * logits.astype(np.float64) + np.asarray(self.intercept)
+        probabilities: npt.NDArray[np.float64] = 1 / (1 + np.exp(-scaled))
+        return probabilities
 
     def save(self, path: Path) -> None:
         write_json(path, self.model_dump())

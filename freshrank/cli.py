@@ -1,4 +1,4 @@
-"""`freshrank ...`: the pieces as commands. Errors a user can mend are printed without a traceback, with an exit code."""
+"""`freshrank ...`: the pieces as commands. An error a user can mend is one sentence and an exit code."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -38,6 +38,8 @@ Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD:
 Recipe = Annotated[str, typer.Option("--recipe", help=f"Named configuration: {', '.join(RECIPES)}.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change one value: section.field=value (repeat).")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Default: inside the run's folder.")]
+Protocol = Annotated[Literal["staggered", "sparse", "strict", "oracle"], typer.Option(
+    help="How KuaiRand's items are made cold; see docs/kuairand.md.")]  # fmt: skip
 Source = Annotated[Path, typer.Argument(help="Directory to read.")]
 Target = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
 
@@ -62,9 +64,7 @@ def _root(
 def import_kuairand(
     source: Source,
     target: Target,
-    protocol: Annotated[str, typer.Option(help="staggered | sparse | strict | oracle: how items are made cold.")] = (
-        "staggered"
-    ),
+    protocol: Protocol = "staggered",
 ) -> None:
     """Import KuaiRand-Pure: the published CSV files or the Parquet slice."""
     from freshrank.datasets import kuairand
@@ -98,8 +98,9 @@ def simulate(
 
 def _report_import(dataset: "Dataset") -> None:
     rows = sum(day["rows"] for day in dataset.manifest["days"].values())
+    actions = ", ".join(dataset.schema.actions)
     out.print(f"{dataset.path}: {rows:,} impressions on {len(dataset.days)} days, {dataset.days[0]} .. "
-              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {', '.join(dataset.schema.actions)}")  # fmt: skip
+              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- features
@@ -159,7 +160,7 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
 
 @app.command()
 def validate(data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE) -> None:
-    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it must not be trained on."""
+    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks."""
     from freshrank import steps
 
     where = target or _folder(data, day, "validation")
@@ -193,8 +194,9 @@ def calibrate(
     from freshrank import steps
 
     config, where = _config(recipe_name, overrides), target or _folder(data, day, "bundle")
-    facts = steps.calibrate(data, _date(data, day), config.windows.model_dump_json(), config.calibration.model_dump_json(),
-                            ranker or _folder(data, day, "train"), where)  # fmt: skip
+    facts = steps.calibrate(data, _date(data, day), config.windows.model_dump_json(),
+                            config.calibration.model_dump_json(), ranker or _folder(data, day, "train"),
+                            where)  # fmt: skip
     _print_facts(f"bundle: {where}", facts)
 
 
@@ -222,12 +224,15 @@ def publish(
     day: Day = None,
     bundle: Annotated[Path | None, typer.Option(help="Output of `freshrank calibrate`. Default: the run's.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Output of `freshrank evaluate`. Default: the run's.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a version that was rolled back, or older than what serves.")
+    ] = False,
 ) -> None:
     """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
     from freshrank import steps
 
     result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"),
-                          evaluation or _folder(data, day, "evaluation"), _folder(data, day, "published"))  # fmt: skip
+                          evaluation or _folder(data, day, "evaluation"), _folder(data, day, "published"), force)  # fmt: skip
     out.print(f"served version: {result['version']}")
 
 
@@ -262,10 +267,10 @@ def submit(
 
 @app.command()
 def demo(
-    data: Annotated[Path | None, typer.Option("--data", help="KuaiRand, or schema.yaml + tables, or an imported dataset. "
-                                              "Default: a small simulated world.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="KuaiRand's files, or schema.yaml + tables, or an "
+                                              "imported dataset. Default: a small simulated world.")] = None,
     day: Day = None,
-    protocol: Annotated[str, typer.Option(help="How KuaiRand's items are made cold.")] = "staggered",
+    protocol: Protocol = "staggered",
 ) -> None:  # fmt: skip
     """The whole daily run through a real Airflow, Kubeflow, Feast and Triton; then rank 100 candidates for a user."""
     from freshrank import daily

@@ -18,6 +18,7 @@ from freshrank.schema import ITEM_ID, USER_ID
 from freshrank.settings import settings
 
 if TYPE_CHECKING:
+    from freshrank.datasets.kuairand import Protocol
     from freshrank.report import RunSummary
     from freshrank.serving.client import Answer
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 UNKNOWN_CANDIDATES = 5
 
 
-def prepare(data: Path | None, protocol: str) -> Path:
+def prepare(data: Path | None, protocol: "Protocol") -> Path:
     """An imported dataset for ``data``: itself, or imported by its layout; a simulated world for None."""
     where = settings().home / "data"
     if data is None:
@@ -61,7 +62,7 @@ def run(data: Path, run_date: date, config: RunConfig) -> None:
     run_pipeline(data, run_date, config)
 
 
-def demo(data: Path | None, day: str | None, protocol: str, console: Console) -> "RunSummary":
+def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Console) -> "RunSummary":
     """The daily run through Airflow, then a ranking request to the server it published to."""
     from freshrank.orchestration.airflow_home import run_dag
     from freshrank.serving.local import server
@@ -83,7 +84,7 @@ def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
     except ServingError as error:
         console.print(f"no ranking was asked for: {error}")
         return
-    console.print(f"ranked {len(answer.rows())} candidates for user {user} ({UNKNOWN_CANDIDATES} of them unknown items): "
+    console.print(f"ranked {len(answer.rows())} candidates for user {user}, {UNKNOWN_CANDIDATES} of them unknown: "
                   f"model version {answer.model_version}, best five:")  # fmt: skip
     for row in answer.rows()[:5]:
         console.print("  " + "  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))

@@ -204,7 +204,7 @@ class Encoder:
 
     def save(self, directory: Path) -> None:
         """Write ``encoder.safetensors`` and ``encoder.json``."""
-        arrays = {f"vocabulary.{name}": v.values for name, v in self.vocabularies.items()}
+        arrays: Blocks = {f"vocabulary.{name}": v.values for name, v in self.vocabularies.items()}
         for entity, moments in self.statistics.items():
             arrays |= {f"mean.{entity}": moments.mean, f"std.{entity}": moments.std}
         with atomic_write(directory / "encoder.safetensors") as path:

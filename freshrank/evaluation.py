@@ -41,7 +41,10 @@ class MetricName(StrEnum):
     CALIBRATION_RATIO = "calibration_ratio"
     """Mean prediction / observed rate; 1 is calibrated, above 1 too high."""
     SCORE_GAP_POSITIVE = "score_gap_positive"
-    """(mean warm - mean fresh prediction) / mean warm, among rows with the action (paper, fig. 2c and 6c)."""
+    """(mean warm - mean fresh prediction) / mean warm, among rows with the action (paper, fig. 2c and 6c).
+
+    Its support counts the positives of the smaller side.
+    """
     SCORE_GAP_NEGATIVE = "score_gap_negative"
     """The same among rows without the action."""
     FRESH_SHARE_TOP = "fresh_share_of_top_k"
@@ -319,14 +322,18 @@ def _hits(table: _Table, name: str, metric: MetricName, rank: Ints) -> Iterator[
         value = float(hit[:, action].sum() / support.lists) if support.lists else None
         yield Metric(slice=name, metric=metric, action=label, value=value, support=support,
                      note=None if support.lists else _no_list(table, name, label))  # fmt: skip
-    weights, note = _weights(table, holds)
+    weights, note = _weights(table, name, holds)
     counted = holds[:, weights != 0].any(axis=1).sum()
     value = float(_rates(holds, hit) @ weights) if counted else None
     yield Metric(slice=name, metric=metric, value=value, note=note, support=Support(rows=rows.sum(), lists=counted))
 
 
 def _no_list(table: _Table, name: str, action: str) -> str:
-    return f"no list of at least {table.config.min_candidates} candidates holds '{action}' on an item of slice '{name}'"
+    return f"no list of at least {table.config.min_candidates} candidates holds '{action}' on {_item_of(name)}"
+
+
+def _item_of(name: str) -> str:
+    return {ALL: "an item", FRESH: "a fresh item", WARM: "a warm item"}.get(name, f"an item of slice '{name}'")
 
 
 def _rates(holds: Bools, hit: Bools) -> NDArray[np.float64]:
@@ -335,12 +342,12 @@ def _rates(holds: Bools, hit: Bools) -> NDArray[np.float64]:
     return rates
 
 
-def _weights(table: _Table, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
+def _weights(table: _Table, name: str, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
     """[A] weights of the utility-weighted average over the actions that have lists, and a note on the others."""
     supported = holds.any(axis=0) & (table.utilities != 0)
     absent = [a for a, u, s in zip(table.schema.actions, table.utilities, supported, strict=True) if u and not s]
     if not supported.any():
-        return np.zeros(len(supported)), "no list holds an action with utility on an item of the slice"
+        return np.zeros(len(supported)), f"no list holds an action with utility on {_item_of(name)}"
     weights = np.where(supported, table.utilities, 0.0)
     return weights / np.abs(weights).sum(), f"without {', '.join(absent)}: no list holds it" if absent else None
 
@@ -390,7 +397,7 @@ def _gap(table: _Table, action: int, wanted: int, metric: MetricName) -> Metric:
         chosen = probabilities[labels == wanted]
         counts.append(len(chosen))
         means.append(float(chosen.mean()) if len(chosen) else 0.0)
-    support = Support(rows=sum(counts), positives=counts[1] if wanted else 0)
+    support = Support(rows=sum(counts), positives=min(counts) if wanted else 0)
     note = None
     if not min(counts) or means[0] == 0:
         kind = "with" if wanted else "without"
@@ -468,11 +475,12 @@ def _invalid(challenger: Judged, baseline: Judged) -> str | None:
 
 
 def _differences(ours: _Table, theirs: _Table, share: float) -> Iterator[Difference]:
-    groups = [(ALL, MetricName.HITS, ours.rank, theirs.rank), (FRESH, MetricName.HITS, ours.rank, theirs.rank)]
+    groups = [(FRESH, MetricName.HITS, ours.rank, theirs.rank)]
     matched, matched_theirs = ours.matched(share), theirs.matched(share)
     refusal = next((why for why in (matched, matched_theirs) if isinstance(why, str)), None)
     if not isinstance(matched, str) and not isinstance(matched_theirs, str):
         groups.append((FRESH, MetricName.MATCHED_HITS, matched[0], matched_theirs[0]))
+    groups.append((ALL, MetricName.HITS, ours.rank, theirs.rank))
     hits = [(ours.hits(name, rank), theirs.hits(name, other)[1]) for name, _, rank, other in groups]
     holds = np.hstack([both[0] for both, _ in hits])
     hit, other_hit = np.hstack([both[1] for both, _ in hits]), np.hstack([theirs_hit for _, theirs_hit in hits])
@@ -497,13 +505,13 @@ class _Group:
     baseline: Bools
 
     def differences(self, table: _Table, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
-        """One row per action and one for their weighted average, from bootstrap draws [B, A]."""
+        """The weighted average and one row per action, from bootstrap draws [B, A]."""
+        weights, note = _weights(table, self.name, self.holds)
+        yield self._difference(table.config, None, weights, note, challenger, baseline)
         for action, label in enumerate(table.schema.actions):
             weights = np.eye(len(table.utilities))[action]
             note = None if self.holds[:, action].any() else _no_list(table, self.name, label)
             yield self._difference(table.config, label, weights, note, challenger, baseline)
-        weights, note = _weights(table, self.holds)
-        yield self._difference(table.config, None, weights, note, challenger, baseline)
 
     def _difference(
         self,

@@ -174,7 +174,7 @@ def _check_parity(model: CalibratedRanker, cases: list[Blocks], answers: list[Bl
 
 
 def _write_golden(out: Path, cases: list[Blocks], answers: list[Blocks]) -> None:
-    tensors = {}
+    tensors: Blocks = {}
     for number, (case, answer) in enumerate(zip(cases, answers, strict=True)):
         tensors |= {f"case{number}.in.{name}": np.ascontiguousarray(block) for name, block in case.items()}
         tensors |= {f"case{number}.out.{name}": np.ascontiguousarray(block) for name, block in answer.items()}

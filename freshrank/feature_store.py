@@ -4,10 +4,15 @@ Offline reads are point-in-time joins; online reads give the same columns and dt
 whatever the reason: unknown id, no snapshot, a value missing in the table.
 """
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import polars as pl
@@ -15,11 +20,13 @@ import yaml
 
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
-from freshrank.history import CREATED, KEYS
-from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, ITEM_ID, SNAPSHOT, Entity, Feature, Group, Kind, Schema
+from freshrank.history import CREATED, KEYS, require_history
+from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Group, Kind, Schema
 from freshrank.settings import settings
 from freshrank.storage import atomic_write
 from freshrank.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 SERVICE = "ranking"
 VIEWS = {
@@ -34,6 +41,8 @@ ALWAYS = datetime(1970, 1, 2, tzinfo=UTC)
 """Profiles carry no time of their own: they count as known from the start."""
 SNAPSHOT_LIFE = timedelta(days=1) - timedelta(microseconds=1)
 """A snapshot stands for its day alone; a day without one reads as missing, not as the day before."""
+_REGISTRY_SECONDS = 60
+"""How long an open store may answer from what it last read of the registry."""
 _ROW = "freshrank_row"
 _DTYPES: dict[Kind, pl.DataType] = {
     Kind.CATEGORICAL: pl.Int64(),
@@ -54,7 +63,7 @@ def _read_schema(schema: Schema, entity: Entity) -> dict[str, pl.DataType]:
     return stored_schema(schema, entity) | extra
 
 
-def definitions(schema: Schema, workspace: Workspace, dataset_path: Path) -> list[Any]:
+def definitions(schema: Schema, workspace: Workspace) -> list[Any]:
     """Entities, sources, views and the ``ranking`` service, as Feast objects for ``apply``."""
     import feast
 
@@ -62,51 +71,258 @@ def definitions(schema: Schema, workspace: Workspace, dataset_path: Path) -> lis
         entity: feast.Entity(name=entity.value, join_keys=[key], value_type=feast.ValueType.INT64)
         for entity, key in KEYS.items()
     }
-    views = [_view(schema, workspace, entities[entity], entity, group) for entity, group in VIEWS]
-    views = [view for view in views if view is not None]
+    views = [
+        _view(schema, workspace, entities[entity], entity, group)
+        for entity, group in VIEWS
+        if view_columns(schema, entity, group)
+    ]
     service = feast.FeatureService(name=SERVICE, features=views)
     return [*entities.values(), *[view.batch_source for view in views], *views, service]
 
 
 def view_features(schema: Schema, entity: Entity, group: Group) -> list[Feature]:
-    return [f for f in schema.select(entity, stored=True) if f.group is group]
+    return [feature for feature in schema.select(entity, stored=True) if feature.group is group]
 
 
-def _view(schema: Schema, workspace: Workspace, feast_entity: Any, entity: Entity, group: Group) -> Any:
+def view_columns(schema: Schema, entity: Entity, group: Group) -> dict[str, pl.DataType]:
+    """What the view of ``entity`` and ``group`` holds beside its key; empty where the schema has nothing for it."""
+    columns = {feature.name: _DTYPES[feature.kind] for feature in view_features(schema, entity, group)}
+    carries_birth = (entity, group) == (Entity.ITEM, Group.NON_HISTORICAL)
+    return columns | ({CREATED_AT_US: pl.Int64()} if carries_birth else {})
+
+
+def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, group: Group) -> Any:
     import feast
 
-    historical = group is Group.HISTORICAL
-    fields = [feast.Field(name=f.name, dtype=_feast_type(f.kind)) for f in view_features(schema, entity, group)]
-    if (entity, group) == (Entity.ITEM, Group.NON_HISTORICAL):
-        fields.append(feast.Field(name=CREATED_AT_US, dtype=feast.types.Int64))
-    if not fields:
-        return None
-    name = VIEWS[entity, group]
-    path = workspace.features / entity / "*" / "*.parquet" if historical else static_path(workspace, entity)
+    name, historical = VIEWS[entity, group], group is Group.HISTORICAL
+    columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, group)
     source = feast.FileSource(
         name=f"{name}_source",
-        path=str(path),
+        path=str(workspace.features / entity / "*" / "*.parquet" if historical else static_path(workspace, entity)),
         timestamp_field=SNAPSHOT if historical else EVENT_TIMESTAMP,
         created_timestamp_column=CREATED if historical else "",
     )
-    ttl = SNAPSHOT_LIFE if historical else timedelta(0)
-    key = feast.Field(name=KEYS[entity], dtype=feast.types.Int64)
-    return feast.FeatureView(name=name, entities=[feast_entity], schema=[key, *fields], source=source, ttl=ttl)
+    return feast.FeatureView(
+        name=name,
+        entities=[owner],
+        schema=[feast.Field(name=column, dtype=_feast_type(dtype)) for column, dtype in columns.items()],
+        source=source,
+        ttl=SNAPSHOT_LIFE if historical else timedelta(0),
+    )
 
 
-def _feast_type(kind: Kind) -> Any:
+def _feast_type(dtype: pl.DataType) -> Any:
     from feast.types import Array, Float32, Int64
 
-    types = {
-        Kind.CATEGORICAL: Int64,
-        Kind.NUMERIC: Float32,
-        Kind.EMBEDDING: Array(Float32),
-        Kind.MULTI_VALUED: Array(Int64),
-        Kind.SEQUENCE: Array(Int64),
-    }
-    return types[kind]
+    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
+    scalar = Int64 if inner == pl.Int64 else Float32
+    return Array(scalar) if isinstance(dtype, pl.List) else scalar
 
 
 def static_path(workspace: Workspace, entity: Entity) -> Path:
     """The items or users table in the shape Feast reads."""
     return workspace.features / "static" / f"{entity}.parquet"
+
+
+def write_static_tables(dataset: Dataset, workspace: Workspace) -> None:
+    """Write the items and users tables with the columns, dtypes and timestamp the views declare."""
+    tables = {Entity.USER: dataset.users(), Entity.ITEM: dataset.items()}
+    for entity, table in tables.items():
+        features = view_features(dataset.schema, entity, Group.NON_HISTORICAL)
+        columns = [pl.col(KEYS[entity]).cast(pl.Int64), *map(_stored_column, features)]
+        columns += _timestamps(entity)
+        with atomic_write(static_path(workspace, entity)) as temporary:
+            table.select(columns).write_parquet(temporary)
+
+
+def _stored_column(feature: Feature) -> pl.Expr:
+    column = pl.col(feature.name).cast(_DTYPES[feature.kind])
+    return column.list.head(feature.dim) if feature.kind is Kind.MULTI_VALUED else column
+
+
+def _timestamps(entity: Entity) -> list[pl.Expr]:
+    utc = pl.Datetime("us", "UTC")
+    if entity is Entity.USER:
+        return [pl.lit(ALWAYS, dtype=utc).alias(EVENT_TIMESTAMP)]
+    created = pl.col(CREATED_AT).cast(utc)
+    return [created.alias(EVENT_TIMESTAMP), created.dt.epoch("us").alias(CREATED_AT_US)]
+
+
+class FeatureStore:
+    """One dataset's features. Reading online needs what :meth:`apply` and :meth:`materialize` wrote, nothing else."""
+
+    def __init__(self, dataset: Dataset, workspace: Workspace) -> None:
+        self.dataset = dataset
+        self.schema: Schema = dataset.schema
+        self.workspace = workspace
+        self._read_at = float("-inf")
+        self._instants: dict[str, datetime | None] = {}
+
+    @cached_property
+    def _feast(self) -> Any:
+        import feast
+
+        self.workspace.feast.mkdir(parents=True, exist_ok=True)
+        secret = settings().redis_url.get_secret_value()
+        return feast.FeatureStore(config=feast.RepoConfig(**_config(self.schema, self.workspace, secret)))
+
+    def apply(self) -> None:
+        """Register the views and write the tables they read; repeating it changes nothing."""
+        write_static_tables(self.dataset, self.workspace)
+        write_feast_yaml(self.schema, self.workspace)
+        with _quiet():
+            self._feast.apply(definitions(self.schema, self.workspace))
+
+    def materialize(self, run_date: date, rewind: bool = False) -> None:
+        """Put into the online store what is known when ``run_date`` begins, and the content of items born on it.
+
+        Histories are the snapshots of ``run_date``. A new item's content is pushed when it is born; here, where
+        the table holds the whole day already, that means items created before the day's end.
+        The store never goes back by itself, so that repeating an old day cannot harm what serves: an earlier
+        ``run_date`` than it holds changes nothing, unless ``rewind``, which empties the store first.
+        """
+        require_history(self.dataset, self.workspace, [run_date])
+        start, end = (midnight(day, self.schema.utc_offset_hours) for day in (run_date, run_date + timedelta(days=1)))
+        held = max(filter(None, self._history_instants(0).values()), default=start)
+        if held > start and not rewind:
+            log.warning("online store: holds the state of %s and stays; received the earlier %s", held, start)
+            return
+        if held > start:
+            self._empty()
+        with _quiet():
+            for (_, group), view in self._views().items():
+                span = (start, start) if group is Group.HISTORICAL else (ALWAYS, end - timedelta(microseconds=1))
+                self._feast.materialize(*span, feature_views=[view])
+
+    def _empty(self) -> None:
+        with _quiet():
+            self._feast.teardown()
+        del self._feast
+        self.apply()
+
+    def _history_instants(self, seconds: float = _REGISTRY_SECONDS) -> dict[str, datetime | None]:
+        """Per view of histories the instant its online rows stand for, at most ``seconds`` old."""
+        if monotonic() - self._read_at > seconds:
+            self._feast.refresh_registry()
+            views = [view for (_, group), view in self._views().items() if group is Group.HISTORICAL]
+            self._instants = {view: self._feast.get_feature_view(view).most_recent_end_time for view in views}
+            self._read_at = monotonic()
+        return self._instants
+
+    def _views(self) -> dict[tuple[Entity, Group], str]:
+        return {key: view for key, view in VIEWS.items() if view_columns(self.schema, *key)}
+
+    def _references(self, entity: Entity) -> list[str]:
+        return [
+            f"{view}:{name}"
+            for (owner, group), view in self._views().items()
+            if owner is entity
+            for name in view_columns(self.schema, entity, group)
+        ]
+
+    def offline_users(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Features of ``frame[user_id, event_timestamp]`` as known at each row's instant, in the frame's row order."""
+        return self._offline(Entity.USER, frame)
+
+    def offline_items(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Features of ``frame[item_id, event_timestamp]`` as known at each row's instant, in the frame's row order."""
+        return self._offline(Entity.ITEM, frame)
+
+    def _offline(self, entity: Entity, frame: pl.DataFrame) -> pl.DataFrame:
+        columns = _read_schema(self.schema, entity)
+        if frame.is_empty():
+            return pl.DataFrame(schema=columns)
+        keys = frame.select(KEYS[entity], EVENT_TIMESTAMP).with_row_index(_ROW).to_pandas()
+        with _quiet():
+            job = self._feast.get_historical_features(entity_df=keys, features=self._references(entity))
+            joined = pl.DataFrame(job.to_arrow())
+        # DuckDB returns the rows in any order.
+        return joined.sort(_ROW).select(pl.col(name).cast(dtype) for name, dtype in columns.items())
+
+    def online_users(self, ids: Sequence[int]) -> pl.DataFrame:
+        """One row per id, in their order, with the columns and dtypes of :meth:`offline_users`."""
+        return self._online(Entity.USER, ids)
+
+    def online_items(self, ids: Sequence[int]) -> pl.DataFrame:
+        """One row per id, in their order, with the columns and dtypes of :meth:`offline_items`."""
+        return self._online(Entity.ITEM, ids)
+
+    def _online(self, entity: Entity, ids: Sequence[int]) -> pl.DataFrame:
+        key, columns = KEYS[entity], _read_schema(self.schema, entity)
+        if len(ids) == 0:
+            return pl.DataFrame(schema=columns)
+        read: dict[str, pl.Series] = {}
+        for (owner, group), view in self._views().items():
+            if owner is entity:
+                held = self._history_instants()[view] if group is Group.HISTORICAL else ALWAYS
+                read |= self._online_view(view, view_columns(self.schema, entity, group), key, ids, held)
+        return pl.DataFrame([pl.Series(key, ids, dtype=pl.Int64()), *(read[name] for name in columns if name != key)])
+
+    def _online_view(
+        self, view: str, columns: dict[str, pl.DataType], key: str, ids: Sequence[int], held: datetime | None
+    ) -> dict[str, pl.Series]:
+        if held is None:
+            return {name: pl.Series(name, [None] * len(ids), dtype=dtype) for name, dtype in columns.items()}
+        features = [f"{view}:{name}" for name in columns]
+        response = self._feast.get_online_features(features=features, entity_rows={key: list(ids)}).proto
+        results = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
+        return {name: _series(name, dtype, results[name], held.timestamp()) for name, dtype in columns.items()}
+
+
+def _series(name: str, dtype: pl.DataType, result: Any, held: float) -> pl.Series:
+    """A row older than ``held`` is of an entity that is in no snapshot any more: it reads as missing."""
+    field = _VALUE_FIELDS[dtype]
+    read = [
+        getattr(value, field) if at.seconds >= held and value.WhichOneof("val") else None
+        for value, at in zip(result.values, result.event_timestamps, strict=True)
+    ]
+    if isinstance(dtype, pl.List):
+        read = [None if value is None else list(value.val) for value in read]
+    return pl.Series(name, read, dtype=dtype)
+
+
+_VALUE_FIELDS: dict[pl.DataType, str] = {
+    pl.Int64(): "int64_val",
+    pl.Float32(): "float_val",
+    pl.List(pl.Int64()): "int64_list_val",
+    pl.List(pl.Float32()): "float_list_val",
+}
+
+
+def write_feast_yaml(schema: Schema, workspace: Workspace) -> None:
+    """The configuration for Feast's own command line; a password stays in its environment variable."""
+    with atomic_write(workspace.feast / "feature_store.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(_config(schema, workspace, "${FRESHRANK_REDIS_URL}"), sort_keys=False))
+
+
+def _config(schema: Schema, workspace: Workspace, redis_url: str) -> dict[str, Any]:
+    return {
+        "project": schema.name,
+        "provider": "local",
+        # SQL, because Feast's registry file is rewritten in place: a reader or a kill could meet half of it.
+        "registry": {
+            "registry_type": "sql",
+            "path": f"sqlite:///{workspace.feast.absolute()}/registry.db",
+            "cache_ttl_seconds": _REGISTRY_SECONDS,
+            "serve_features_while_materializing": True,
+        },
+        "offline_store": {"type": "duckdb"},
+        "online_store": _online_store(workspace, redis_url),
+        "materialization": {"online_write_batch_size": 5000},
+        "data_quality_monitoring": {"auto_baseline": False},
+        "entity_key_serialization_version": 3,
+    }
+
+
+def _online_store(workspace: Workspace, redis_url: str) -> dict[str, Any]:
+    if settings().online_store == "redis":
+        return {"type": "redis", "connection_string": redis_url}
+    return {"type": "sqlite", "path": str(workspace.feast.absolute() / "online.db")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Feast prints to stdout, which belongs to our callers, and calls functions its libraries deprecate."""
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

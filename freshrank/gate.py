@@ -103,7 +103,7 @@ def _predictions(comparison: Comparison, challenger: Evaluation) -> Reason:
 
 
 def _comparison_checks(comparison: Comparison, config: GateConfig) -> Iterator[Reason]:
-    for slice, check, needed in ((ALL, "support", config.min_lists), (FRESH, "fresh support", config.min_fresh_lists)):
+    for slice, check, needed in ((FRESH, "fresh support", config.min_fresh_lists), (ALL, "support", config.min_lists)):
         row = comparison.get(MetricName.HITS, slice)
         enough = row.lists >= needed
         of_slice = "" if slice == ALL else " on a fresh item"
@@ -121,10 +121,10 @@ def _hits(comparison: Comparison, slice: str, margin: float, enough: bool) -> Re
                       sentence=f"{_capital(check)} could not be compared: {row.note}.")  # fmt: skip
     gained = row.difference
     passed = _not_worse(gained, margin, slice) if enough else None
+    needed = f"its low end must exceed {-margin:.4f}" if slice == ALL else f"it must be at least {-margin + 0.0:.4f}"
     sentence = (
         f"{_capital(check)} is {row.challenger.value:.4f} against {row.baseline.value:.4f}: {gained.value:+.4f}, "
-        f"{comparison.confidence:.0%} interval {gained.low:+.4f} to {gained.high:+.4f}; "
-        f"{'the low end must exceed' if slice == ALL else 'at least'} {-margin + 0.0:+.4f}{_so(passed, enough)}."
+        f"{comparison.confidence:.0%} interval {gained.low:+.4f} to {gained.high:+.4f}; {needed}{_so(passed, enough)}."
     )
     value = gained.low if slice == ALL else gained.value
     return Reason(check=check, passed=passed, value=value, bound=-margin, sentence=sentence)
@@ -154,26 +154,23 @@ def _action_checks(challenger: Evaluation, action: str, config: GateConfig) -> I
         ratio = challenger.get(MetricName.CALIBRATION_RATIO, slice, action)
         limits = (1 / config.max_calibration_ratio, config.max_calibration_ratio)
         yield _bounded(ratio, "calibration ratio", config, limits)
-    warm = challenger.get(MetricName.CALIBRATION_RATIO, WARM, action).support.positives
     gap = challenger.get(MetricName.SCORE_GAP_POSITIVE, FRESH, action)
-    rare = gap.model_copy(update={"support": gap.support.model_copy(
-        update={"positives": min(warm, gap.support.positives)})})  # fmt: skip
-    yield _bounded(rare, "score gap", config, (-config.max_score_gap, config.max_score_gap))
+    yield _bounded(gap, "score gap", config, (-config.max_score_gap, config.max_score_gap))
     yield _bounded(challenger.get(MetricName.PR_AUC, ALL, action), "plausibility", config, (None, config.max_pr_auc))
 
 
-_NOUNS = {
-    "calibration error": "Expected calibration error",
-    "calibration ratio": "Predicted over observed rate",
-    "score gap": "Gap between warm and fresh mean prediction on positives",
-    "plausibility": "PR-AUC",
+_PHRASES = {
+    "calibration error": "Expected calibration error of '{action}' on {slice} rows",
+    "calibration ratio": "Mean prediction over observed rate of '{action}' on {slice} rows",
+    "score gap": "The share by which fresh rows with '{action}' are predicted lower than warm ones",
+    "plausibility": "PR-AUC of '{action}'",
 }
 
 
 def _bounded(metric: Metric, check: str, config: GateConfig, limits: tuple[float | None, float]) -> Reason:
     low, high = limits
     name = f"{check}: {metric.action}, {metric.slice}"
-    what = f"{_NOUNS[check]} of '{metric.action}' on {metric.slice} rows"
+    what = _PHRASES[check].format(action=metric.action, slice=metric.slice)
     if metric.value is None:
         return Reason(check=name, passed=None, bound=high,
                       sentence=f"{what} could not be computed: {metric.note}.")  # fmt: skip

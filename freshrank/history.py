@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
+from freshrank.errors import MissingArtifact
 from freshrank.schema import (
     EVENT_TIMESTAMP,
     IN_HISTORY,
@@ -95,6 +96,16 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
                 progress.advance(task)
 
 
+def require_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
+    """Raise :class:`MissingArtifact` unless the snapshots of ``days`` are there and of today's inputs."""
+    absent = [day for day in days if not _is_built(workspace, day, history_fingerprint(dataset, day))]
+    if absent:
+        raise MissingArtifact(
+            f"history: the snapshots of {min(absent)} .. {max(absent)} ({len(absent)} days) are missing or older than "
+            f"the log; run `freshrank features build` first"
+        )
+
+
 def compute_history(dataset: Dataset, days: Sequence[date]) -> Iterator[tuple[date, dict[Entity, pl.DataFrame]]]:
     """The snapshots of ``days`` (ascending), computed together in one query per entity."""
     import ibis
@@ -167,9 +178,13 @@ def _windows(days: Sequence[date], reach: int) -> Table:
 def _daily(log: Table, keys: list[str], actions: list[str]) -> Table:
     """Impressions, and per action the positive and the observed ones, per ``keys`` and day."""
     sums = {"impressions": log.count()}
-    sums |= {f"positive_{action}": (log[action] == 1).sum() for action in actions}
+    sums |= {f"positive_{action}": _positive(log, action).sum() for action in actions}
     sums |= {f"observed_{action}": log[action].count() for action in actions}
     return log.group_by(*keys, DAY).aggregate(**{name: value.cast("int64") for name, value in sums.items()})
+
+
+def _positive(log: Table, action: str) -> Any:
+    return (log[action] == 1).fill_null(False).cast("int64")
 
 
 def item_snapshots(log: Table, schema: Schema, days: Sequence[date]) -> Table:
@@ -220,7 +235,7 @@ def _sequences(log: Table, schema: Schema, days: Sequence[date]) -> Table:
     import ibis
 
     mask = reduce(lambda left, right: left + right, [
-        (log[action] == 1).fill_null(False).cast("int64") * (1 << bit) for bit, action in enumerate(schema.actions)
+        _positive(log, action) * (1 << bit) for bit, action in enumerate(schema.actions)
     ])  # fmt: skip
     engaged = log.mutate(mask=mask).filter(lambda t: t.mask > 0)
     event = ibis.struct({"at": engaged[EVENT_TIMESTAMP], "item": engaged[ITEM_ID], "mask": engaged.mask})

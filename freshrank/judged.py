@@ -1,6 +1,7 @@
 """Who is judged on which rows: the challenger, what served before the run's date, or popularity."""
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +9,19 @@ import numpy as np
 import polars as pl
 
 from freshrank.config import EvaluationConfig
-from freshrank.evaluation import Judged
+from freshrank.evaluation import ALL, FRESH, Comparison, Evaluation, Judged, MetricName
 from freshrank.export import OnnxRanker
-from freshrank.frames import Frame, load_frame
+from freshrank.frames import JUDGED_AGE, Frame, load_frame
+from freshrank.gate import Decision, Verdict
 from freshrank.popularity import popularity
+from freshrank.recipes import named
+from freshrank.report import ReportInput, RunSummary, library_versions, write_report
 from freshrank.schema import IN_EVALUATION, REQUEST_ID, USER_ID
 from freshrank.serving.repository import ModelRepository
+from freshrank.storage import read_json, write_json
 from freshrank.training import labels_of
 
 if TYPE_CHECKING:
-    from datetime import date
-
     from freshrank.steps import Run
 
 
@@ -30,6 +33,9 @@ class Champion:
     run_date: str
     fingerprint: str
     bundle: Path
+
+    def __str__(self) -> str:
+        return f"version {self.version} of {self.run_date}"
 
 
 def champion(run: "Run") -> Champion | None:
@@ -61,7 +67,7 @@ class JudgedRows:
     list_id: np.ndarray
 
     @classmethod
-    def load(cls, run: "Run", days: list["date"], config: EvaluationConfig) -> "JudgedRows":
+    def load(cls, run: "Run", days: list[date], config: EvaluationConfig) -> "JudgedRows":
         frame = load_frame(run.dataset, run.workspace, days, IN_EVALUATION)
         key = REQUEST_ID if config.lists == "request" else USER_ID
         list_id = frame.rows[key].rank("dense").cast(pl.Int64).to_numpy()
@@ -86,10 +92,86 @@ class JudgedRows:
             score=score,
             labels=self.labels,
             list_id=self.list_id,
-            age_days=rows["judged_age_days"].to_numpy(),
+            age_days=rows[JUDGED_AGE].to_numpy(),
             exposures=rows["exposures"].to_numpy(),
             item_id=rows["item_id"].to_numpy(),
         )
 
 
-__all__: list[Any] = []
+@dataclass(frozen=True)
+class Judgement:
+    """All that was found out about a bundle on the evaluation days."""
+
+    bundle: dict[str, Any]
+    champion: Champion | None
+    challenger: Evaluation
+    baseline: Evaluation
+    comparison: Comparison
+    verdict: Verdict
+    sections: dict[str, Any]
+    """The evaluation and gate sections of the configuration."""
+
+    @property
+    def baseline_name(self) -> str:
+        return str(self.champion or "popularity (nothing served yet)")
+
+    def write(self, directory: Path, run: "Run") -> None:
+        """``report.html``, ``evaluation.json``, ``comparison.json``, ``verdict.json`` and ``headline.json``."""
+        for name in ("challenger", "baseline", "comparison", "verdict"):
+            write_json(directory / f"{name}.json", getattr(self, name).model_dump(mode="json"))
+        write_json(directory / "headline.json", self._headline())
+        write_report(directory / "report.html", self._report(run))
+
+    def _headline(self) -> dict[str, Any]:
+        found = {f"hits_{slice}": self.comparison.get(MetricName.HITS, slice) for slice in (FRESH, ALL)}
+        return {
+            "fingerprint": self.bundle["fingerprint"],
+            "recipe": self._recipe(),
+            "baseline": self.baseline_name,
+            "parameter_increase": self.bundle["training"]["parameter_increase"],
+            **{f"{name}_challenger": row.challenger.value for name, row in found.items() if row.challenger},
+            **{f"{name}_baseline": row.baseline.value for name, row in found.items() if row.baseline},
+        }
+
+    def _recipe(self) -> str:
+        return named({name: self.bundle["config"][name] for name in ("model", "techniques", "training")})
+
+    def _report(self, run: "Run") -> ReportInput:
+        training = self.bundle["training"]
+        curve = training["curve"]
+        return ReportInput(
+            dataset=run.dataset.schema.name,
+            run_date=run.date,
+            recipe=self._recipe(),
+            verdict=self.verdict,
+            comparison=self.comparison,
+            challenger=self.challenger,
+            baseline=self.baseline,
+            baseline_name=self.baseline_name,
+            parameters=training["parameters"],
+            parameter_increase=training["parameter_increase"],
+            training_curve=list(zip(curve["steps"], curve["losses"]["bce"], strict=True)),
+            data_facts={name: training[name] for name in ("rows", "cold_rows", "user_days", "device")},
+            config=self.bundle["config"] | self.sections,
+            versions=library_versions(),
+            fingerprints={"bundle": self.bundle["fingerprint"]},
+            validation_page="validation/validation.html",
+        )
+
+
+def summarise(directory: Path) -> RunSummary:
+    """What ``directory``, a run's folder, says about how its day ended."""
+    record, headline = read_json(directory / "run.json"), read_json(directory / "headline.json")
+    verdict = Verdict.model_validate(read_json(directory / "verdict.json"))
+    return RunSummary(
+        dataset=record["dataset"],
+        run_date=record["run_date"],
+        recipe=headline["recipe"],
+        verdict=verdict,
+        comparison=Comparison.model_validate(read_json(directory / "comparison.json")),
+        baseline_name=headline["baseline"],
+        parameter_increase=headline["parameter_increase"],
+        served_version=record["served_version"],
+        deployed=record["deployed"] and verdict.verdict is Decision.BLESSED,
+        report=directory / "report.html",
+    )

@@ -50,3 +50,12 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def named(sections: dict[str, Any]) -> str:
+    """Name of the recipe whose ``sections`` these are (as JSON), ``custom`` where it is none."""
+    for name, known in RECIPES.items():
+        tree = known.model_dump(mode="json")
+        if all(tree[section] == value for section, value in sections.items()):
+            return name
+    return "custom"

@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     triton_http_port: int = 8000
     triton_grpc_port: int = 8001
     triton_metrics_port: int = 8002
+    triton_control_token: SecretStr = SecretStr("")
+    """Sent with every call that lists, loads or unloads models; needed where the server restricts them."""
     online_store: Literal["sqlite", "redis"] = "sqlite"
     redis_url: SecretStr = SecretStr("127.0.0.1:6379")
     """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""

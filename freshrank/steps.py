@@ -5,6 +5,7 @@ sections it takes and the code it runs, so a step that was killed is done again 
 """
 
 import inspect
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from freshrank.config import (
 )
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import DataError, MissingArtifact, ServingError
-from freshrank.schema import CREATED_AT, IN_TRAINING, ITEM_ID
+from freshrank.schema import CREATED_AT, IN_TRAINING, ITEM_ID, USAGE, Usage
 from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
 
@@ -97,13 +98,14 @@ def _split(run: Run, windows: str) -> Split:
 
 
 def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
-    """Historical snapshots for every day of the run's windows and for the run's date itself."""
+    """Historical snapshots for every day that is learned from or judged, and for the run's date itself."""
     from freshrank.history import build_history
 
     run = Run(data, run_date)
     split = _split(run, windows or WindowConfig().model_dump_json())
-    first = max(split.train[0], run.dataset.days[0])
-    build_history(run.dataset, run.workspace, list(days(first, run.date)))
+    log_days = run.days(days(split.train[0], split.evaluation[-1]), "windows'")
+    rows = run.dataset.impressions(log_days).filter(pl.col(USAGE) != Usage.HISTORY).select("day").unique().collect()
+    build_history(run.dataset, run.workspace, [*sorted(rows["day"]), run.date])
 
 
 def materialize(data: FreshrankPath, run_date: str) -> None:
@@ -126,7 +128,8 @@ def train(
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Train the ranker on the training days into directory ``out``."""
-    from freshrank import encoding, frames, history, training as training_module
+    from freshrank import encoding, frames, history
+    from freshrank import training as training_module
     from freshrank.models import inputs, ranker
     from freshrank.techniques import mixup, residual, score_reg
 
@@ -142,7 +145,9 @@ def train(
             _config(TechniquesConfig, techniques), _config(TrainingConfig, training),
         )  # fmt: skip
         trained.save(directory)
-        write_json(directory / "key.json", key)
+        sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
+        config = {name: json.loads(section) for name, section in sections.items()}
+        write_json(directory / "key.json", {"key": key, "config": config})
 
     run.step("train", key, out, compute)
     facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
@@ -155,12 +160,13 @@ def calibrate(
     data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath, out: FreshrankPath
 ) -> dict[str, Any]:
     """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
-    from freshrank import calibration as calibration_module, export, frames, training
+    from freshrank import calibration as calibration_module
+    from freshrank import export, frames, training
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).calibration, "calibration")
     trained_key = read_json(_existing(Path(model_dir) / "key.json", "freshrank train"))
-    key = {"train": trained_key, "data": run.read(wanted), "days": wanted, "calibration": calibration,
+    key = {"train": trained_key["key"], "data": run.read(wanted), "days": wanted, "calibration": calibration,
            "date": run.date, "code": _code(calibration_module, export)}  # fmt: skip
 
     def compute(directory: Path) -> None:
@@ -170,7 +176,8 @@ def calibrate(
         logits, labels = training.predict(trained, frame, items), training.labels_of(frame, schema)
         platt = calibration_module.fit_platt(logits, labels, schema.actions, _config(CalibrationConfig, calibration))
         facts = {"fingerprint": fingerprint(key), "run_date": run_date, "dataset": schema.name,
-                 "training": trained.facts, "platt": platt.model_dump()}  # fmt: skip
+                 "training": trained.facts, "platt": platt.model_dump(),
+                 "config": trained_key["config"] | {"calibration": json.loads(calibration)}}  # fmt: skip
         export.export_bundle(trained, platt, frame, items, directory, facts)
 
     run.step("calibrate", key, out, compute)
@@ -198,12 +205,17 @@ def validate(data: FreshrankPath, run_date: str, windows: str, out: FreshrankPat
 
 
 def _item_history(run: Run) -> pl.DataFrame | None:
-    """The newest snapshot of item counters beside each item's birth, for the leak detector."""
-    snapshot = run.workspace.features / "item" / f"date={run.date}" / "part-0.parquet"
-    if not snapshot.exists():
+    """The last week's snapshots of item counters beside each item's birth, for the leak detector.
+
+    The run's own snapshot alone would show nothing: whatever is in the log was born before it.
+    """
+    folder = run.workspace.features / "item"
+    week = [folder / f"date={run.date - timedelta(days=age)}" / "part-0.parquet" for age in range(7)]
+    present = [path for path in week if path.exists()]
+    if not present:
         return None
     births = run.dataset.items().select(ITEM_ID, CREATED_AT)
-    return pl.read_parquet(snapshot, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
+    return pl.read_parquet(present, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
 
 
 def evaluate(
@@ -216,7 +228,9 @@ def evaluate(
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Judge the bundle on the evaluation days against what serves; write evaluation, verdict and report to ``out``."""
-    from freshrank import evaluation as judging, gate as gate_module, judged, popularity, report
+    from freshrank import evaluation as judging
+    from freshrank import gate as gate_module
+    from freshrank import judged, popularity, report
 
     run = Run(data, run_date)
     facts = read_json(_existing(Path(bundle) / "bundle.json", "freshrank calibrate"))
@@ -239,7 +253,9 @@ def evaluate(
             log.info("step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed,
                      reason.sentence)  # fmt: skip
         baseline = judging.evaluate(theirs, run.dataset.schema, config)
-        judged.write_evidence(directory, run, facts, champion, challenger, baseline, comparison, verdict)
+        sections = {"evaluation": json.loads(evaluation), "gate": json.loads(gate)}
+        judgement = judged.Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
+        judgement.write(directory, run)
 
     run.step("evaluate", key, out, compute)
     verdict = read_json(Path(out) / "verdict.json")
@@ -249,30 +265,42 @@ def evaluate(
 
 def _publish_evidence(run: Run, evidence: Path) -> None:
     """Put what a person opens into the run's folder, and start its record."""
-    for name in ("report.html", "evaluation.json", "verdict.json", "headline.json"):
+    for name in ("report.html", "challenger.json", "comparison.json", "verdict.json", "headline.json"):
         with atomic_write(run.directory / name) as path:
             shutil.copyfile(evidence / name, path)
-    record(run, read_json(evidence / "verdict.json")["verdict"], _served_version(run))
+    _record(run)
 
 
-def record(run: Run, verdict: str, served_version: int | None) -> None:
-    """``run.json``: how the day ended so far."""
-    write_json(run.directory / "run.json", {"run_date": run.date, "verdict": verdict, "served_version": served_version})
-
-
-def _served_version(run: Run) -> int | None:
+def _record(run: Run) -> None:
+    """``run.json``: what serves now, and whether this run put it there."""
     from freshrank.serving.repository import ModelRepository
 
     pointer = ModelRepository(run.workspace.triton).served()
-    return pointer.version if pointer else None
+    ours = read_json(run.directory / "headline.json")["fingerprint"]
+    write_json(
+        run.directory / "run.json",
+        {
+            "dataset": run.dataset.schema.name,
+            "run_date": run.date,
+            "verdict": read_json(run.directory / "verdict.json")["verdict"],
+            "served_version": pointer.version if pointer else None,
+            "deployed": pointer is not None and pointer.fingerprint == ours,
+        },
+    )
 
 
 def deploy(
-    data: FreshrankPath, run_date: str, bundle: FreshrankPath, evaluation: FreshrankPath, out: FreshrankPath
+    data: FreshrankPath,
+    run_date: str,
+    bundle: FreshrankPath,
+    evaluation: FreshrankPath,
+    out: FreshrankPath,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Publish a blessed bundle: load it beside what serves, verify it, point to it.
 
-    A day older than what serves, and a version someone rolled back, are left as they are.
+    Unless ``force``, what serves stays when it is of a later day than the bundle, and when somebody rolled back from
+    the bundle to it.
 
     Raises:
         ServingError: the verdict is not blessed, no server is ready, or the server's answers are not the golden ones.
@@ -290,17 +318,17 @@ def deploy(
                            f"bundle {fingerprint_}; what serves is unchanged")  # fmt: skip
     repository = ModelRepository(run.workspace.triton)
     served = repository.served()
-    if served and served.run_date > run_date:
+    if served and served.run_date > run_date and not force:
         log.warning("step=deploy date=%s: run %s already serves as version %d and stays", run.date, served.run_date,
                     served.version)  # fmt: skip
         pointer = served
     else:
-        pointer = publish(Path(bundle), settings().triton_grpc_url, repository)
+        pointer = publish(Path(bundle), settings().triton_grpc_url, repository, force=force)
     result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
     log.info("step=deploy date=%s version=%d", run.date, pointer.version)
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "published.json", result)
-    record(run, verdict, pointer.version)
+    _record(run)
     return result
 
 
@@ -311,7 +339,7 @@ def stop(data: FreshrankPath, run_date: str, evaluation: FreshrankPath, out: Fre
     reasons = [reason["sentence"] for reason in verdict["reasons"] if not reason["passed"]]
     with atomic_directory(Path(out)) as directory:
         (directory / "reasons.txt").write_text("\n".join([verdict["verdict"], *reasons, ""]))
-    record(run, verdict["verdict"], _served_version(run))
+    _record(run)
     return {"verdict": verdict["verdict"], "reasons": reasons}
 
 

@@ -6,6 +6,7 @@ per user and day and not once per impression; users are shuffled within the whol
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -220,7 +221,7 @@ def _fit(
     curve, sums = TrainingCurve(), _RunningMean()
     ranker.train()
     batches = (rows for _ in range(training.epochs) for rows in data.batches(training.batch_size, order))
-    for step, rows in enumerate(track(batches, "training", total=steps, disable=None), start=1):
+    for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
         batch = data.batch(rows)
         batch.inputs["item_id"] = ItemIds.hide(batch.inputs["item_id"], training.new_item_probability, hiding)
         with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):

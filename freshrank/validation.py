@@ -145,22 +145,23 @@ def validate_day(
     """
     bounds = bounds or ValidationBounds()
     day = run_date - timedelta(days=1)
-    trailing = tuple(sorted(set(days(day - timedelta(days=bounds.trailing_days), day)) & set(dataset.days) - {day}))
-    blank = ValidationReport(dataset=dataset.schema.name, day=day, trailing=trailing, rows=0, fresh_rows=0, results=())
+    blank = ValidationReport(dataset=dataset.schema.name, day=day, trailing=(), rows=0, fresh_rows=0, results=())
     unusable = _unusable(dataset, day)
     if unusable is not None:
         return blank.model_copy(update={"results": (unusable,)})
-    today, week = _log(dataset, [day]), _log(dataset, list(trailing)) if trailing else None
-    log = today.collect()
+    log = _log(dataset, [day]).collect()
     if log.is_empty():
-        return blank.model_copy(update={"results": (_no_rows(dataset, day, "0 rows"),)})
+        return blank.model_copy(update={"results": (_no_rows(day, "0 rows"),)})
+    trailing = _trailing(dataset, day, bounds)
+    week = _log(dataset, trailing) if trailing else None
     sheets = [
         _log_sheet(dataset, day, log, week, bounds),
         *_cohort_sheets(dataset, log, week, bounds),
         *([] if item_history is None else [_birth_sheet(dataset.schema, item_history)]),
     ]
     results = tuple(result for sheet in sheets for result in sheet.run())
-    return blank.model_copy(update={"rows": len(log), "fresh_rows": int(log[FRESH].sum()), "results": results})
+    counts = {"rows": len(log), "fresh_rows": int(log[FRESH].sum())}
+    return blank.model_copy(update={"trailing": tuple(trailing), "results": results, **counts})
 
 
 @dataclass(frozen=True)
@@ -247,16 +248,16 @@ def _unusable(dataset: Dataset, day: date) -> ExpectationResult | None:
     """Why the partition of ``day`` cannot even be looked at."""
     if day not in dataset.days or not dataset.partition(day).exists():
         span = f"{dataset.days[0]} .. {dataset.days[-1]}" if dataset.days else "no day at all"
-        return _no_rows(dataset, day, f"no partition; the log holds {span}")
+        return _no_rows(day, f"no partition; the log holds {span}")
     try:
         present = pl.read_parquet_schema(dataset.partition(day))
     except (pl.exceptions.PolarsError, OSError) as error:
-        return _no_rows(dataset, day, f"a file that is not Parquet ({str(error).splitlines()[0]})")
+        return _no_rows(day, f"a file that is not Parquet ({str(error).splitlines()[0]})")
     missing = [name for name in dataset.schema.impressions if name not in present]
     return _lacking_columns(missing, list(present)) if missing else None
 
 
-def _no_rows(dataset: Dataset, day: date, observed: str) -> ExpectationResult:
+def _no_rows(day: date, observed: str) -> ExpectationResult:
     return ExpectationResult(name="day_has_impressions", table="impressions", column=None, severity=Severity.BLOCKING,
                              success=False, sentence=f"{day} holds impressions to judge and train on",
                              observed=observed, bound="at least 1 row")  # fmt: skip
@@ -267,6 +268,12 @@ def _lacking_columns(missing: list[str], present: list[str]) -> ExpectationResul
                              severity=Severity.BLOCKING, success=False,
                              sentence="every column of schema.yaml is in the log", observed=f"only {present}",
                              bound="these columns too")  # fmt: skip
+
+
+def _trailing(dataset: Dataset, day: date, bounds: ValidationBounds) -> list[date]:
+    """The days before ``day`` that have something to compare with."""
+    wanted = set(days(day - timedelta(days=bounds.trailing_days), day - timedelta(days=1))) & set(dataset.days)
+    return _log(dataset, sorted(wanted)).select("day").unique().collect()["day"].sort().to_list() if wanted else []
 
 
 def _log(dataset: Dataset, wanted: list[date]) -> pl.LazyFrame:
@@ -281,7 +288,10 @@ def _log(dataset: Dataset, wanted: list[date]) -> pl.LazyFrame:
         log = log.filter(pl.col(USAGE).fill_null(Usage.ALL) != Usage.HISTORY)
     return log.join(births, on=ITEM_ID, how="left").with_columns(
         ((pl.col(EVENT_TIMESTAMP) - pl.col(CREATED_AT)) / day).alias(ITEM_AGE),
-        (pl.col(EVENT_TIMESTAMP) - pl.col("born") < fresh_for).fill_null(False).alias(FRESH),
+        (pl.col(EVENT_TIMESTAMP) - pl.col("born"))
+        .is_between(timedelta(0), fresh_for, "left")
+        .fill_null(False)
+        .alias(FRESH),
     )
 
 

@@ -87,7 +87,7 @@ class Dataset:
         if not chosen:
             raise DataError(f"{self.path}: no impressions on {_span(wanted)}; the log holds {_span(self.days)}")
         frames = [pl.scan_parquet(self.partition(d)).with_columns(pl.lit(d).alias("day")) for d in chosen]
-        return pl.concat(frames, how="vertical")
+        return pl.concat(frames, how="vertical_relaxed")
 
     def items(self) -> pl.DataFrame:
         return pl.read_parquet(self.path / "items.parquet")

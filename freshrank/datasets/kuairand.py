@@ -43,7 +43,6 @@ Protocol = Literal["staggered", "sparse", "strict", "oracle"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 UTC_OFFSET_HOURS = 8
 LAUNCHES = "staggered_launches.parquet"
-HISTORY = "history_0409_0424.parquet"
 _KEPT_PERCENT = 5
 _USER_CATEGORIES = ["user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
                     "fans_user_num_range", "friend_user_num_range", "register_days_range",
@@ -61,13 +60,21 @@ class _Layout:
     logs: tuple[str, ...]
     users: str
     items: str
+    history: str | None = None
 
     @property
     def files(self) -> list[str]:
-        return [*self.logs, self.users, self.items, LAUNCHES]
+        history = [self.history] if self.history else []
+        return [*self.logs, *history, self.users, self.items, LAUNCHES]
 
 
-_SLICE = _Layout("slice", ("log_standard_0425_0508.parquet",), "user_features.parquet", "video_features_basic.parquet")
+_SLICE = _Layout(
+    "slice",
+    ("log_standard_0425_0508.parquet",),
+    "user_features.parquet",
+    "video_features_basic.parquet",
+    "history_0409_0424.parquet",
+)
 _PUBLISHED = _Layout(
     "published",
     ("log_standard_4_08_to_4_21_pure.csv", "log_standard_4_22_to_5_08_pure.csv"),
@@ -76,7 +83,7 @@ _PUBLISHED = _Layout(
 )
 
 
-def kuairand_schema() -> Schema:
+def kuairand_schema(protocol: Protocol) -> Schema:
     """The columns read; left out are constant ones (visible_status, is_lowactive_period) and the rarer actions.
 
     No affinity to authors: 6,510 of them made the 7,583 videos, so a user hardly meets one twice.
@@ -86,7 +93,7 @@ def kuairand_schema() -> Schema:
     profile = {name: Column(role=Role.PROFILE, kind=category) for name in _USER_CATEGORIES}
     counts = {name: Column(role=Role.PROFILE, kind=Kind.NUMERIC, transform="log1p") for name in _USER_COUNTS}
     return Schema(
-        name="kuairand",
+        name=f"kuairand_{protocol}",
         fresh_days=14,
         utc_offset_hours=UTC_OFFSET_HOURS,
         impressions={
@@ -126,13 +133,13 @@ def import_kuairand(src: Path, out: Path, protocol: Protocol = "staggered") -> D
     log = pl.concat([_read(src / name).select(_LOG_COLUMNS) for name in layout.logs], how="vertical_relaxed")
     events = unique_events(log)
     rows = _impressions(events)
-    if layout is _SLICE:
-        rows = pl.concat([_history(_read(src / HISTORY), items), rows])
+    if layout.history:
+        rows = pl.concat([_history(_read(src / layout.history), items), rows])
     kept = apply_protocol(rows, items, protocol)
     dropped = {"duplicates": len(log) - len(events), "before_creation": len(rows) - len(kept)}
     source = {"adapter": "kuairand", "protocol": protocol, "files": layout.name, "dropped": dropped}
     users = _read(src / layout.users)
-    return write_dataset(out, kuairand_schema(), kept, _items_under(items, protocol), users, source)
+    return write_dataset(out, kuairand_schema(protocol), kept, _items_under(items, protocol), users, source)
 
 
 def _find(src: Path) -> _Layout:
@@ -143,8 +150,9 @@ def _find(src: Path) -> _Layout:
         if missing == [LAUNCHES]:
             raise DataError(f"{src}: lacks {LAUNCHES}, the launch days that every protocol judges by; "
                             "copy it there from the KuaiRand slice")  # fmt: skip
+    found = sorted(path.name for path in src.glob("*"))
     raise DataError(f"{src}: expected the slice ({', '.join(_SLICE.files)}) or the published files "
-                    f"({', '.join(_PUBLISHED.files)}); it holds {sorted(path.name for path in src.glob('*'))}")  # fmt: skip
+                    f"({', '.join(_PUBLISHED.files)}); it holds {found}")  # fmt: skip
 
 
 def _read(path: Path) -> pl.DataFrame:
@@ -227,7 +235,8 @@ def interpolated_times(history: pl.DataFrame) -> pl.DataFrame:
     ``history``: user_id, pos_from_end (-1 = newest), history_len (exposures before truncation), last_time_ms and
     the item's ``uploaded``. Exposure p of history_len is placed the fraction p / history_len of the way from the
     newest upload among the user's rows so far to the user's last time: strictly in order, never before an item
-    existed, the last row exact. Launch days play no part, so a row has the same time under every protocol.
+    existed, the last row exact. Launch days play no part, so a row has the same time under every protocol. The
+    times are guesses, which is harmless only because no row of these weeks is trained on or judged.
     """
     last, first = _utc(pl.col("last_time_ms")), pl.col("uploaded").cum_max().over("user_id")
     fraction = (pl.col("history_len").cast(pl.Float64) + pl.col("pos_from_end") + 1) / pl.col("history_len")

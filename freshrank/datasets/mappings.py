@@ -50,5 +50,5 @@ class Mappings:
     def _extend(self, name: str, values: pl.Series) -> pl.Series:
         known = self._values.get(name, _EMPTY)
         new = values.drop_nulls().unique().sort().alias("value")
-        self._values[name] = known.append(new.filter(~new.is_in(known.implode())))
+        self._values[name] = pl.concat([known, new.filter(~new.is_in(known.implode()))])
         return self._values[name]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from freshrank.datasets.contract import Dataset, Frame, write_dataset
+from freshrank.datasets.contract import Dataset, write_dataset
 from freshrank.errors import ConfigError, DataError
 from freshrank.schema import TABLES, Schema, load_schema
 
@@ -40,7 +40,7 @@ def _files(src: Path, table: str) -> list[Path]:
     return paths
 
 
-def _renamed(paths: list[Path], schema: Schema, table: str) -> Iterator[Frame]:
+def _renamed(paths: list[Path], schema: Schema, table: str) -> Iterator[pl.LazyFrame]:
     sources = {column.source: name for name, column in schema.table(table).items() if column.source}
     for path in paths:
         frame = pl.scan_parquet(path, hive_partitioning=False)

@@ -44,7 +44,7 @@ _BY_KIND = {
     Kind.CATEGORICAL: ("integer", "text", "boolean", "float"),
     Kind.NUMERIC: ("float", "integer", "boolean"),
     Kind.MULTI_VALUED: ("list of text", "list of integer", "text", "list of null"),
-    Kind.TEXT: ("text",),
+    Kind.TEXT: ("text", "list of text", "list of integer", "list of null"),
     Kind.EMBEDDING: ("list of float", "list of integer", "list of null"),
 }
 
@@ -316,8 +316,8 @@ def _as_written_list(value: pl.Expr, column: Column, dtype: pl.DataType) -> pl.E
         vectors = value.cast(pl.List(pl.Float32))
         incomplete = vectors.list.eval(pl.element().is_nan() | pl.element().is_null()).list.any()
         return pl.when(~incomplete).then(vectors).alias(value.meta.output_name())
-    if column.kind is Kind.TEXT:
-        value = value.cast(pl.String).str.to_lowercase().str.extract_all(r"\w+")
+    if column.kind is Kind.TEXT and dtype == pl.String:
+        value = value.str.to_lowercase().str.extract_all(r"\w+")
     elif dtype == pl.String:
         value = value.str.extract_all(r"[^,|]+").list.eval(pl.element().str.strip_chars())
     elif dtype != pl.List(pl.String):

@@ -67,14 +67,17 @@ class MultiValued(nn.Module):
     def __init__(self, features: list[Feature], sizes: list[int], dim: int) -> None:
         super().__init__()
         self.widths = [f.dim for f in features]
-        self.tables = nn.ModuleList([EmbeddingTables([size], dim) for size in sizes])
+        self.tables = nn.ModuleList([nn.Embedding(size, dim) for size in sizes])
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.05)  # type: ignore[arg-type]
         self.out_dim = dim * len(features)
 
     def forward(self, rows: Tensor) -> Tensor:
         means = []
         for table, part in zip(self.tables, rows.split(self.widths, dim=-1), strict=True):
-            present = (part != MISSING).to(table.table.weight.dtype).unsqueeze(-1)
-            total = (table(part.unsqueeze(-1)).squeeze(-2) * present).sum(-2)
+            embedded = table(part)
+            present = (part != MISSING).to(embedded.dtype).unsqueeze(-1)
+            total = (embedded * present).sum(-2)
             means.append(total / present.sum(-2).clamp(min=1))
         return torch.cat(means, dim=-1)
 

@@ -5,8 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections import deque
 from datetime import date
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ TAIL_LINES = 25
 
 _TASK = re.compile(r"\[DAG TEST\] starting task_id=(\w+)")
 _STEP = re.compile(r"Executing task \S*?'([\w-]+)'")
-_FINAL = re.compile(r"AirflowFailException: (.*)")
+_ERROR = re.compile(r"^\S*(?:AirflowFailException: |freshrank\.errors\.)(?=\w+: )")
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT")
 
 
 def airflow_environment(home: Path) -> dict[str, str]:
@@ -105,14 +106,14 @@ def step_in(line: str) -> str | None:
 
 
 def reason(log: Path) -> str:
-    """The error that no retry can mend, as its task gave it, else the end of the log."""
+    """The last error that is freshrank's own, in its own words, else the end of the last traceback."""
     lines = log.read_text().splitlines()
-    failures = [index for index, line in enumerate(lines) if _FINAL.search(line)]
-    if not failures:
-        return _tail(lines)
-    first = lines[failures[-1] :]
-    return "\n".join([_FINAL.split(first[0], maxsplit=1)[1], *first[1:TAIL_LINES]])
+    errors = [index for index, line in enumerate(lines) if _ERROR.search(line)]
+    if not errors:
+        return _tail([line for line in lines if not _LOG_LINE.search(line)])
+    text = takewhile(lambda line: not _LOG_LINE.search(line), lines[errors[-1] :])
+    return _ERROR.sub("", "\n".join(islice(text, TAIL_LINES)))
 
 
 def _tail(lines: list[str]) -> str:
-    return "\n".join(deque(lines, maxlen=TAIL_LINES))
+    return "\n".join(lines[-TAIL_LINES:])

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.config import RunConfig
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.pipeline import arguments, load_pipeline
+from freshrank.orchestration.pipeline import arguments, load_pipeline, outcome
 from freshrank.settings import settings
 from freshrank.storage import atomic_write, fingerprint
 
@@ -59,6 +59,11 @@ class Submission:
     arguments: dict[str, str]
     package: Path
     run_id: str | None
+
+    def __str__(self) -> str:
+        if self.run_id is None:
+            return f"# {self.run_name}: not submitted\n{self.package.read_text()}"
+        return f"{self.run_name}: submitted as run {self.run_id}"
 
 
 def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
@@ -193,11 +198,8 @@ def _failed_step(run: Any) -> str:
 
 
 def run_on_cluster(data: Path, run_date: date, config: RunConfig, timeout: timedelta) -> dict[str, Any]:
-    """:func:`submit`, :func:`wait`, and the summary that the steps left in the shared workspace."""
-    from freshrank import steps
-
+    """:func:`submit`, :func:`wait`, and the outcome that the steps left in the shared workspace."""
     run_id = submit(data, run_date, config).run_id
     assert run_id is not None
     wait(run_id, timeout)
-    summary: dict[str, Any] = steps.summary(str(data), run_date.isoformat())
-    return summary
+    return outcome(data, run_date.isoformat())

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from freshrank.config import RunConfig
 from freshrank.errors import PipelineFailed
-from freshrank.orchestration.pipeline import arguments, load_pipeline
+from freshrank.orchestration.pipeline import arguments, load_pipeline, outcome
 from freshrank.settings import settings
 
 KEPT_RUNS = 5
@@ -25,14 +25,12 @@ _OWN_ERROR = re.compile(r"^\s*freshrank\.errors\.(?=\w+: )", re.MULTILINE)
 
 
 def run_pipeline(data: Path, run_date: date, config: RunConfig) -> dict[str, Any]:
-    """Run ``train_ranker`` for ``run_date`` and return the summary of the run.
+    """Run ``train_ranker`` for ``run_date`` and return its :func:`~freshrank.orchestration.pipeline.outcome`.
 
     The steps' output is streamed to stdout and kept in ``kfp/<run>/pipeline.log`` of the workspace, with the
     artifacts of the last five runs. Raises PipelineFailed with the step that failed and its own error.
     """
     from kfp import local
-
-    from freshrank import steps
 
     parameters = arguments(data, run_date, config)
     root = _new_root(settings().home / "kfp", run_date)
@@ -42,8 +40,7 @@ def run_pipeline(data: Path, run_date: date, config: RunConfig) -> dict[str, Any
             load_pipeline()(**parameters)
         except RuntimeError as error:
             raise PipelineFailed(explain(root / LOG)) from error
-    summary: dict[str, Any] = steps.summary(parameters["data"], parameters["run_date"])
-    return summary
+    return outcome(data, parameters["run_date"])
 
 
 def _new_root(parent: Path, run_date: date) -> Path:

@@ -33,10 +33,10 @@ def final_errors() -> Iterator[None]:
         raise AirflowFailException(f"{type(error).__name__}: {error}") from error
 
 
-def data_directory(data: str | None) -> str:
+def data_directory(data: str) -> Path:
     """``data``, or the dataset named by the settings."""
     if chosen := data or settings().dataset:
-        return str(Path(chosen).resolve())
+        return Path(chosen).resolve()
     raise ConfigError("data: neither the DAG's param 'data' nor FRESHRANK_DATASET names an imported data directory")
 
 
@@ -48,7 +48,7 @@ def run_config(recipe: str, overrides: list[str]) -> "RunConfig":
 
 
 class KubeflowPipelineOperator(BaseOperator):
-    """Run ``train_ranker`` where ``FRESHRANK_RUNNER`` says, wait for it and return the summary of the run."""
+    """Run ``train_ranker`` where ``FRESHRANK_RUNNER`` says, wait for it and return the outcome."""
 
     template_fields: Sequence[str] = ("data", "run_date", "recipe", "overrides")
 
@@ -75,10 +75,10 @@ class KubeflowPipelineOperator(BaseOperator):
 
         with final_errors():
             config = run_config(self.recipe, json.loads(self.overrides))
-            data, run_date = Path(data_directory(self.data)), parse_day(self.run_date)
-            summary = self._run(data, run_date, config)
-        self.log.info("verdict=%s reasons=%s", summary["verdict"], summary["reasons"])
-        return summary
+            data, run_date = data_directory(self.data), parse_day(self.run_date)
+            result = self._run(data, run_date, config)
+        self.log.info("verdict=%s reasons=%s", result["verdict"], result["reasons"])
+        return result
 
     def _run(self, data: Path, run_date: date, config: "RunConfig") -> dict[str, Any]:
         if settings().runner == "local":

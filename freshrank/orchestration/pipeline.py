@@ -10,7 +10,9 @@ from typing import Any
 from freshrank.clock import days
 from freshrank.config import RunConfig, Section
 from freshrank.datasets.contract import Dataset
+from freshrank.errors import MissingArtifact
 from freshrank.settings import PROJECT_ROOT
+from freshrank.storage import read_json
 
 
 def load_pipeline(place: Callable[[Any], object] | None = None) -> Any:
@@ -40,3 +42,15 @@ def _data_version(data: Path, run_date: date, config: RunConfig) -> str:
     dataset = Dataset.open(data)
     first = config.windows.split(run_date).train[0] - timedelta(days=dataset.schema.lookback_days + 1)
     return dataset.fingerprint(list(days(first, run_date - timedelta(days=1))))
+
+
+def outcome(data: Path, run_date: str) -> dict[str, Any]:
+    """``run_date``, ``verdict``, ``served_version`` (None: nothing serves) and ``reasons``: the checks not passed."""
+    from freshrank.steps import Run
+
+    directory = Run(data, run_date).directory
+    if not (directory / "run.json").exists():
+        raise MissingArtifact(f"{directory / 'run.json'}: not found, so the run for {run_date} was not judged")
+    result: dict[str, Any] = read_json(directory / "run.json")
+    reasons = read_json(directory / "verdict.json")["reasons"]
+    return result | {"reasons": [reason["sentence"] for reason in reasons if not reason["passed"]]}

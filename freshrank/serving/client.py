@@ -1,18 +1,48 @@
-"""The few calls freshrank makes to a Triton server, over gRPC; every refusal becomes a ServingError."""
+"""Clients: :class:`Client` asks for rankings, :class:`TritonClient` makes the few other calls to a Triton server.
 
-from collections.abc import Iterator
+Both speak gRPC, and every refusal of the server becomes a ServingError.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+import polars as pl
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from freshrank.errors import ServingError
+from freshrank.datasets.contract import MAPPINGS, Dataset
+from freshrank.datasets.mappings import mapping_of
+from freshrank.errors import ConfigError, ServingError
+from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
 from freshrank.serving.bundle import Tensors
+from freshrank.serving.protocol import OUTPUTS, context_columns
+from freshrank.serving.repository import RANKING
+from freshrank.settings import settings
 
+UNKNOWN_ID = -1
+"""What an id that no import has seen is sent as: it is ranked as a new item, or for a new user."""
 _UNLIMITED = -1
+_CHANNEL = [
+    ("grpc.max_send_message_length", _UNLIMITED),
+    ("grpc.max_receive_message_length", _UNLIMITED),
+    # A proxy set for the web must not stand between us and a server on loopback or in the cluster.
+    ("grpc.enable_http_proxy", 0),
+    # gRPC waits 1 s, then longer, before it tries again a server that was still starting.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_CONTROL_HEADER = "triton-grpc-protocol-x-freshrank-control"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+Id = str | int
+T = TypeVar("T")
 
 
 class TritonClient:
@@ -21,19 +51,9 @@ class TritonClient:
     def __init__(self, url: str, timeout: float = 30.0) -> None:
         self.url = url
         self.timeout = timeout
-        self._client = InferenceServerClient(
-            url,
-            channel_args=[
-                ("grpc.max_send_message_length", _UNLIMITED),
-                ("grpc.max_receive_message_length", _UNLIMITED),
-                # A proxy set for the web must not stand between us and a server on loopback or in the cluster.
-                ("grpc.enable_http_proxy", 0),
-                # gRPC waits 1 s, then longer, before it tries again a server that was still starting.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
+        self._client = InferenceServerClient(url, channel_args=_CHANNEL)
+        token = settings().triton_control_token.get_secret_value()
+        self._control = {_CONTROL_HEADER: token} if token else None
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +85,7 @@ class TritonClient:
     def ready_versions(self) -> dict[str, list[int]]:
         """Loaded versions of every model."""
         with _refusals("listing models"):
-            index = self._client.get_model_repository_index(client_timeout=self.timeout)
+            index = self._client.get_model_repository_index(headers=self._control, client_timeout=self.timeout)
         loaded: dict[str, list[int]] = {}
         for model in index.models:
             if model.state == "READY":
@@ -78,15 +98,15 @@ class TritonClient:
         Versions that are loaded, listed and unchanged are not touched; on failure all that was loaded stays.
         """
         with _refusals(f"loading {model}"):
-            self._client.load_model(model, config=config_json, client_timeout=timeout)
+            self._client.load_model(model, headers=self._control, config=config_json, client_timeout=timeout)
 
     def unload(self, model: str) -> None:
         with _refusals(f"unloading {model}"):
-            self._client.unload_model(model, client_timeout=self.timeout)
+            self._client.unload_model(model, headers=self._control, client_timeout=self.timeout)
 
     def infer(self, model: str, inputs: Tensors, outputs: list[str], version: int | None = None) -> Tensors:
         """Ask ``model``, at ``version`` where given, and return ``outputs`` by name."""
-        with _refusals(f"asking {model} version {version or 'of its choice'}"):
+        with _refusals(f"asking {model}" + ("" if version is None else f" version {version}")):
             result = self._client.infer(
                 model,
                 [_input(name, value) for name, value in inputs.items()],
@@ -94,8 +114,7 @@ class TritonClient:
                 outputs=[InferRequestedOutput(name) for name in outputs],
                 client_timeout=self.timeout,
             )
-            answer = {name: result.as_numpy(name) for name in outputs}
-        return {name: value for name, value in answer.items() if value is not None}
+            return _outputs(result, outputs)
 
 
 @contextmanager
@@ -111,3 +130,223 @@ def _refusals(what: str) -> Iterator[None]:
 def _input(name: str, value: np.ndarray[Any, Any]) -> InferInput:
     tensor = InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
     return tensor.set_data_from_numpy(value)
+
+
+def _outputs(result: Any, names: list[str]) -> Tensors:
+    answer = {name: result.as_numpy(name) for name in names}
+    return {name: value for name, value in answer.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said of each candidate, in the order they were given."""
+
+    items: list[Id]
+    actions: list[str]
+    probabilities: np.ndarray[Any, Any]
+    """float32 [N, A], calibrated."""
+    score: np.ndarray[Any, Any]
+    """float32 [N]: probabilities weighted by the utilities of the schema."""
+    cold: np.ndarray[Any, Any]
+    """bool [N]: younger than the schema's ``fresh_days``, or not known."""
+    known: np.ndarray[Any, Any]
+    """bool [N]: whether the online store holds the item."""
+    model_version: int
+    degraded: bool
+    """The online store could not be read, and every feature counted as missing."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per candidate, best first: rank, item, score, p_<action>, ..., cold, known."""
+        order = np.argsort(-self.score, kind="stable").tolist()
+        return [{"rank": rank} | self._row(place) for rank, place in enumerate(order, start=1)]
+
+    def _row(self, place: int) -> dict[str, Any]:
+        names = [f"p_{action}" for action in self.actions]
+        probabilities = dict(zip(names, self.probabilities[place].tolist(), strict=True))
+        flags = {"cold": bool(self.cold[place]), "known": bool(self.known[place])}
+        return {"item": self.items[place], "score": float(self.score[place])} | probabilities | flags
+
+    @classmethod
+    def of(cls, items: Sequence[Id], schema: Schema, answer: Tensors) -> Self:
+        return cls(
+            items=list(items),
+            actions=schema.actions,
+            probabilities=answer["probabilities"],
+            score=answer["score"],
+            cold=answer["cold"],
+            known=answer["known"],
+            model_version=int(answer["model_version"][0]),
+            degraded=bool(answer["degraded"][0]),
+        )
+
+
+class Client:
+    """Ranks candidates for users of one dataset; close it, or use it in a ``with``."""
+
+    def __init__(self, url: str, schema: Schema, mappings: Path) -> None:
+        """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
+        self.schema = schema
+        self._codes = Codes(mappings)
+        self._triton = TritonClient(url)
+
+    @classmethod
+    def for_dataset(cls, data: Path) -> Self:
+        """For the imported dataset at ``data`` and the server that the settings name."""
+        dataset = Dataset.open(data)
+        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._triton.close()
+
+    def rank(
+        self,
+        user: Id,
+        candidates: Sequence[Id],
+        at: str | datetime | None = None,
+        context: Sequence[str] | Mapping[str, Any] | None = None,
+        query: Id | None = None,
+    ) -> Answer:
+        """Rank ``candidates`` for ``user``; ids as in the log, unknown ones included.
+
+        Args:
+            at: time of the request: ISO 8601 with a zone, or an aware datetime; now by default.
+            context: values of context columns, by name or as ``name=value``; one not named is missing.
+            query: the item the request starts from, where the schema has ``query_item_id``.
+
+        Raises:
+            ConfigError: a time without a zone, or a context column or value that cannot be.
+            ServingError: no server, nothing published, or the server refused.
+        """
+        tensors = _context(context, self.schema, self._codes)
+        if query is not None:
+            tensors[QUERY_ITEM_ID] = np.array([self._codes.id(ITEM_ID, query)])
+        ids = [self._codes.id(ITEM_ID, item) for item in candidates]
+        return self._ask(candidates, _request(self._codes.id(USER_ID, user), ids, at) | tensors)
+
+    def rank_ids(self, user_id: int, item_ids: Sequence[int], at: datetime | None = None) -> Answer:
+        """Rank by the int64 ids of the imported dataset."""
+        return self._ask(item_ids, _request(user_id, item_ids, at))
+
+    def _ask(self, items: Sequence[Id], request: Tensors) -> Answer:
+        answer = self._triton.infer(RANKING, request, [spec.name for spec in OUTPUTS])
+        return Answer.of(items, self.schema, answer)
+
+
+class AsyncClient:
+    """The asyncio twin of :class:`Client`, for services that hold many requests at once; ``async with``."""
+
+    def __init__(self, url: str, schema: Schema, timeout: float = 30.0) -> None:
+        self.schema = schema
+        self.timeout = timeout
+        self._client = aio.InferenceServerClient(url, channel_args=_CHANNEL)
+
+    @classmethod
+    def for_dataset(cls, data: Path) -> Self:
+        """For the imported dataset at ``data`` and the server that the settings name."""
+        return cls(settings().triton_grpc_url, Dataset.open(data).schema)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def rank_ids(self, user_id: int, item_ids: Sequence[int], at: datetime | None = None) -> Answer:
+        """Rank by the int64 ids of the imported dataset."""
+        request, names = _request(user_id, item_ids, at), [spec.name for spec in OUTPUTS]
+        with _refusals(f"asking {RANKING}"):
+            result = await self._client.infer(
+                RANKING,
+                [_input(name, value) for name, value in request.items()],
+                outputs=[InferRequestedOutput(name) for name in names],
+                client_timeout=self.timeout,
+            )
+        return Answer.of(item_ids, self.schema, _outputs(result, names))
+
+
+class Codes:
+    """Text of a log -> the int64 codes its import gave it."""
+
+    def __init__(self, mappings: Path) -> None:
+        self._files = {path.stem: path for path in mappings.glob("*.parquet")}
+        self._loaded: dict[str, dict[str, int]] = {}
+
+    def id(self, column: str, value: Id) -> int:
+        """Code of a value; an integer is one already, and text no import has seen is UNKNOWN_ID."""
+        if not isinstance(value, str):
+            return int(value)
+        if mapping_of(column) in self._files:
+            return self._mapping(mapping_of(column)).get(value, UNKNOWN_ID)
+        code = _as(int, value)
+        return UNKNOWN_ID if code is None else code
+
+    def category(self, column: str, value: Id) -> int:
+        """The same for a categorical column; ConfigError for text where the log holds integers."""
+        if isinstance(value, str) and column not in self._files and _as(int, value) is None:
+            raise ConfigError(f"context column '{column}': received {value!r}, expected an integer as in the log")
+        return self.id(column, value)
+
+    def _mapping(self, name: str) -> dict[str, int]:
+        if name not in self._loaded:
+            table = pl.read_parquet(self._files[name])
+            self._loaded[name] = dict(zip(table["value"], table["code"], strict=True))
+        return self._loaded[name]
+
+
+def _request(user_id: int, item_ids: Sequence[int], at: str | datetime | None) -> Tensors:
+    tensors = {"user_id": np.array([user_id], np.int64), "item_ids": np.array(item_ids, np.int64)}
+    return tensors if at is None else tensors | {"event_time": np.array([_microseconds(at)])}
+
+
+def _microseconds(at: str | datetime) -> int:
+    when = _as(datetime.fromisoformat, at) if isinstance(at, str) else at
+    if when is None or when.tzinfo is None:
+        raise ConfigError(f"at: received {str(at)!r}, expected a time with its zone, e.g. 2024-05-01T12:00:00+00:00")
+    return (when - _EPOCH) // timedelta(microseconds=1)
+
+
+def _context(given: Sequence[str] | Mapping[str, Any] | None, schema: Schema, codes: Codes) -> Tensors:
+    values = dict(given) if isinstance(given, Mapping) else dict(map(_named, given or []))
+    if not values:
+        return {}
+    categorical, numeric = (context_columns(schema, kind) for kind in (Kind.CATEGORICAL, Kind.NUMERIC))
+    for name in values:
+        if name not in (*categorical, *numeric):
+            raise ConfigError(f"context: received column '{name}', expected one of {[*categorical, *numeric]}")
+    encoded = [codes.category(name, values[name]) if name in values else 0 for name in categorical]
+    return {
+        "context_categorical": np.array(encoded, np.int64),
+        "context_numeric": np.array([_number(name, values.get(name, 0)) for name in numeric], np.float32),
+        "context_present": np.array([name in values for name in (*categorical, *numeric)]),
+    }
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"context: received {text!r}, expected name=value")
+    return name, value
+
+
+def _number(name: str, value: Any) -> float:
+    number = _as(float, value)
+    if number is None or not np.isfinite(number):
+        raise ConfigError(f"context column '{name}': received {value!r}, expected a finite number")
+    return number
+
+
+def _as(kind: Callable[[Any], T], value: Any) -> T | None:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        return None

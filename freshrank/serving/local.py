@@ -13,4 +13,4 @@ def repository(data: Path) -> ModelRepository:
 
 
 def server(data: Path) -> TritonServer:
-    return TritonServer(repository(data), data=data)
+    return TritonServer(repository(data))

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import difference, golden_cases
+from freshrank.serving.bundle import check_bundle, difference, golden_cases
 from freshrank.serving.client import TritonClient
-from freshrank.serving.repository import RANKER, ModelRepository, Pointer
+from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
 
 TOLERANCE = 1e-5
 WARM_UP_ROUNDS = 2
@@ -21,16 +21,24 @@ KEPT_VERSIONS = 7
 log = logging.getLogger(__name__)
 
 
-def publish(bundle: Path, server_url: str, repository: ModelRepository, *, tolerance: float = TOLERANCE) -> Pointer:
+def publish(
+    bundle: Path, server_url: str, repository: ModelRepository, *, tolerance: float = TOLERANCE, force: bool = False
+) -> Pointer:
     """Serve ``bundle`` from the Triton at ``server_url`` (gRPC) and return the new pointer.
 
     On ServingError the pointer is as before and the candidate is unloaded and removed. A bundle whose fingerprint is
-    already served is verified again and changes nothing.
+    already served is verified again and changes nothing. The version the pointer was rolled back from stays out
+    unless ``force``: somebody took it out, and running its day again must not undo that.
     """
     with repository.lock(), TritonClient(server_url) as client:
         client.require_ready()
-        version = repository.install_version(bundle)
         before = repository.served()
+        if before and not force and _was_rolled_back(before, bundle, repository):
+            log.warning("version %d was rolled back and stays out of service, version %d serves; publish with --force "
+                        "to serve it again", before.rolled_back_from, before.version)  # fmt: skip
+            return before
+        _ensure_ranking(client, repository)
+        version = repository.install_version(bundle)
         try:
             _load_and_verify(client, repository, version, tolerance)
         except ServingError as error:
@@ -40,6 +48,18 @@ def publish(bundle: Path, server_url: str, repository: ModelRepository, *, toler
         pointer = _advanced(before, repository, version)
         _serve(client, repository, pointer)
         return pointer
+
+
+def _was_rolled_back(before: Pointer, bundle: Path, repository: ModelRepository) -> bool:
+    left = before.rolled_back_from
+    return left in repository.versions() and repository.info(left).fingerprint == check_bundle(bundle).fingerprint
+
+
+def _ensure_ranking(client: TritonClient, repository: ModelRepository) -> None:
+    """Load ``ranking`` where a server was started without it; it must stand before a pointer sends requests its way."""
+    if not client.is_model_ready(RANKING):
+        repository.write_configs()
+        client.load(RANKING)
 
 
 def rollback(server_url: str, repository: ModelRepository, to: int | None = None) -> Pointer:

@@ -30,6 +30,7 @@ from freshrank.serving.bundle import (
     read_info,
     read_signature,
 )
+from freshrank.serving.protocol import INPUTS, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT
 from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
 
@@ -67,11 +68,11 @@ class ModelRepository:
         self.pointer_path = self.root / "served.json"
         self.platform = platform
         self.threads = threads
-        self.version_directory(0).parent.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[Self]:
         """Wait until no other process publishes, rolls back or starts a server here; a killed holder frees it."""
+        self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield self
@@ -81,7 +82,7 @@ class ModelRepository:
 
     def versions(self) -> list[int]:
         """Installed versions, ascending."""
-        return sorted(int(entry.name) for entry in (self.models / RANKER).iterdir() if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in (self.models / RANKER).glob("*") if entry.name.isdigit())
 
     def info(self, version: int) -> BundleInfo:
         return read_info(self.version_directory(version))
@@ -154,31 +155,29 @@ class ModelRepository:
 
     def write_configs(self) -> list[str]:
         """Bring every config.pbtxt in line with the pointer; return the models a server loads at its start."""
+        self._write_ranking()
         pointer = self.served()
         if pointer is None:
-            return []
+            return [RANKING]
         if pointer.version not in self.versions():
             raise ServingError(
                 f"{self.pointer_path} serves version {pointer.version}, but only {self.versions()} are installed "
                 f"in {self.models / RANKER}; publish a bundle again"
             )
         self._write_ranker_config(pointer.live)
-        return [RANKER, *self._write_ranking()]
+        return [RANKER, RANKING]
 
     def _write_ranker_config(self, versions: Collection[int]) -> None:
         installed = sorted(set(versions) & set(self.versions()))
         _write_text(self.models / RANKER / "config.pbtxt", self.ranker_config(installed))
 
-    def _write_ranking(self) -> list[str]:
-        if not (TEMPLATES / RANKING / "config.pbtxt.j2").exists():
-            return []
+    def _write_ranking(self) -> None:
         code = self.models / RANKING / "1"
         if not _is_same_file(code / "model.py", TEMPLATES / RANKING / "model.py"):
             with atomic_directory(code) as directory:
                 _place_code(RANKING, directory, code)
-        config = _render(RANKING, pointer_path=self.pointer_path, models=self.models)
+        config = _render(RANKING, repository=self.root, inputs=INPUTS, outputs=OUTPUTS, optional=OPTIONAL)
         _write_text(self.models / RANKING / "config.pbtxt", config)
-        return [RANKING]
 
     def _next_version(self) -> int:
         rejected = [int(path.stem) for path in (self.root / "rejected").glob("*.json")]

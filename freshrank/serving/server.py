@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from freshrank.errors import ServingError
 from freshrank.serving.client import TritonClient
-from freshrank.serving.repository import ModelRepository
+from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.settings import Settings, settings
 from freshrank.storage import atomic_directory, read_json, write_json
 
@@ -58,6 +58,16 @@ class ServerStatus:
     @property
     def grpc_url(self) -> str:
         return f"{LOOPBACK}:{self.ports.grpc}"
+
+    def sentence(self) -> str:
+        """The status as a person wants to hear it."""
+        if self.pid is None:
+            return "no Triton runs here; start one with `freshrank serve`"
+        if not self.ready:
+            return f"Triton (pid {self.pid}) runs but is not ready at {self.grpc_url} (gRPC)"
+        versions = self.models.get(RANKER)
+        loaded = f"ranker versions {versions}" if versions else "no ranker is loaded yet"
+        return f"Triton answers at {self.grpc_url} (gRPC), pid {self.pid}; {loaded}"
 
 
 class _Record(BaseModel):
@@ -137,7 +147,8 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._wheel.environment(),
+                # The model `ranking` finds the online store there.
+                env=self._wheel.environment() | {"FRESHRANK_HOME": str(settings().home)},
                 start_new_session=True,
             )
         write_json(self.pid_path, _Record(pid=process.pid, ports=self.ports).model_dump())

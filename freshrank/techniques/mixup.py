@@ -31,4 +31,5 @@ def _beta(alpha: float, size: int, generator: torch.Generator | None) -> Tensor:
     """Beta(alpha, alpha) draws [size, 1], as g1 / (g1 + g2) of two gammas (torch.distributions takes no generator)."""
     shape = torch.full((2, size, 1), alpha, dtype=torch.float64)
     g1, g2 = torch._standard_gamma(shape, generator=generator)
-    return g1 / (g1 + g2).clamp(min=torch.finfo(torch.float64).tiny)
+    lam: Tensor = g1 / (g1 + g2).clamp(min=torch.finfo(torch.float64).tiny)
+    return lam

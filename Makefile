@@ -1,0 +1,77 @@
+# The only place where commands are written down; `make help` lists them.
+
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+STAMP := $(VENV)/.ready
+PACKAGES := freshrank components dags
+
+DATA ?=
+DATE ?=
+PROTOCOL ?=
+DATASET := $(or $(DATA),.freshrank/data/simulated)
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve stop test test-slow lint format lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with pinned packages, Triton and Helm; quick when nothing changed
+
+demo: $(STAMP) ## One daily run through Airflow, Kubeflow, Feast and Triton: [DATA=dir] [DATE=yyyy-mm-dd] [PROTOCOL=name]
+	$(PYTHON) -m freshrank demo $(if $(DATA),--data "$(DATA)") $(if $(DATE),--date "$(DATE)") \
+		$(if $(PROTOCOL),--protocol "$(PROTOCOL)")
+
+serve: $(STAMP) ## Start the local Triton: [DATA=imported dataset]
+	$(PYTHON) -m freshrank serve --data "$(DATASET)"
+
+stop: $(STAMP) ## Stop the local Triton: [DATA=imported dataset]
+	$(PYTHON) -m freshrank stop --data "$(DATASET)"
+
+test: $(STAMP) ## Run the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	$(PYTEST) -m slow
+
+lint: $(STAMP) ## Check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy $(PACKAGES)
+
+format: $(STAMP) ## Lay the code out
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+# torch's CUDA companions depend on the build of torch, so the lock leaves them to pip (see setup).
+RESOLVE = $(UV) pip compile pyproject.toml --quiet --no-header --no-annotate
+COMPANIONS := ^(nvidia-|cuda-|triton==)
+
+lock: $(STAMP) ## Resolve requirements/*.lock anew from pyproject.toml, keeping pinned versions that still fit
+	$(RESOLVE) --output-file requirements/runtime.lock
+	$(RESOLVE) --extra test --constraint requirements/runtime.lock --output-file requirements/test.lock
+	sed -i -E '/$(COMPANIONS)/d' requirements/runtime.lock requirements/test.lock
+
+clean: ## Remove caches and build outputs; .venv and the workspace .freshrank stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Bytecode is compiled here because every import would do it again where PYTHONDONTWRITEBYTECODE is set.
+$(STAMP): pyproject.toml requirements/test.lock requirements/bootstrap.lock requirements/triton.lock
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: $(PYTHON3) is older than 3.11; name another: make setup PYTHON3=python3.11"; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "setup: $(PYTHON3) cannot create environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements/bootstrap.lock
+	$(PYTHON) -m pip install --quiet --constraint requirements/test.lock "$$(grep '^torch==' requirements/test.lock)"
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode -r requirements/test.lock
+	$(PYTHON) -m pip install --quiet --no-deps -r requirements/triton.lock
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	$(PYTHON) -m compileall -q $(PACKAGES)
+	$(PYTHON) -m pip check | grep -v -e '^nvidia-pytriton ' -e '^No broken requirements' && exit 1 || true
+	$(PYTHON) tests/helm_binary.py --dest $(VENV)/bin
+	touch $@

@@ -1,0 +1,268 @@
+"""Feature store -> frame: the three tables a model is trained, judged or served on.
+
+Users and items are held once per day, impressions point at them. Offline and online frames have the same columns
+and dtypes, and for the same day the same numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from freshrank.clock import day_of
+from freshrank.datasets.contract import Dataset
+from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
+from freshrank.history import DAY, KEYS, history_fingerprint, require_history
+from freshrank.schema import (
+    CREATED_AT,
+    EVENT_TIMESTAMP,
+    IN_HISTORY,
+    ITEM_AGE,
+    ITEM_ID,
+    JUDGED_CREATED_AT,
+    QUERY_ITEM_ID,
+    REQUEST_ID,
+    USAGE,
+    USER_ID,
+    Entity,
+    Kind,
+    Role,
+    Schema,
+    Usage,
+)
+from freshrank.storage import atomic_directory, fingerprint
+from freshrank.workspace import Workspace
+
+CODE_VERSION = 1
+"""Raise it when the same inputs give another frame, so that cached days are rebuilt."""
+USER_ROW, ITEM_ROW = "user_row", "item_row"
+JUDGED_AGE = "judged_age_days"
+EXPOSURES = "exposures"
+_ORDER = [EVENT_TIMESTAMP, USER_ID, ITEM_ID, REQUEST_ID]
+_UTC = pl.Datetime("us", "UTC")
+_TABLES = ("users", "items", "rows")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Users and items per day, and the impressions that point at them."""
+
+    users: pl.DataFrame
+    """One row per (user, day): user_id, day, stored user features in Schema order."""
+    items: pl.DataFrame
+    """One row per (item, day): item_id, day, stored item features in Schema order."""
+    rows: pl.DataFrame
+    """One row per impression, by event_timestamp, user_id, item_id: ``user_row`` and ``item_row`` (UInt32 positions
+    in the other two), the log's columns, ``item_age_days`` and ``judged_age_days`` (Float32, days since creation,
+    0 when unknown), ``exposures`` (Int64: impressions of the item on all earlier days), ``usage``."""
+
+
+def load_frame(
+    dataset: Dataset,
+    workspace: Workspace,
+    days: Sequence[date],
+    usages: tuple[Usage, ...] = (Usage.ALL, Usage.TRAINING, Usage.EVALUATION),
+) -> Frame:
+    """The impressions of ``days`` whose usage is one of ``usages``, with their features.
+
+    Rows of usage ``history`` are in no frame: they feed the snapshots only. The snapshots of ``days`` must have been
+    built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, so nothing that
+    happened later that day can reach a row. Days are cached on their own.
+    """
+    wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
+    missing = [day for day, path in wanted.items() if not path.exists()]
+    if missing:
+        for day, frame in _build(dataset, workspace, missing).items():
+            _write(frame, wanted[day])
+    return _only(_concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
+
+
+def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
+    past = [seen for seen in dataset.days if seen <= day]
+    inputs = fingerprint({"version": CODE_VERSION, "log": dataset.fingerprint(past),
+                          "history": history_fingerprint(dataset, day)})  # fmt: skip
+    return workspace.frames / f"{day.isoformat()}-{inputs}"
+
+
+def _write(frame: Frame, path: Path) -> None:
+    with atomic_directory(path) as temporary:
+        for table in _TABLES:
+            getattr(frame, table).write_parquet(temporary / f"{table}.parquet")
+
+
+def _read(path: Path) -> Frame:
+    return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in _TABLES))
+
+
+def _build(dataset: Dataset, workspace: Workspace, days: list[date]) -> dict[date, Frame]:
+    require_history(dataset, workspace, days)
+    log = dataset.impressions(days).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
+    store = FeatureStore(dataset, workspace)
+    store.apply()
+    users = _entities(store, Entity.USER, log)
+    items = _entities(store, Entity.ITEM, log)
+    rows = _with_exposures(_with_ages(log, dataset.items()), dataset, days)
+    return {day: _assemble(users, items, rows, day, dataset.schema) for day in days}
+
+
+def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
+    key = KEYS[entity]
+    first = log.group_by(key, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key)
+    read = store.offline_users(first) if entity is Entity.USER else store.offline_items(first)
+    return _with_day(read, first[DAY], store.schema, entity)
+
+
+def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
+    key, *features = stored_schema(schema, entity)
+    return read.with_columns(day).select(key, DAY, *features)
+
+
+def _with_ages(log: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    judged = pl.coalesce([name for name in (JUDGED_CREATED_AT, CREATED_AT) if name in items.columns])
+    births = items.select(ITEM_ID, pl.col(CREATED_AT).alias("_created"), judged.alias("_judged"))
+    ages = {ITEM_AGE: "_created", JUDGED_AGE: "_judged"}
+    return (
+        log.join(births, on=ITEM_ID, how="left", maintain_order="left")
+        .with_columns(_age(pl.col(birth).cast(_UTC).dt.epoch("us")).alias(name) for name, birth in ages.items())
+        .drop(ages.values())
+    )
+
+
+def _age(created_us: pl.Expr) -> pl.Expr:
+    """Days since creation; 0 for an item that is not known: to the platform it is brand new."""
+    age = (pl.col(EVENT_TIMESTAMP).dt.epoch("us") - created_us) / timedelta(days=1).total_seconds() / 1e6
+    return age.clip(lower_bound=0).fill_null(0).cast(pl.Float32)
+
+
+def _with_exposures(rows: pl.DataFrame, dataset: Dataset, days: list[date]) -> pl.DataFrame:
+    past = [day for day in dataset.days if day < max(days)]
+    if not past:
+        return rows.with_columns(pl.lit(0, dtype=pl.Int64).alias(EXPOSURES))
+    per_day = (
+        dataset.impressions(past)
+        .filter(pl.col(USAGE).is_in([usage.value for usage in IN_HISTORY]))
+        .group_by(ITEM_ID, DAY)
+        .agg(pl.len().cast(pl.Int64).alias(EXPOSURES))
+        .sort(DAY)
+        .with_columns(pl.col(EXPOSURES).cum_sum().over(ITEM_ID, order_by=DAY))
+        .collect()
+    )
+    counted = rows.sort(DAY, maintain_order=True).join_asof(
+        per_day, on=DAY, by=ITEM_ID, strategy="backward", allow_exact_matches=False, check_sortedness=False
+    )
+    return counted.with_columns(pl.col(EXPOSURES).fill_null(0))
+
+
+def _assemble(users: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame, day: date, schema: Schema) -> Frame:
+    today = pl.col(DAY) == day
+    users, items, rows = users.filter(today), items.filter(today), rows.filter(today).sort(_ORDER)
+    for position, key, table in ((USER_ROW, USER_ID, users), (ITEM_ROW, ITEM_ID, items)):
+        places = table.select(key).with_row_index(position)
+        rows = rows.join(places, on=key, how="left", maintain_order="left")
+    return Frame(users, items, _cast(rows, _row_schema(schema)))
+
+
+def _cast(frame: pl.DataFrame, columns: dict[str, pl.DataType]) -> pl.DataFrame:
+    return frame.select(pl.col(name).cast(dtype) for name, dtype in columns.items())
+
+
+def _row_schema(schema: Schema) -> dict[str, pl.DataType]:
+    columns: dict[str, pl.DataType] = {USER_ROW: pl.UInt32(), ITEM_ROW: pl.UInt32(), REQUEST_ID: pl.Int64(),
+               EVENT_TIMESTAMP: _UTC, DAY: pl.Date(), USER_ID: pl.Int64(), ITEM_ID: pl.Int64()}  # fmt: skip
+    if schema.has_query:
+        columns[QUERY_ITEM_ID] = pl.Int64()
+    columns |= {action: pl.Int8() for action in schema.actions}
+    columns |= _context_schema(schema)
+    return columns | {ITEM_AGE: pl.Float32(), JUDGED_AGE: pl.Float32(), EXPOSURES: pl.Int64(), USAGE: pl.String()}
+
+
+def _context_schema(schema: Schema) -> dict[str, pl.DataType]:
+    dtypes: dict[Kind | None, pl.DataType] = {
+        Kind.CATEGORICAL: pl.Int64(),
+        Kind.NUMERIC: pl.Float32(),
+        Kind.EMBEDDING: pl.List(pl.Float32()),
+    }
+    context = {name: column.kind for name, column in schema.impressions.items() if column.role is Role.CONTEXT}
+    return {name: dtypes.get(kind, pl.List(pl.Int64())) for name, kind in context.items()}
+
+
+def _concatenated(frames: list[Frame], schema: Schema) -> Frame:
+    if not frames:
+        return empty_frame(schema)
+    users, items = (_starts([len(getattr(frame, table)) for frame in frames]) for table in ("users", "items"))
+    rows = [
+        frame.rows.with_columns(pl.col(USER_ROW) + first_user, pl.col(ITEM_ROW) + first_item)
+        for frame, first_user, first_item in zip(frames, users, items, strict=True)
+    ]
+    return Frame(pl.concat([f.users for f in frames]), pl.concat([f.items for f in frames]), pl.concat(rows))
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [0, *np.cumsum(lengths).tolist()][:-1]
+
+
+def empty_frame(schema: Schema) -> Frame:
+    """A frame of no impressions, with every column."""
+    users, items = (
+        _with_day(pl.DataFrame(schema=stored_schema(schema, entity)), pl.Series(DAY, [], pl.Date()), schema, entity)
+        for entity in (Entity.USER, Entity.ITEM)
+    )
+    return Frame(users, items, pl.DataFrame(schema=_row_schema(schema)))
+
+
+def _only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
+    rows = frame.rows.filter(pl.col(USAGE).is_in([usage.value for usage in usages]))
+    if len(rows) == len(frame.rows):
+        return frame
+    users, user_row = _compacted(frame.users, rows[USER_ROW])
+    items, item_row = _compacted(frame.items, rows[ITEM_ROW])
+    return Frame(users, items, rows.with_columns(user_row, item_row))
+
+
+def _compacted(table: pl.DataFrame, position: pl.Series) -> tuple[pl.DataFrame, pl.Series]:
+    kept = position.unique().sort()
+    return table[kept], position.rank("dense").cast(pl.UInt32) - 1
+
+
+def serving_frame(
+    store: FeatureStore,
+    user_id: int,
+    item_ids: Sequence[int],
+    event_timestamp: datetime,
+    context: Mapping[str, np.ndarray] | None = None,
+) -> Frame:
+    """One request as a frame: one user row, N item rows and N rows, features from the online store.
+
+    ``context`` gives the context columns (and ``query_item_id``) as arrays of length N; one that is not given is
+    null. Unknown ids read as nulls and an unknown item as brand new (age 0).
+    """
+    return assemble_request(
+        store.schema, store.online_users([user_id]), store.online_items(item_ids), event_timestamp, context
+    )
+
+
+def assemble_request(
+    schema: Schema,
+    user: pl.DataFrame,
+    items: pl.DataFrame,
+    event_timestamp: datetime,
+    context: Mapping[str, np.ndarray] | None = None,
+) -> Frame:
+    """:func:`serving_frame` from features already read: ``user`` of one row, ``items`` of N rows."""
+    at = pl.lit(event_timestamp, dtype=_UTC)
+    request = items.select(
+        at.alias(EVENT_TIMESTAMP),
+        day_of(at, schema.utc_offset_hours).alias(DAY),
+        pl.lit(0, dtype=pl.UInt32).alias(USER_ROW),
+        pl.lit(user[USER_ID][0], dtype=pl.Int64).alias(USER_ID),
+        pl.col(ITEM_ID, CREATED_AT_US),
+        **{name: pl.Series(name, values) for name, values in (context or {}).items()},
+    ).with_row_index(ITEM_ROW)
+    rows = request.with_columns(_age(pl.col(CREATED_AT_US)).alias(name) for name in (ITEM_AGE, JUDGED_AGE))
+    columns = _row_schema(schema)
+    rows = _cast(rows.with_columns(pl.lit(None).alias(name) for name in columns if name not in rows.columns), columns)
+    days = rows[DAY]
+    return Frame(_with_day(user, days.head(1), schema, Entity.USER), _with_day(items, days, schema, Entity.ITEM), rows)

@@ -1,0 +1,211 @@
+"""What a person reads after a run: one offline HTML file, and a table on the terminal. The verdict comes first."""
+
+import json
+from base64 import b64encode
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from freshrank.evaluation import ALL, FRESH, WARM, Comparison, Difference, Evaluation, Interval, MetricName
+from freshrank.figures import pictures, row_name
+from freshrank.gate import Decision, Verdict
+from freshrank.storage import atomic_write
+
+HEADLINES = {
+    Decision.BLESSED: "Blessed: the challenger may serve",
+    Decision.REJECTED: "Rejected: what serves keeps serving",
+    Decision.NOT_ENOUGH_EVIDENCE: "Not enough evidence: what serves keeps serving",
+}
+MARKS = {True: ("✓", "passes"), False: ("✗", "fails"), None: ("?", "open")}
+_COLOURS = {Decision.BLESSED: "green", Decision.REJECTED: "red", Decision.NOT_ENOUGH_EVIDENCE: "yellow"}
+_LIBRARIES = ("freshrank", "torch", "numpy", "polars", "duckdb", "feast", "kfp", "apache-airflow", "onnxruntime",
+              "scikit-learn", "great-expectations")  # fmt: skip
+_ROW_METRICS = (
+    (MetricName.LOG_LOSS, "log loss"),
+    (MetricName.PR_AUC, "PR-AUC"),
+    (MetricName.ECE, "calibration error (ECE)"),
+    (MetricName.CALIBRATION_RATIO, "prediction / observed rate"),
+)
+
+
+class ReportInput(BaseModel):
+    """Everything the page shows."""
+
+    dataset: str
+    run_date: date
+    recipe: str
+    verdict: Verdict
+    comparison: Comparison
+    challenger: Evaluation
+    baseline: Evaluation
+    baseline_name: str
+    """What the challenger was compared with: ``version 4 of 2026-01-06``, ``popularity (nothing served yet)``."""
+    parameters: int | None = None
+    parameter_increase: float | None = None
+    """Share, 0.05 = 5%, against the same model without the techniques."""
+    training_curve: list[tuple[int, float]] = []
+    """(step, loss)."""
+    data_facts: dict[str, str | int | float] = {}
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
+    validation_page: str | None = None
+    """Link to the data validation page, relative to the report."""
+
+
+class RunSummary(BaseModel):
+    """How a day ended, in the few lines a terminal shows."""
+
+    dataset: str
+    run_date: date
+    recipe: str = ""
+    verdict: Verdict
+    comparison: Comparison
+    baseline_name: str
+    parameter_increase: float | None = None
+    served_version: int | None = None
+    """What serves after the run; None while nothing does."""
+    deployed: bool = False
+    """Whether this run put it there."""
+    report: Path | None = None
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what a model's numbers depend on."""
+    return {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def write_report(path: Path, report: ReportInput) -> None:
+    """Render ``report`` to one self-contained HTML file, atomically; equal input gives equal bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)  # fmt: skip
+    environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, signed=_signed)
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        headline=HEADLINES[report.verdict.verdict],
+        marks=MARKS,
+        pictures=pictures(report.comparison, report.challenger, report.baseline, report.training_curve),
+        differences=[(row_name(row, report.comparison.k), row) for row in report.comparison.rows],
+        row_metrics=_row_metrics(report),
+        config=json.dumps(report.config, indent=2, sort_keys=True, default=str),
+        names=MetricName,
+        ALL=ALL,
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
+
+
+def _interval(value: Interval | None, sign: str = "") -> str:
+    return "—" if value is None else f"{value.value:{sign}.4f} ({value.low:{sign}.4f} to {value.high:{sign}.4f})"
+
+
+def _signed(value: Interval | None) -> str:
+    return _interval(value, "+")
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.4f}"
+
+
+def _row_metrics(report: ReportInput) -> list[dict[str, Any]]:
+    return [
+        {
+            "action": action,
+            "label": label,
+            "cells": [
+                evaluation.get(metric, name, action)
+                for name in (FRESH, WARM)
+                for evaluation in (report.baseline, report.challenger)
+            ],
+        }
+        for action in report.challenger.utilities
+        for metric, label in _ROW_METRICS
+    ]
+
+
+def summary_lines(summary: RunSummary) -> list[str]:
+    """The same as :func:`print_summary` in plain sentences, for logs."""
+    served = "nothing serves yet" if summary.served_version is None else f"version {summary.served_version} serves"
+    return [
+        f"{summary.dataset} {summary.run_date}: {HEADLINES[summary.verdict.verdict]}.",
+        *(f"{MARKS[reason.passed][0]} {reason.sentence}" for reason in summary.verdict.obstacles),
+        *(
+            f"{name}: {_interval(row.challenger)} against {_interval(row.baseline)}, "
+            f"difference {_signed(row.difference)}"
+            for name, row in _headline_rows(summary.comparison)
+        ),
+        f"{served}{', put there by this run' if summary.deployed else ''}; report: {summary.report or 'none'}",
+    ]
+
+
+def _headline_rows(comparison: Comparison) -> list[tuple[str, Difference]]:
+    wanted = ((FRESH, MetricName.HITS), (FRESH, MetricName.MATCHED_HITS), (ALL, MetricName.HITS))
+    rows = [comparison.get(metric, slice) for slice, metric in wanted]
+    return [(row_name(row, comparison.k), row) for row in rows]
+
+
+def print_summary(summary: RunSummary, console: Console | None = None) -> None:
+    """Verdict, what stood in its way, Hits@k of both models, what serves, where the report is."""
+    console = console or Console()
+    decision = summary.verdict.verdict
+    console.print()
+    console.print(Text(HEADLINES[decision], style=f"bold {_COLOURS[decision]}"))
+    console.print(_obstacles(summary.verdict))
+    console.print(_table(summary))
+    for label, value in _facts(summary):
+        console.print(Text(f"{label:<11} {value}"), soft_wrap=True)
+
+
+def _obstacles(verdict: Verdict) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    for reason in verdict.obstacles:
+        mark, word = MARKS[reason.passed]
+        grid.add_row(f" {mark}", word, Text(reason.sentence))
+    passed = len(verdict.reasons) - len(verdict.obstacles)
+    grid.add_row(f" {MARKS[True][0]}", "passes", Text(f"{passed} of {len(verdict.reasons)} checks."))
+    return grid
+
+
+def _table(summary: RunSummary) -> Table:
+    table = Table("", escape(summary.baseline_name), "challenger", "difference", "lists", box=SIMPLE_HEAD,
+                  title=Text(f"{summary.dataset} {summary.run_date}, {summary.comparison.confidence:.0%} intervals"),
+                  title_justify="left", padding=(0, 1))  # fmt: skip
+    for name, row in _headline_rows(summary.comparison):
+        values = [f"{found.value:.4f}" if found else "—" for found in (row.baseline, row.challenger)]
+        table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[3].no_wrap = True
+    return table
+
+
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
+    served = "nothing yet" if summary.served_version is None else f"version {summary.served_version}"
+    increase = summary.parameter_increase
+    return [
+        ("parameters", "unknown" if increase is None else f"{increase:+.2%} against the model without techniques"),
+        ("serving", f"{served}{' (put there by this run)' if summary.deployed else ''}"),
+        ("report", str(summary.report or "none")),
+    ]

@@ -1,0 +1,345 @@
+"""Data validation: a good day passes, and every kind of bad day is stopped or warned of in words that help."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from freshrank.datasets.contract import Dataset
+from freshrank.datasets.simulator import WorldConfig, simulate
+from freshrank.errors import DataError, ValidationFailed
+from freshrank.history import compute_history
+from freshrank.schema import Entity, Group, Kind
+from freshrank.validation import (
+    ExpectationResult,
+    Severity,
+    ValidationBounds,
+    ValidationReport,
+    validate_day,
+    write_validation_page,
+)
+
+WORLD = WorldConfig(days=9, users=300, items_at_start=300, new_items_per_day=30, impressions_per_day=1_200)
+DAY = WORLD.last_day
+RUN_DATE = DAY + timedelta(days=1)
+Change = Callable[[pl.DataFrame], pl.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return simulate(tmp_path_factory.mktemp("clean") / "world", WORLD)
+
+
+@pytest.fixture
+def dataset(clean: Dataset, tmp_path: Path) -> Iterator[Dataset]:
+    """A copy to spoil."""
+    shutil.copytree(clean.path, tmp_path / "world")
+    yield Dataset.open(tmp_path / "world")
+    shutil.rmtree(tmp_path / "world")
+
+
+def spoil(dataset: Dataset, change: Change, day: date = DAY) -> None:
+    """Rewrite a day's partition behind the importer's back."""
+    frame = pl.read_parquet(dataset.partition(day))
+    change(frame).write_parquet(dataset.partition(day))
+
+
+def spoil_items(dataset: Dataset, *change: pl.Expr) -> None:
+    dataset.items().with_columns(*change).write_parquet(dataset.path / "items.parquet")
+
+
+def failed(report: ValidationReport, severity: Severity = Severity.BLOCKING) -> dict[str, ExpectationResult]:
+    return {result.name: result for result in report.failures(severity)}
+
+
+def first(rows: int, value: object, otherwise: str) -> pl.Expr:
+    """``value`` in the first rows of a column, what it held in the others."""
+    return pl.when(pl.int_range(pl.len()) < rows).then(pl.lit(value)).otherwise(pl.col(otherwise)).alias(otherwise)
+
+
+def fresh_ids(dataset: Dataset) -> list[int]:
+    """Items that were fresh at some time of the validated day."""
+    born = datetime.combine(DAY, datetime.min.time(), UTC) - timedelta(days=WORLD.fresh_days)
+    return dataset.items().filter(pl.col("created_at") >= born)["item_id"].to_list()
+
+
+def test_a_clean_day_passes_without_a_warning(clean: Dataset) -> None:
+    """Every expectation holds, each was really judged, and nothing is raised."""
+    report = validate_day(clean, RUN_DATE)
+    assert [str(result) for result in report.results if not result.success] == []
+    assert (report.day, report.rows, len(report.trailing)) == (DAY, 1_200, 7)
+    assert 0 < report.fresh_rows < report.rows
+    report.raise_if_blocked()
+
+
+def test_the_report_survives_json(clean: Dataset) -> None:
+    """What is written to disk reads back equal, and is the same when the day is validated again."""
+    report = validate_day(clean, RUN_DATE)
+    assert ValidationReport.model_validate_json(report.model_dump_json()) == report
+    assert validate_day(clean, RUN_DATE) == report
+
+
+def test_every_name_comes_from_the_schema(clean: Dataset) -> None:
+    """Each action has its label, positives and rate expectations; each content column its coverage, per cohort."""
+    report = validate_day(clean, RUN_DATE)
+    names = [result.name for result in report.results]
+    for action in clean.schema.actions:
+        expected = {f"{action}_is_label", f"{action}_has_positives", f"{action}_like_trailing_week"}
+        assert expected <= set(names)
+    covered = {(result.table, result.column) for result in report.results if result.name.endswith("_covered")}
+    content = {"category", "author", "tags", "duration", "embedding"}
+    assert covered == {
+        *((f"{cohort} items", column) for cohort in ("fresh", "warm") for column in content),
+        ("impressions", "surface"),
+    }
+
+
+BROKEN_ROWS: list[tuple[str, Change, str, str]] = [
+    ("label of 7", lambda log: log.with_columns(first(3, 7, "click").cast(pl.Int8)), "click_is_label",
+     "label click is 0, 1 or null (not observed); observed 3 of 1,200 rows against it, expected 0 or 1; e.g. 7"),
+    ("null user", lambda log: log.with_columns(first(2, None, "user_id")), "user_id_present",
+     "no impression lacks its user_id; observed 2 of 1,200 rows"),
+    ("null item", lambda log: log.with_columns(first(2, None, "item_id")), "item_id_present", "its item_id"),
+    ("null request", lambda log: log.with_columns(first(1, None, "request_id")), "request_id_present", "1 of 1,200"),
+    ("null time", lambda log: log.with_columns(first(1, None, "event_timestamp")), "event_timestamp_present", "1 of"),
+    ("logged twice", lambda log: pl.concat([log, log.head(5)]), "no_duplicates",
+     "no impression is logged twice; observed 10 of 1,205 rows"),
+    ("yesterday's rows", lambda log: log.with_columns(pl.col("event_timestamp") - timedelta(days=1)),
+     "inside_the_day", f"every impression happened on {DAY}; observed 1,200 of 1,200 rows"),
+    ("midnight of tomorrow",
+     lambda log: log.with_columns(first(1, datetime.combine(RUN_DATE, datetime.min.time(), UTC), "event_timestamp")),
+     "inside_the_day", "observed 1 of 1,200 rows"),
+    ("nobody saved", lambda log: log.with_columns(pl.lit(0, pl.Int8).alias("save")), "save_has_positives",
+     "somebody did save; observed 0, expected at least 1"),
+    ("save not observed", lambda log: log.with_columns(pl.lit(None, pl.Int8).alias("save")), "save_has_positives",
+     "somebody did save"),
+    ("everybody clicked", lambda log: log.with_columns(pl.lit(1, pl.Int8).alias("click")), "click_like_trailing_week",
+     "the positive rate of click is like the trailing week's 0."),
+    ("a tenth of the log", lambda log: log.head(120), "volume_like_trailing_week",
+     "the number of impressions is like the trailing week's 1,200; observed 120, expected 240 .. 6,000"),
+    ("the log ten times", lambda log: pl.concat([log] * 10), "volume_like_trailing_week", "observed 12,000"),
+    ("context gone", lambda log: log.with_columns(first(700, None, "surface")), "surface_covered",
+     "surface of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%"),
+    ("no rows", lambda log: log.clear(), "day_has_impressions", "observed 0 rows, expected at least 1 row"),
+    ("a column less", lambda log: log.drop("save"), "columns_present", "impressions.save: every column of schema.yaml"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "words"), [case[1:] for case in BROKEN_ROWS], ids=[c[0] for c in BROKEN_ROWS]
+)
+def test_a_broken_log_blocks(dataset: Dataset, change: Change, name: str, words: str) -> None:
+    """The expectation that was made for it fails, and the error says where, what was seen and what was expected."""
+    spoil(dataset, change)
+    report = validate_day(dataset, RUN_DATE)
+    assert name in failed(report)
+    assert words in str(failed(report)[name])
+    with pytest.raises(ValidationFailed, match=f"{DAY} must not be trained on"):
+        report.raise_if_blocked()
+
+
+def test_a_missing_day_blocks_and_says_which_days_there_are(clean: Dataset) -> None:
+    """The run for the day after tomorrow finds no partition."""
+    report = validate_day(clean, RUN_DATE + timedelta(days=1))
+    assert str(failed(report)["day_has_impressions"]) == (
+        f"impressions: {RUN_DATE} holds impressions to judge and train on; observed no partition; the log holds "
+        f"{WORLD.first_day} .. {DAY}, expected at least 1 row"
+    )
+
+
+def test_a_file_that_is_not_parquet_blocks(dataset: Dataset) -> None:
+    """A torn file is a finding, not a traceback."""
+    dataset.partition(DAY).write_bytes(b"torn")
+    report = validate_day(dataset, RUN_DATE)
+    assert "a file that is not Parquet" in str(failed(report)["day_has_impressions"])
+
+
+def test_an_item_shown_before_its_creation_blocks(dataset: Dataset) -> None:
+    """All items born after the day: each impression sees the future."""
+    spoil_items(dataset, pl.lit(datetime.combine(RUN_DATE, datetime.min.time(), UTC)).alias("created_at"))
+    assert "no item is shown before it was created; observed 1,200 of 1,200" in str(
+        failed(validate_day(dataset, RUN_DATE))["born_before_shown"]
+    )
+
+
+def test_a_day_without_fresh_items_blocks(dataset: Dataset) -> None:
+    """The export lost the new items: the table is in order, its fresh cohort is gone."""
+    ids = fresh_ids(dataset)
+    spoil(dataset, lambda log: log.filter(~pl.col("item_id").is_in(ids)))
+    problem = failed(validate_day(dataset, RUN_DATE))["fresh_like_trailing_week"]
+    assert "the share of fresh impressions is like the trailing week's" in problem.sentence
+    assert problem.observed == "0"
+
+
+def test_a_launch_warns_but_does_not_block(dataset: Dataset) -> None:
+    """Far more fresh impressions than usual are allowed: that is what a launch looks like."""
+    ids = fresh_ids(dataset)
+    spoil(dataset, lambda log: log.filter(pl.col("item_id").is_in(ids)).sample(1_200, with_replacement=True, seed=0)
+          .with_columns(pl.int_range(pl.len()).alias("request_id")))  # fmt: skip
+    report = validate_day(dataset, RUN_DATE)
+    assert report.passed
+    assert "fresh_like_trailing_week" in failed(report, Severity.WARNING)
+
+
+def test_fresh_items_without_content_block_even_when_the_table_looks_filled(dataset: Dataset) -> None:
+    """The items of three days came without an embedding: only the fresh cohort shows it."""
+    lost = pl.col("created_at") >= datetime.combine(DAY - timedelta(days=2), datetime.min.time(), UTC)
+    spoil_items(dataset, pl.when(~lost).then(pl.col("embedding")).alias("embedding"))
+    blocking = failed(validate_day(dataset, RUN_DATE, bounds=ValidationBounds(block_coverage=0.9)))
+    assert [(one.table, one.column) for one in blocking.values()] == [("fresh items", "embedding")]
+
+
+def test_an_empty_list_of_tags_is_a_missing_value(dataset: Dataset) -> None:
+    """Coverage counts values, not non-null cells: the newest items have lists without a tag."""
+    born = datetime.combine(DAY - timedelta(days=1), datetime.min.time(), UTC)
+    tags = pl.when(pl.col("created_at") < born).then(pl.col("tags")).otherwise(pl.lit([], pl.List(pl.Int64)))
+    spoil_items(dataset, tags.alias("tags"))
+    warned = failed(validate_day(dataset, RUN_DATE), Severity.WARNING)["tags_covered"]
+    assert (warned.table, warned.column) == ("fresh items", "tags")
+
+
+def test_freshness_is_counted_from_the_judged_creation(dataset: Dataset) -> None:
+    """An item's fresh days start at ``judged_created_at`` where there is one: not before it, and not at its upload."""
+    noon = datetime.combine(DAY, datetime.min.time(), UTC) + timedelta(hours=12)
+    spoil_items(dataset, pl.lit(noon).alias("judged_created_at"))
+    after_noon = dataset.impressions([DAY]).filter(pl.col("event_timestamp") >= noon).collect()
+    assert validate_day(dataset, RUN_DATE).fresh_rows == len(after_noon)
+
+
+def test_unknown_items_warn(dataset: Dataset) -> None:
+    """Two per cent of the rows show an item the items table does not know: written down, not stopped."""
+    row = pl.int_range(pl.len())
+    unknown = pl.when(row < 24).then(row + 1_000_000).otherwise(pl.col("item_id")).alias("item_id")
+    spoil(dataset, lambda log: log.with_columns(unknown))
+    report = validate_day(dataset, RUN_DATE)
+    assert report.passed
+    assert failed(report, Severity.WARNING)["items_known"].observed == "24 of 1,200 rows against it"
+
+
+def test_a_warning_does_not_block(dataset: Dataset) -> None:
+    """A third of the volume is worth a look, and may be trained on."""
+    spoil(dataset, lambda log: log.head(400))
+    report = validate_day(dataset, RUN_DATE)
+    assert "volume_like_trailing_week" in failed(report, Severity.WARNING)
+    report.raise_if_blocked()
+
+
+def test_rows_that_only_feed_history_are_not_judged(dataset: Dataset) -> None:
+    """Backfilled rows have no labels to look at: 600 of them leave 600 rows to validate."""
+    spoil(dataset, lambda log: log.with_columns(first(600, "history", "usage"), first(600, None, "click")))
+    report = validate_day(dataset, RUN_DATE)
+    assert report.rows == 600
+    assert report.passed
+
+
+def test_days_that_only_feed_history_are_no_reference(dataset: Dataset) -> None:
+    """A log that begins with backfilled days compares its first real days with each other alone."""
+    for day in dataset.days[:-2]:
+        spoil(dataset, lambda log: log.with_columns(pl.lit("history").alias("usage")), day)
+    assert validate_day(dataset, RUN_DATE).trailing == (DAY - timedelta(days=1),)
+    assert validate_day(dataset, DAY).trailing == ()
+
+
+def test_the_first_day_of_a_log_has_nothing_to_be_compared_with(clean: Dataset) -> None:
+    """It is judged on its contract alone."""
+    report = validate_day(clean, WORLD.first_day + timedelta(days=1))
+    assert report.passed
+    assert report.trailing == ()
+    assert not [one for one in report.results if one.name.endswith(("_like_trailing_week", "_covered"))]
+
+
+def test_a_later_day_changes_nothing(dataset: Dataset) -> None:
+    """A spoiled day after the validated one is not looked at."""
+    before = validate_day(dataset, DAY)
+    spoil(dataset, lambda log: log.head(1))
+    assert validate_day(dataset, DAY) == before
+
+
+def history_of(dataset: Dataset, impressions: float, hours_before_birth: float) -> pl.DataFrame:
+    """One snapshot row of item 1, taken some hours before its creation, with a counter of ``impressions``."""
+    features = dataset.schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
+    counters = {one.name: [0.0] for one in features if one.group is Group.HISTORICAL}
+    born = datetime(2024, 1, 5, 12, tzinfo=UTC)
+    taken = born - timedelta(hours=hours_before_birth)
+    rows = {"item_id": [1], "created_at": [born], "snapshot_timestamp": [taken], **counters}
+    return pl.DataFrame(rows | {"item_impressions_1d": [impressions]})
+
+
+def test_history_before_birth_is_a_leak_and_blocks(clean: Dataset) -> None:
+    """Three impressions counted in a snapshot taken 12 hours before the item was created."""
+    leaking = failed(validate_day(clean, RUN_DATE, history_of(clean, 3.0, 12.0)))
+    assert list(leaking) == ["item_impressions_1d_empty_before_birth"]
+    assert "an item has no history at or before its creation" in str(leaking["item_impressions_1d_empty_before_birth"])
+    assert leaking["item_impressions_1d_empty_before_birth"].examples == ("3",)
+
+
+@pytest.mark.parametrize(("impressions", "hours"), [(0.0, 12.0), (3.0, -12.0)])
+def test_history_after_birth_or_empty_history_is_none(clean: Dataset, impressions: float, hours: float) -> None:
+    """No counts before birth, or counts 12 hours after it, are as they should be."""
+    assert validate_day(clean, RUN_DATE, history_of(clean, impressions, hours)).passed
+
+
+def test_a_snapshot_that_counts_its_own_day_is_caught(clean: Dataset) -> None:
+    """The real snapshots pass; dated one day early they hold the day they stand for, and newborn items show it."""
+    births = clean.items().select("item_id", "created_at")
+    snapshots = [frames[Entity.ITEM] for _, frames in compute_history(clean, [DAY, RUN_DATE])]
+    history = pl.concat(snapshots).join(births, on="item_id")
+    assert validate_day(clean, RUN_DATE, history).passed
+    early = history.with_columns(pl.col("snapshot_timestamp") - timedelta(days=1))
+    assert "item_impressions_1d_empty_before_birth" in failed(validate_day(clean, RUN_DATE, early))
+
+
+def test_item_history_without_its_snapshot_time_is_refused(clean: Dataset) -> None:
+    """A caller's mistake names the missing columns."""
+    with pytest.raises(DataError, match="snapshot_timestamp"):
+        validate_day(clean, RUN_DATE, history_of(clean, 0.0, 1.0).drop("snapshot_timestamp"))
+
+
+def test_the_error_fits_on_one_screen(dataset: Dataset) -> None:
+    """However much is broken, at most 24 lines, with the worst of it and how to go on."""
+    spoil(dataset, lambda log: log.with_columns(
+        pl.lit(7, pl.Int8).alias("click"), pl.lit(9, pl.Int8).alias("save"),
+        pl.lit(None, pl.Int64).alias("user_id"), pl.lit(None, pl.Int64).alias("item_id"),
+        pl.lit(None, pl.Int64).alias("request_id"), pl.lit(None, pl.Int64).alias("surface"),
+        pl.col("event_timestamp") - timedelta(days=2)))  # fmt: skip
+    with pytest.raises(ValidationFailed) as caught:
+        validate_day(dataset, RUN_DATE).raise_if_blocked()
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) < 400
+    assert "keeps serving" in lines[-1]
+    assert "more; the validation page lists them all" in lines[-2]
+
+
+def test_the_page_shows_failures_first_and_needs_no_network(dataset: Dataset, tmp_path: Path) -> None:
+    """One file, verdict on top, blocking before warning before passed, text escaped."""
+    spoil(dataset, lambda log: log.head(100))
+    report = validate_day(dataset, RUN_DATE)
+    path = tmp_path / "page" / "validation.html"
+    write_validation_page(report, path)
+    page = path.read_text()
+    assert "<strong>Blocked.</strong>" in page
+    assert page.index("✗ blocks") < page.index("! warns") < page.index("✓ passed")
+    assert page.count("<tr class=") == len(report.results)
+    assert not [outside for outside in ("http:", "https:", "<script", "<link", "src=") if outside in page]
+    hostile = report.results[0].model_copy(update={"success": False, "examples": ("<b>x</b>",)})
+    write_validation_page(report.model_copy(update={"results": (hostile,)}), path)
+    assert "&lt;b&gt;x&lt;/b&gt;" in path.read_text()
+
+
+def test_validation_is_quiet(clean: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
+    """Great Expectations draws no progress bars and prints nothing."""
+    validate_day(clean, RUN_DATE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_module_is_imported_without_great_expectations() -> None:
+    """The command line stays quick: the seven seconds are paid by who validates."""
+    import subprocess
+    import sys
+
+    code = "import sys, freshrank.validation; sys.exit('great_expectations' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
