@@ -82,7 +82,7 @@ def deploy(
 ) -> int:
     from freshrank import steps
 
-    return steps.deploy(data, run_date, bundle.path, evidence.path, published.path)["version"]
+    return int(steps.deploy(data, run_date, bundle.path, evidence.path, published.path)["version"])
 
 
 @component

@@ -231,8 +231,9 @@ def publish(
     """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
     from freshrank import steps
 
-    result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"),
-                          evaluation or _folder(data, day, "evaluation"), _folder(data, day, "published"), force)  # fmt: skip
+    judged = evaluation or _folder(data, day, "evaluation")
+    result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
+                          _folder(data, day, "published"), force)  # fmt: skip
     out.print(f"served version: {result['version']}")
 
 

@@ -166,12 +166,29 @@ class FeatureStore:
         secret = settings().redis_url.get_secret_value()
         return feast.FeatureStore(config=feast.RepoConfig(**_config(self.schema, self.workspace, secret)))
 
+    @contextmanager
+    def _session(self) -> Iterator[Any]:
+        """Feast on a DuckDB connection of its own, without its prints (stdout is our caller's) and deprecations."""
+        import ibis
+
+        store = self._feast
+        before = ibis.options.default_backend
+        connection = ibis.duckdb.connect()
+        ibis.set_backend(connection)
+        try:
+            with redirect_stdout(StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                yield store
+        finally:
+            ibis.options.default_backend = before
+            connection.disconnect()
+
     def apply(self) -> None:
         """Register the views and write the tables they read; repeating it changes nothing."""
         write_static_tables(self.dataset, self.workspace)
         write_feast_yaml(self.schema, self.workspace)
-        with _quiet():
-            self._feast.apply(definitions(self.schema, self.workspace))
+        with self._session() as store:
+            store.apply(definitions(self.schema, self.workspace))
 
     def materialize(self, run_date: date, rewind: bool = False) -> None:
         """Put into the online store what is known when ``run_date`` begins, and the content of items born on it.
@@ -189,14 +206,14 @@ class FeatureStore:
             return
         if held > start:
             self._empty()
-        with _quiet():
+        with self._session() as store:
             for (_, group), view in self._views().items():
                 span = (start, start) if group is Group.HISTORICAL else (ALWAYS, end - timedelta(microseconds=1))
-                self._feast.materialize(*span, feature_views=[view])
+                store.materialize(*span, feature_views=[view])
 
     def _empty(self) -> None:
-        with _quiet():
-            self._feast.teardown()
+        with self._session() as store:
+            store.teardown()
         del self._feast
         self.apply()
 
@@ -233,8 +250,8 @@ class FeatureStore:
         if frame.is_empty():
             return pl.DataFrame(schema=columns)
         keys = frame.select(KEYS[entity], EVENT_TIMESTAMP).with_row_index(_ROW).to_pandas()
-        with _quiet():
-            job = self._feast.get_historical_features(entity_df=keys, features=self._references(entity))
+        with self._session() as store:
+            job = store.get_historical_features(entity_df=keys, features=self._references(entity))
             joined = pl.DataFrame(job.to_arrow())
         # DuckDB returns the rows in any order.
         return joined.sort(_ROW).select(pl.col(name).cast(dtype) for name, dtype in columns.items())
@@ -318,11 +335,3 @@ def _online_store(workspace: Workspace, redis_url: str) -> dict[str, Any]:
     if settings().online_store == "redis":
         return {"type": "redis", "connection_string": redis_url}
     return {"type": "sqlite", "path": str(workspace.feast.absolute() / "online.db")}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Feast prints to stdout, which belongs to our callers, and calls functions its libraries deprecate."""
-    with redirect_stdout(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

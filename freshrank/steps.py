@@ -30,7 +30,7 @@ from freshrank.config import (
 )
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import DataError, MissingArtifact, ServingError
-from freshrank.schema import CREATED_AT, IN_TRAINING, ITEM_ID, USAGE, Usage
+from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, USAGE, Usage
 from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
 
@@ -50,16 +50,18 @@ class Run:
         self.date = parse_day(run_date)
         self.directory = self.workspace.run(self.date)
 
-    def days(self, part: Iterable[date], what: str) -> list[date]:
-        """Those of ``part`` the log holds; a :class:`DataError` where it holds none."""
+    def days(self, part: Iterable[date], what: str, usages: tuple[Usage, ...]) -> list[date]:
+        """Those of ``part`` on which the log has rows of ``usages``; a :class:`DataError` where there is none."""
         wanted = list(part)
         present = sorted(set(wanted) & set(self.dataset.days))
-        if not present:
+        log_rows = self.dataset.impressions(present).filter(pl.col(USAGE).is_in(list(usages))) if present else None
+        kept = [] if log_rows is None else sorted(log_rows.select("day").unique().collect()["day"])
+        if not kept:
             raise DataError(
-                f"{self.dataset.path}: no impressions on the {what} days {min(wanted)} .. {max(wanted)} of run "
+                f"{self.dataset.path}: no impressions for {what} on {min(wanted)} .. {max(wanted)} of run "
                 f"{self.date}; the log holds {self.dataset.days[0]} .. {self.dataset.days[-1]}"
             )
-        return present
+        return kept
 
     def read(self, part: Iterable[date]) -> str:
         """Fingerprint of every row that can reach features or labels of ``part``."""
@@ -103,9 +105,9 @@ def build_features(data: FreshrankPath, run_date: str, windows: str | None = Non
 
     run = Run(data, run_date)
     split = _split(run, windows or WindowConfig().model_dump_json())
-    log_days = run.days(days(split.train[0], split.evaluation[-1]), "windows'")
-    rows = run.dataset.impressions(log_days).filter(pl.col(USAGE) != Usage.HISTORY).select("day").unique().collect()
-    build_history(run.dataset, run.workspace, [*sorted(rows["day"]), run.date])
+    window = days(split.train[0], split.evaluation[-1])
+    needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
+    build_history(run.dataset, run.workspace, [*needed, run.date])
 
 
 def materialize(data: FreshrankPath, run_date: str) -> None:
@@ -134,7 +136,7 @@ def train(
     from freshrank.techniques import mixup, residual, score_reg
 
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).train, "training")
+    wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
     code = _code(encoding, frames, history, training_module, inputs, ranker, mixup, residual, score_reg)
     key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
@@ -164,7 +166,7 @@ def calibrate(
     from freshrank import export, frames, training
 
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).calibration, "calibration")
+    wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
     trained_key = read_json(_existing(Path(model_dir) / "key.json", "freshrank train"))
     key = {"train": trained_key["key"], "data": run.read(wanted), "days": wanted, "calibration": calibration,
            "date": run.date, "code": _code(calibration_module, export)}  # fmt: skip
@@ -234,7 +236,7 @@ def evaluate(
 
     run = Run(data, run_date)
     facts = read_json(_existing(Path(bundle) / "bundle.json", "freshrank calibrate"))
-    wanted = run.days(_split(run, windows).evaluation, "evaluation")
+    wanted = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION)
     champion = judged.champion(run)
     code = _code(judging, gate_module, judged, popularity, report)
     key = {"bundle": facts["fingerprint"], "data": run.read(wanted), "days": wanted, "sections": [evaluation, gate],

@@ -66,9 +66,9 @@ def _replace_directory(temporary: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically, keys in a stable order."""
+    """Write ``value`` as indented JSON, atomically; keys keep their order, which is the columns' order in a schema."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -81,6 +81,6 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits that change when any part of the JSON-able ``value`` does."""
-    text = json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+    """16 hex digits that change when any part of the JSON-able ``value`` does, the order of keys included."""
+    text = json.dumps(value, default=str, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

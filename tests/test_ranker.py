@@ -106,9 +106,9 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
 
 
 def test_training_lowers_the_loss():
-    """Even ids are clicked more often: three epochs must find it."""
-    curve = _trained(training=TRAINING.model_copy(update={"epochs": 12})).facts["curve"]["losses"]["bce"]
-    assert np.mean(curve[-5:]) < 0.95 * np.mean(curve[:5])
+    """Even ids are clicked more often: thirty epochs must find it."""
+    curve = _trained(training=TRAINING.model_copy(update={"epochs": 30})).facts["curve"]["losses"]["bce"]
+    assert np.mean(curve[-5:]) < 0.9 * np.mean(curve[:5])
 
 
 def test_the_same_seed_trains_the_same_ranker_and_another_seed_another():

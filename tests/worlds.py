@@ -46,6 +46,7 @@ def tiny_schema(query: bool = False) -> Schema:
     users = {
         "user_id": {"role": "key"},
         "country": {"role": "profile", "kind": "categorical"},
+        "band": {"role": "profile", "kind": "categorical"},
         "age": {"role": "profile", "kind": "numeric", "default": 0.0},
     }
     return Schema.model_validate(
@@ -112,5 +113,7 @@ def _column(feature: Feature, size: int, items: int, rng: np.random.Generator) -
         vectors = [None if i % 5 == 0 else rng.normal(size=feature.dim).tolist() for i in range(size)]
         return pl.Series(vectors, dtype=pl.List(pl.Float32))
     if feature.kind is Kind.CATEGORICAL:
-        return pl.Series([None if i % 6 == 0 else int(rng.integers(0, 5)) for i in range(size)], dtype=pl.Int64)
+        # Vocabularies of different sizes: a mixed-up column order then cannot go unnoticed.
+        values = 4 + sum(map(ord, feature.name)) % 5
+        return pl.Series([None if i % 6 == 0 else int(rng.integers(0, values)) for i in range(size)], dtype=pl.Int64)
     return pl.Series([None if i % 4 == 0 else float(rng.random() * 10) for i in range(size)], dtype=pl.Float32)

@@ -29,20 +29,17 @@ def missing_partition(data: Path, run_date: str) -> str | None:
 def confirm_served(data: Path, run_date: str) -> int | None:
     """The version this run deployed, once pointer and Triton agree that it serves; None when it deployed none.
 
-    A blessed run deploys nothing where a later run already serves, or its version was rolled back.
+    A blessed run deploys nothing where a later run already serves, or where somebody rolled its version back.
     Raises ServingError where they do not agree.
     """
     result = outcome(data, run_date)
     log.info("verdict=%s served_version=%s reasons=%s", result["verdict"], result["served_version"], result["reasons"])
-    if result["verdict"] != "blessed":
+    if result["verdict"] != "blessed" or not result["deployed"]:
         return None
     pointer, version = repository(data).served(), result["served_version"]
     if pointer is None or pointer.version != version:
         served = "nothing" if pointer is None else f"version {pointer.version} of the run for {pointer.run_date}"
         raise ServingError(f"the run for {run_date} left version {version} serving, but the pointer names {served}")
-    if pointer.run_date != run_date:
-        log.info("version %d of the run for %s serves and stays", pointer.version, pointer.run_date)
-        return None
     with TritonClient(settings().triton_grpc_url) as client:
         if not client.is_model_ready(RANKER, pointer.version):
             raise ServingError(

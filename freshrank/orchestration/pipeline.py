@@ -45,7 +45,10 @@ def _data_version(data: Path, run_date: date, config: RunConfig) -> str:
 
 
 def outcome(data: Path, run_date: str) -> dict[str, Any]:
-    """``run_date``, ``verdict``, ``served_version`` (None: nothing serves) and ``reasons``: the checks not passed."""
+    """``run.json`` of the run, and ``reasons``: the sentences of the checks that did not pass.
+
+    ``verdict``; ``served_version``, None where nothing serves; ``deployed``, whether that is this run's own model.
+    """
     from freshrank.steps import Run
 
     directory = Run(data, run_date).directory

@@ -23,6 +23,7 @@ from freshrank.feature_store import CREATED_AT_US, FeatureStore
 from freshrank.frames import assemble_request
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, SEQUENCE_ITEMS, Kind, Schema
 from freshrank.serving.bundle import Tensors, TensorSpec
+from freshrank.serving.feast_import import import_feast
 from freshrank.serving.protocol import INPUTS, MAX_CANDIDATES, REQUIRED, context_columns
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.workspace import Workspace
@@ -217,8 +218,7 @@ class RankingService:
 
     def warm_up(self) -> None:
         """Import Feast, and where a version is served load it and open its store, so that no request waits for it."""
-        import feast  # noqa: F401
-
+        import_feast()
         try:
             version = self._version(self._served())
             version.reader.read(0, [0], seconds=60.0)

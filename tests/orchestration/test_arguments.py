@@ -55,10 +55,10 @@ def test_the_outcome_gives_the_checks_that_did_not_pass(world: Path, home: Path)
     directory = Run(world, RUN_DATE.isoformat()).directory
     checks = [{"sentence": "fresh is worse", "passed": False}, {"sentence": "overall holds", "passed": True}]
     write_json(directory / "verdict.json", {"verdict": "rejected", "reasons": checks})
-    write_json(directory / "run.json", {"run_date": RUN_DATE, "verdict": "rejected", "served_version": None})
+    write_json(directory / "run.json", {"verdict": "rejected", "served_version": 3, "deployed": False})
     assert outcome(world, RUN_DATE.isoformat()) == {
-        "run_date": "2024-01-06",
         "verdict": "rejected",
-        "served_version": None,
+        "served_version": 3,
+        "deployed": False,
         "reasons": ["fresh is worse"],
     }

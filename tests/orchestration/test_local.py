@@ -31,7 +31,9 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / LOG
 
 
-def test_a_step_that_fails_is_named_with_its_own_error(world: Path, home: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_step_that_fails_is_named_with_its_own_error(
+    world: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Validation refuses a day without a log; no step after it starts, and its text reaches the caller whole."""
     with pytest.raises(PipelineFailed, match=r"step 'validate-data' failed\nValidationFailed: (.|\n)*2024-01-19"):
         run_pipeline(world, WITHOUT_YESTERDAY, recipe())

@@ -30,7 +30,7 @@ def test_starts_in_its_own_process_group_and_stops_without_leaving_anything(new_
     served.publish(1.0)
     assert status.ready
     assert os.getpgid(status.pid) == status.pid
-    assert len(stubs_of(served)) == 2
+    assert len(stubs_of(served)) == 3
     assert served.server.stop()
     assert not stubs_of(served)
     assert not served.server.pid_path.exists()
@@ -85,8 +85,8 @@ def test_killed_server_starts_again_and_serves_the_pointed_version(new_server: N
     assert not served.server.status().ready
     again = served.server.start()
     assert again.pid != first.pid
-    assert again.models == {"ranker": [version - 1, version]}
-    assert len(stubs_of(served)) == 3
+    assert again.models == {"ranker": [version - 1, version], "ranking": [1]}
+    assert len(stubs_of(served)) == 4
     after = served.ask(version)
     assert all(before[name].tobytes() == after[name].tobytes() for name in OUTPUTS)
 

@@ -1,0 +1,159 @@
+"""The DAG: its order, what it promises to whoever is on call, and how little its file imports."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk.exceptions import AirflowFailException
+from jinja2 import Environment, StrictUndefined
+
+from freshrank.errors import ConfigError, ServingError, ValidationFailed
+from freshrank.orchestration.operator import data_directory, final_errors, run_config
+from freshrank.settings import PROJECT_ROOT, settings
+
+DAGS = PROJECT_ROOT / "dags"
+ORDER = ["wait_for_partition", "historical_features", "validate", "materialize", "train_ranker", "confirm_served"]
+
+
+@pytest.fixture(scope="module")
+def bag() -> DagBag:
+    return DagBag(dag_folder=DAGS)
+
+
+@pytest.fixture(scope="module")
+def dag(bag: DagBag) -> Any:
+    return bag.dags["daily_retraining"]
+
+
+def test_every_dag_file_imports(bag: DagBag) -> None:
+    """A file that does not import vanishes from Airflow with a note nobody reads."""
+    assert bag.import_errors == {}
+    assert list(bag.dags) == ["daily_retraining"]
+
+
+def test_reading_the_dag_loads_nothing_heavy() -> None:
+    """The DAG processor reads the file every few seconds."""
+    heavy = ["torch", "pandas", "polars", "pyarrow", "kfp", "feast", "great_expectations", "ibis", "tritonclient"]
+    code = f"""
+import json, runpy, sys, time
+import airflow.sdk
+from airflow.sdk import dag
+before, start = set(sys.modules), time.perf_counter()
+runpy.run_path({str(DAGS / "daily_retraining.py")!r})
+new = set(sys.modules) - before
+print(json.dumps([[name for name in {heavy!r} if name in new], time.perf_counter() - start]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    loaded, seconds = json.loads(run.stdout.splitlines()[-1])
+    assert loaded == []
+    assert seconds < 5
+
+
+def test_tasks_run_in_the_order_of_the_design(dag: Any) -> None:
+    """A chain: each task has the one before it as its only upstream."""
+    assert [task.task_id for task in dag.topological_sort()] == ORDER
+    assert [list(dag.get_task(name).upstream_task_ids) for name in ORDER] == [[], *([name] for name in ORDER[:-1])]
+
+
+def test_one_run_a_day_and_one_at_a_time(dag: Any) -> None:
+    """A DAG switched on late does not retrain the past; two days never race for the pointer."""
+    assert dag.timetable.expression == "0 0 * * *"
+    assert dag.catchup is False
+    assert dag.max_active_runs == 1
+
+
+def test_the_page_of_the_dag_tells_who_owns_it_and_what_to_do_about_every_task(dag: Any) -> None:
+    """The docstring is what a person on call sees first."""
+    assert "**Owner**" in dag.doc_md
+    assert [name for name in ORDER if f"| `{name}` |" not in dag.doc_md] == []
+
+
+def test_only_the_confirmation_updates_the_asset(dag: Any) -> None:
+    """It is skipped on a day without deployment, and a skipped task updates nothing."""
+    outlets = {task.task_id: [asset.name for asset in task.outlets] for task in dag.tasks if task.outlets}
+    assert outlets == {"confirm_served": ["ranker"]}
+
+
+def test_tasks_that_talk_to_servers_are_retried_with_backoff(dag: Any) -> None:
+    """The pipeline is not: its steps resume, and on a cluster Kubeflow retries them itself."""
+    for name in ("materialize", "confirm_served"):
+        task = dag.get_task(name)
+        assert task.retries == 2
+        assert task.retry_exponential_backoff > 1
+    assert dag.get_task("train_ranker").retries == 0
+
+
+def test_waiting_holds_no_worker_and_ends(dag: Any) -> None:
+    """An export that never comes turns the run red the same morning."""
+    sensor = dag.get_task("wait_for_partition")
+    assert sensor.mode == "reschedule"
+    assert timedelta(hours=1) <= timedelta(seconds=sensor.timeout) < timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("date", "logical_date", "expected"),
+    [
+        ("2022-05-09", datetime(2024, 1, 31, tzinfo=UTC), "2022-05-09"),
+        (None, datetime(2024, 1, 31, tzinfo=UTC), "2024-01-31"),
+        (None, None, "2024-02-02"),
+    ],
+    ids=["param", "logical date", "triggered without a logical date"],
+)
+def test_the_run_date_is_the_param_or_the_logical_date(
+    dag: Any, date: str | None, logical_date: datetime | None, expected: str
+) -> None:
+    """Every task renders the same template."""
+    templates = {dag.get_task(name).op_kwargs["run_date"] for name in ORDER if name != "train_ranker"}
+    (template,) = templates | {dag.get_task("train_ranker").run_date}
+    dag_run = SimpleNamespace(run_after=datetime(2024, 2, 2, 5, tzinfo=UTC))
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    context = {"params": SimpleNamespace(date=date), "logical_date": logical_date, "dag_run": dag_run}
+    assert environment.from_string(template).render(context) == expected
+
+
+def test_an_error_that_only_a_person_can_mend_is_final() -> None:
+    """The task fails at once; its message keeps the kind of error and its text."""
+    with pytest.raises(AirflowFailException, match="ValidationFailed: 12 nulls"), final_errors():
+        raise ValidationFailed("12 nulls")
+
+
+@pytest.mark.parametrize("error", [ServingError("refused"), ConnectionError("no route")])
+def test_a_server_that_is_away_is_worth_another_try(error: Exception) -> None:
+    """Airflow retries what passes through unchanged."""
+    with pytest.raises(type(error)), final_errors():
+        raise error
+
+
+def test_the_data_directory_is_the_param_or_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Scheduled runs have no params; a run by hand may name other data."""
+    monkeypatch.setenv("FRESHRANK_DATASET", str(tmp_path / "setting"))
+    settings.cache_clear()
+    assert data_directory("") == tmp_path / "setting"
+    assert data_directory(str(tmp_path / "param")) == tmp_path / "param"
+
+
+def test_without_param_and_setting_the_error_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever switched the DAG on learns what to set."""
+    monkeypatch.delenv("FRESHRANK_DATASET", raising=False)
+    settings.cache_clear()
+    with pytest.raises(ConfigError, match=r"'data'.*FRESHRANK_DATASET"):
+        data_directory("")
+
+
+def test_an_empty_recipe_means_the_default_one() -> None:
+    """The DAG file does not repeat its name."""
+    assert run_config("", ["training.epochs=3"]).training.epochs == 3
+    assert run_config("", []).recipe == "warmer-for-less"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_settings() -> Any:
+    yield
+    settings.cache_clear()

@@ -1,0 +1,75 @@
+"""The Makefile and the lock files: commands are written down once, versions are pinned, nothing names a machine."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from freshrank.settings import PROJECT_ROOT
+
+REQUIREMENTS = PROJECT_ROOT / "requirements"
+LOCKS = sorted(REQUIREMENTS.glob("*.lock"))
+TARGETS = ("setup", "demo", "serve", "stop", "test", "test-slow", "lint", "format", "lock", "clean")
+
+
+def make(*arguments: str) -> str:
+    run = subprocess.run(["make", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version."""
+    lines = [line for line in (REQUIREMENTS / name).read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def canonical(requirement: str) -> str:
+    """Package name of a requirement: without extras, version and punctuation."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_is_listed_and_can_be_made(target: str) -> None:
+    """`make help` is how a newcomer finds them."""
+    assert f"make {target} " in make("help")
+    make("-n", target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], ""),
+        (
+            ["DATA=a log", "DATE=2022-05-09", "PROTOCOL=sparse"],
+            '--data "a log" --date "2022-05-09" --protocol "sparse"',
+        ),
+    ],
+)
+def test_demo_hands_its_variables_to_the_command(arguments: list[str], options: str) -> None:
+    """Nothing given means a simulated world and its newest day."""
+    joined = " ".join(make("-n", "demo", *arguments).replace("\\\n", " ").split())
+    assert joined.endswith(f"-m freshrank demo {options}".strip())
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_a_lock_pins_versions_and_names_no_place(path: str) -> None:
+    """What installs here installs anywhere."""
+    lines = [line for line in (REQUIREMENTS / path).read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[\w.]+", line)] == []
+
+
+def test_the_lock_holds_everything_the_project_asks_for() -> None:
+    """A dependency added to pyproject.toml without `make lock` is noticed here."""
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    runtime = {canonical(requirement) for requirement in project["dependencies"]}
+    test = {canonical(requirement) for requirement in project["optional-dependencies"]["test"]}
+    assert runtime - set(pins("runtime.lock")) == set()
+    assert runtime | test <= set(pins("test.lock"))
+
+
+def test_tests_run_on_what_is_shipped() -> None:
+    """The test lock is the runtime lock and more."""
+    assert pins("runtime.lock").items() <= pins("test.lock").items()

@@ -1,0 +1,84 @@
+"""A log small enough to count by hand, written as a dataset, for the tests of history, store and frames."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.schema import HistoryConfig, Schema
+
+FIRST = date(2024, 3, 1)
+OFFSET_HOURS = 2
+UTC_TIMESTAMP = pl.Datetime("us", "UTC")
+
+
+def day(number: int) -> date:
+    return FIRST + timedelta(days=number)
+
+
+def at(number: int, hour: float = 12) -> datetime:
+    """The instant ``hour`` hours into local day ``number``."""
+    midnight = datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC) - timedelta(hours=OFFSET_HOURS)
+    return midnight + timedelta(days=number, hours=hour)
+
+
+def log_schema() -> Schema:
+    return Schema.model_validate({
+        "name": "tiny_log",
+        "utc_offset_hours": OFFSET_HOURS,
+        "impressions": {
+            "request_id": {"role": "key"},
+            "event_timestamp": {"role": "time"},
+            "user_id": {"role": "key"},
+            "item_id": {"role": "key"},
+            "click": {"role": "action"},
+            "save": {"role": "action"},
+            "surface": {"role": "context", "kind": "categorical"},
+        },
+        "items": {
+            "item_id": {"role": "key"},
+            "created_at": {"role": "time"},
+            "category": {"role": "content", "kind": "categorical"},
+            "tags": {"role": "content", "kind": "multi_valued", "max_values": 2},
+            "duration": {"role": "content", "kind": "numeric"},
+            "vector": {"role": "content", "kind": "embedding", "dim": 2},
+        },
+        "users": {
+            "user_id": {"role": "key"},
+            "country": {"role": "profile", "kind": "categorical"},
+            "age": {"role": "profile", "kind": "numeric"},
+        },
+        "history": HistoryConfig(windows=(1, 3), sequence_length=3, affinity=("category", "tags"), affinity_size=2),
+    })  # fmt: skip
+
+
+def impression(
+    number: int, user: int, item: int, click: int | None = 0, save: int | None = 0, hour: float = 12, usage: str = "all"
+) -> dict[str, Any]:
+    return {"event_timestamp": at(number, hour), "user_id": user, "item_id": item, "click": click, "save": save,
+            "surface": 1, "usage": usage}  # fmt: skip
+
+
+ITEMS = pl.DataFrame(
+    {
+        "item_id": [1, 2, 3, 4, 5, 6],
+        "created_at": [at(-30), at(-30), at(-10), at(-1), at(-1), at(3, 6)],
+        "category": [10, 10, 20, None, 20, 30],
+        "tags": [[7, 8], [8], [], None, [9], [7]],
+        "duration": [0.0, 2.5, None, 4.0, 5.0, 6.0],
+        "vector": [[0.0, 1.0], [0.5, 0.25], None, [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]],
+    },
+    schema={"item_id": pl.Int64, "created_at": UTC_TIMESTAMP, "category": pl.Int64, "tags": pl.List(pl.Int64),
+            "duration": pl.Float64, "vector": pl.List(pl.Float64)},
+)  # fmt: skip
+USERS = pl.DataFrame({"user_id": [1, 2, 3, 4], "country": [5, None, 6, 5], "age": [0.0, 30.0, None, 41.5]})
+
+
+def write_log(out: Path, impressions: Sequence[dict[str, Any]]) -> Dataset:
+    actions = {"click": pl.Int8, "save": pl.Int8}
+    log = pl.DataFrame(list(impressions), schema_overrides={"event_timestamp": UTC_TIMESTAMP, **actions})
+    log = log.with_row_index("request_id").cast({"request_id": pl.Int64})
+    return write_dataset(out, log_schema(), log, ITEMS, USERS, {"adapter": "test"})
