@@ -191,7 +191,7 @@ def test_snapshots_agree_with_a_count_by_hand(log: Log, days: set[int]) -> None:
 
 def test_a_window_that_ends_one_day_too_late_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above has teeth: the same expressions over days dated one earlier see the day itself, and fail."""
-    log = [impression(number, 1, 1, click=1) for number in range(5)]
+    log = [impression(number, 1, 1, click=1, hour=hour) for number in range(5) for hour in range(number + 1)]
     dataset, honest = write_log(tmp_path / "data", log), history.read_log
     assert_no_difference(dataset, log, [day(3)])
 

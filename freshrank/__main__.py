@@ -1,0 +1,5 @@
+"""`python -m freshrank`."""
+
+from freshrank.cli import main
+
+main()

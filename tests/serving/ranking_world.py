@@ -1,0 +1,100 @@
+"""A small simulated world with a trained bundle, a materialized online store and a server: what ranking needs."""
+
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+
+from freshrank import steps
+from freshrank.config import CalibrationConfig, ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
+from freshrank.datasets.contract import Dataset
+from freshrank.datasets.simulator import WorldConfig, simulate
+from freshrank.export import OnnxRanker
+from freshrank.frames import Frame, load_frame
+from freshrank.serving.local import repository, server
+from freshrank.serving.publish import publish
+from freshrank.serving.repository import ModelRepository, Pointer
+from freshrank.serving.server import TritonServer
+from freshrank.settings import settings
+from freshrank.workspace import Workspace
+
+WORLD = WorldConfig(users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=1500,
+                    query_items=True)  # fmt: skip
+RUN_DATE = WORLD.last_day
+"""The last day of the log is the one that is served: its requests are known, but not to the model."""
+WINDOWS = WindowConfig(train_days=3)
+
+
+@dataclass
+class RankingWorld:
+    """Dataset, bundles and server under one home, which the settings name."""
+
+    home: Path
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return simulate(self.home / "data", WORLD)
+
+    @property
+    def data(self) -> Path:
+        return self.dataset.path
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace.of(self.dataset.schema.name)
+
+    @property
+    def server(self) -> TritonServer:
+        return server(self.data)
+
+    @property
+    def repository(self) -> ModelRepository:
+        return repository(self.data)
+
+    @property
+    def online_store(self) -> Path:
+        return self.workspace.feast / "online.db"
+
+    def build_features(self) -> None:
+        steps.build_features(self.data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+        steps.materialize(self.data, RUN_DATE.isoformat())
+
+    def bundle(self, seed: int) -> Path:
+        """A ranker trained from ``seed``; another seed gives other answers."""
+        day, windows = RUN_DATE.isoformat(), WINDOWS.model_dump_json()
+        trained, out = self.home / f"trained{seed}", self.home / f"bundle{seed}"
+        small = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(16, 8), expert_dim=8)
+        steps.train(self.data, day, windows, small.model_dump_json(), TechniquesConfig().model_dump_json(),
+                    TrainingConfig(seed=seed).model_dump_json(), trained)  # fmt: skip
+        steps.calibrate(self.data, day, windows, CalibrationConfig(min_positives=1).model_dump_json(), trained, out)
+        return out
+
+    def publish(self, seed: int) -> Pointer:
+        return publish(self.bundle(seed), settings().triton_grpc_url, self.repository)
+
+    def served_ranker(self) -> OnnxRanker:
+        """The served version outside the server."""
+        pointer = self.repository.served()
+        assert pointer
+        return OnnxRanker(self.repository.version_directory(pointer.version), threads=1)
+
+    @cached_property
+    def logged(self) -> Frame:
+        """What was asked on the served day, with features from the offline store."""
+        return load_frame(self.dataset, self.workspace, [RUN_DATE])
+
+    def requests(self, count: int) -> list[Frame]:
+        """The first ``count`` logged requests, one frame each."""
+        parts = self.logged.rows.partition_by("request_id", maintain_order=True)[:count]
+        return [Frame(self.logged.users, self.logged.items, rows) for rows in parts]
+
+    def young_items(self) -> pl.DataFrame:
+        """Items born in the week before the served day."""
+        week = pl.lit(RUN_DATE - timedelta(days=WORLD.fresh_days - 1)).cast(pl.Datetime("us", "UTC"))
+        return self.dataset.items().filter(pl.col("created_at").is_between(week, pl.lit(RUN_DATE)))
+
+
+def noon(day: date) -> str:
+    return f"{day.isoformat()}T12:00:00+00:00"
