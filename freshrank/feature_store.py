@@ -210,6 +210,7 @@ class FeatureStore:
             for (_, group), view in self._views().items():
                 span = (start, start) if group is Group.HISTORICAL else (ALWAYS, end - timedelta(microseconds=1))
                 store.materialize(*span, feature_views=[view])
+        self._read_at = float("-inf")
 
     def _empty(self) -> None:
         with self._session() as store:

@@ -1,19 +1,41 @@
 """Writes that either happened whole or not at all, and fingerprints of what was read."""
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_HOST = socket.gethostname().replace("-", "_")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
 
 def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    _remove_leftovers(path)
+    return path.parent / f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes of this machine that were killed left beside ``path``."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").split("-")[-2]
+        if not Path(f"/proc/{pid}").exists():
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -55,14 +77,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _replace_directory(temporary: Path, path: Path) -> None:
-    if path.exists():
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchanged(temporary, path):
         doomed = _temporary(path)
         path.rename(doomed)
         temporary.rename(path)
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:
-        temporary.rename(path)
+        _remove(doomed)
     _sync(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux), so that no moment lacks either; False where the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
 
 
 def write_json(path: Path, value: Any) -> None:

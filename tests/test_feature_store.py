@@ -1,5 +1,6 @@
 """The feature store: what was known when, the same offline and online."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,14 +190,15 @@ def test_a_materialization_killed_halfway_is_completed_by_the_next(
 ) -> None:
     """Meanwhile reads answer; afterwards the store is as if nothing had happened."""
     fresh.materialize(day(3))
-    writing, batches = _write_method(), iter(range(100))
+    sqlite = type(fresh._feast._get_provider().online_store)
+    write, batches = sqlite.online_write_batch, itertools.count()
 
-    def killed(self: object, *arguments: object, **named: object) -> None:
+    def killed(*arguments: object, **named: object) -> None:
         if next(batches) == 2:
             raise KeyboardInterrupt
-        writing(self, *arguments, **named)
+        write(*arguments, **named)
 
-    monkeypatch.setattr(type(_online_store(fresh)), "online_write_batch", killed)
+    monkeypatch.setattr(sqlite, "online_write_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         fresh.materialize(day(4))
     monkeypatch.undo()
@@ -206,16 +208,6 @@ def test_a_materialization_killed_halfway_is_completed_by_the_next(
     again.materialize(day(4))
     ids = list(range(1, 7))
     assert_frame_equal(again.online_items(ids), again.offline_items(keys("item_id", [(each, 4, 0) for each in ids])))
-
-
-def _write_method():  # type: ignore[no-untyped-def]  # noqa: ANN202
-    from feast.infra.online_stores.sqlite import SqliteOnlineStore
-
-    return SqliteOnlineStore.online_write_batch
-
-
-def _online_store(store: FeatureStore) -> object:
-    return store._feast._get_provider().online_store
 
 
 def test_what_is_not_built_is_refused_by_name(fresh: FeatureStore) -> None:

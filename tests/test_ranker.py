@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import (
@@ -55,14 +56,14 @@ def bundle(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_missing_row():
+def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_missing_row() -> None:
     """7 is seen twice, 9 once; 8 never."""
     vocabulary = Vocabulary.fit(pl.Series([7, 7, 9]), None, min_count=2)
     assert len(vocabulary) == 3
     assert vocabulary.encode_series(pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
 
 
-def test_crosses_say_what_the_user_did_with_the_candidates_category():
+def test_crosses_say_what_the_user_did_with_the_candidates_category() -> None:
     """The user saw category 5 four times and clicked once; category 6 is unknown to them."""
     user = {"affinity_category_values": [[5, 3]], "affinity_category_impressions": [[4, 9]],
             "affinity_category_click": [[1, 9]], "affinity_category_save": [[0, 0]]}  # fmt: skip
@@ -80,7 +81,7 @@ def test_crosses_say_what_the_user_did_with_the_candidates_category():
     assert np.isnan(crosses["cross_affinity_category_click_rate"][1])
 
 
-def test_numeric_statistics_come_from_the_training_frame_alone(trained: Trained):
+def test_numeric_statistics_come_from_the_training_frame_alone(trained: Trained) -> None:
     """Encoding another frame does not move them."""
     other = random_frame(SCHEMA, seed=9)
     before = trained.encoder.statistics[Entity.ITEM].mean.copy()
@@ -88,13 +89,13 @@ def test_numeric_statistics_come_from_the_training_frame_alone(trained: Trained)
     assert np.array_equal(trained.encoder.statistics[Entity.ITEM].mean, before)
 
 
-def test_masked_bce_ignores_unobserved_labels():
+def test_masked_bce_ignores_unobserved_labels() -> None:
     """Action 0: one label 1 at p = 0.5, one not observed: log 2; action 1: nothing observed: 0."""
     labels = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
     assert masked_bce(torch.zeros(2, 2), labels).item() == pytest.approx(np.log(2))
 
 
-def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_gives(trained: Trained):
+def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_gives(trained: Trained) -> None:
     """Broadcast and repetition are the same model."""
     frame = Frame(FRAME.users, FRAME.items, FRAME.rows[:20])
     blocks = trained.encoder.inputs(frame, Catalog.build(FRAME.items, trained.encoder))
@@ -105,13 +106,13 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
         assert torch.allclose(trained.ranker(inputs), trained.ranker(repeated), atol=1e-6)
 
 
-def test_training_lowers_the_loss():
+def test_training_lowers_the_loss() -> None:
     """Even ids are clicked more often: thirty epochs must find it."""
     curve = _trained(training=TRAINING.model_copy(update={"epochs": 30})).facts["curve"]["losses"]["bce"]
     assert np.mean(curve[-5:]) < 0.9 * np.mean(curve[:5])
 
 
-def test_the_same_seed_trains_the_same_ranker_and_another_seed_another():
+def test_the_same_seed_trains_the_same_ranker_and_another_seed_another() -> None:
     """Bit-identical weights, so a run that is done again is the same run."""
     first, again = _trained().ranker.state_dict(), _trained().ranker.state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -119,7 +120,7 @@ def test_the_same_seed_trains_the_same_ranker_and_another_seed_another():
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_with_all_techniques_off_the_objective_is_the_plain_cross_entropy_bit_for_bit():
+def test_with_all_techniques_off_the_objective_is_the_plain_cross_entropy_bit_for_bit() -> None:
     """Off means never having existed: same loss, same gradients as a loop that has never heard of them."""
     encoder = Encoder.fit(FRAME, SCHEMA, 1)
     data = TensorFrame(FRAME, encoder, Catalog.build(FRAME.items, encoder))
@@ -136,34 +137,34 @@ def test_with_all_techniques_off_the_objective_is_the_plain_cross_entropy_bit_fo
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_technique_that_draws_random_numbers_leaves_batches_and_hidden_ids_alone():
+def test_a_technique_that_draws_random_numbers_leaves_batches_and_hidden_ids_alone() -> None:
     """With weight 0 in effect, mixup on gives the very weights mixup off gives."""
     tiny = TechniquesConfig(mixup=MixupConfig(weight=1e-30))
     plain, mixed = _trained(TechniquesConfig()).ranker.state_dict(), _trained(tiny).ranker.state_dict()
     assert all(torch.allclose(plain[name], mixed[name], atol=1e-7) for name in plain)
 
 
-def test_the_residual_adds_at_most_five_percent_parameters_at_the_default_size():
+def test_the_residual_adds_at_most_five_percent_parameters_at_the_default_size() -> None:
     """The paper's bound, on a world with few embedding rows (the worst case for the ratio)."""
     encoder = Encoder.fit(FRAME, SCHEMA, 1)
     plain, residual = Ranker(encoder, ModelConfig()), Ranker(encoder, ModelConfig(), ResidualConfig())
     assert count_parameters(plain) < count_parameters(residual) <= 1.05 * count_parameters(plain)
 
 
-def test_saving_and_loading_a_ranker_keeps_its_answers(trained: Trained, tmp_path: Path):
+def test_saving_and_loading_a_ranker_keeps_its_answers(trained: Trained, tmp_path: Path) -> None:
     """Bit-identical logits after the round trip."""
     trained.save(tmp_path)
     assert np.array_equal(predict(Trained.load(tmp_path), FRAME, FRAME.items), predict(trained, FRAME, FRAME.items))
 
 
-def test_an_action_without_positives_cannot_be_trained_on():
+def test_an_action_without_positives_cannot_be_trained_on() -> None:
     """The error names the action and the mend."""
     barren = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(save=pl.lit(0, pl.Int8)))
     with pytest.raises(DataError, match=r"action 'save': 0 positives in 400 training rows.*train_days"):
         train_ranker(barren, FRAME.items, SCHEMA, SMALL, ALL_THREE, TRAINING)
 
 
-def test_platt_scaling_recovers_the_slope_and_intercept_that_made_the_labels():
+def test_platt_scaling_recovers_the_slope_and_intercept_that_made_the_labels() -> None:
     """Labels drawn from sigmoid(0.5 x - 1)."""
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, (40_000, 1)).astype(np.float32)
@@ -173,7 +174,7 @@ def test_platt_scaling_recovers_the_slope_and_intercept_that_made_the_labels():
     assert platt.intercept[0] == pytest.approx(-1, abs=0.05)
 
 
-def test_calibration_without_enough_positives_names_the_action_and_the_mend():
+def test_calibration_without_enough_positives_names_the_action_and_the_mend() -> None:
     """Three positives where ten are needed."""
     label = np.zeros((50, 1), np.float32)
     label[:3] = 1
@@ -181,7 +182,9 @@ def test_calibration_without_enough_positives_names_the_action_and_the_mend():
         fit_platt(np.zeros((50, 1), np.float32), label, ["click"], CalibrationConfig())
 
 
-def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_inside(trained: Trained, bundle: Path):
+def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_inside(
+    trained: Trained, bundle: Path
+) -> None:
     """Logits agree; probabilities are their Platt-scaled sigmoid; the score weighs them by utility (eq. 12)."""
     answers = OnnxRanker(bundle).score(FRAME, FRAME.items, batch_users=7)
     logits = predict(trained, FRAME, FRAME.items)
@@ -191,14 +194,14 @@ def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_insi
     assert np.abs(answers["score"] - expected @ [1.0, 2.0]).max() < 1e-5
 
 
-def test_a_bundle_holds_what_serving_needs_with_an_all_missing_request_among_its_golden_answers(bundle: Path):
+def test_a_bundle_holds_what_serving_needs_with_an_all_missing_request_among_its_golden_answers(bundle: Path) -> None:
     """The serving side's own check accepts it."""
     assert check_bundle(bundle).fingerprint == "f"
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObject):
+def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObject) -> None:
     """Cold-complete: any subset of features null, ids unknown, sequences empty."""
     users, items, rows = FRAME.users[:1], FRAME.items[:8], FRAME.rows[:8]
     rows = rows.with_columns(user_row=pl.lit(0), item_row=pl.Series(range(8)))
@@ -214,7 +217,7 @@ def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObje
     assert all(np.isfinite(answer).all() for answer in answers.values())
 
 
-def test_labels_are_nan_where_an_action_was_not_observed():
+def test_labels_are_nan_where_an_action_was_not_observed() -> None:
     """Null in the log, NaN in the tensor."""
     labels = labels_of(FRAME, SCHEMA)
     assert np.isnan(labels[:, 1]).sum() == FRAME.rows["save"].null_count()

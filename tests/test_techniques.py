@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from freshrank.techniques.mixup import mixup
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.score_reg import score_reg
 
 
-def test_residual_appends_the_reduced_non_historical_features_to_z():
+def test_residual_appends_the_reduced_non_historical_features_to_z() -> None:
     """Eq. 3: z_bar = [z; r(x_nh)]; z itself passes unchanged."""
     residual = Residual(x_nh_dim=3, dim=2)
     z, x_nh = torch.randn(4, 5), torch.randn(4, 3)
@@ -19,7 +20,7 @@ def test_residual_appends_the_reduced_non_historical_features_to_z():
     assert torch.equal(z_bar[:, 5:], residual.reduce(x_nh))
 
 
-def test_score_reg_is_the_squared_difference_of_the_group_means_summed_over_actions():
+def test_score_reg_is_the_squared_difference_of_the_group_means_summed_over_actions() -> None:
     """Eq. 6: warm means (0.6, 0.2), cold means (0.2, 0.1): 0.16 + 0.01."""
     y_hat = torch.tensor([[0.5, 0.1], [0.7, 0.3], [0.2, 0.1]])
     cold = torch.tensor([False, False, True])
@@ -27,7 +28,7 @@ def test_score_reg_is_the_squared_difference_of_the_group_means_summed_over_acti
 
 
 @pytest.mark.parametrize("cold", [[False, False, False], [True, True, True]])
-def test_score_reg_of_a_batch_with_one_group_only_is_zero_with_a_zero_gradient(cold: list[bool]):
+def test_score_reg_of_a_batch_with_one_group_only_is_zero_with_a_zero_gradient(cold: list[bool]) -> None:
     """A batch without cold (or warm) rows neither moves the loss nor poisons the gradient."""
     y_hat = torch.tensor([[0.5], [0.7], [0.2]], requires_grad=True)
     penalty = score_reg(y_hat, torch.tensor(cold))
@@ -36,7 +37,7 @@ def test_score_reg_of_a_batch_with_one_group_only_is_zero_with_a_zero_gradient(c
     assert torch.equal(y_hat.grad, torch.zeros(3, 1))
 
 
-def test_score_reg_pushes_warm_scores_down_and_cold_scores_up_when_warm_are_higher():
+def test_score_reg_pushes_warm_scores_down_and_cold_scores_up_when_warm_are_higher() -> None:
     """Descending the penalty closes the gap from both sides."""
     y_hat = torch.tensor([[0.8], [0.2]], requires_grad=True)
     score_reg(y_hat, torch.tensor([False, True])).backward()
@@ -44,7 +45,9 @@ def test_score_reg_pushes_warm_scores_down_and_cold_scores_up_when_warm_are_high
 
 
 @given(st.integers(2, 40), st.floats(0.05, 4), st.integers(0, 10_000))
-def test_mixup_mixes_every_row_with_another_one_and_labels_with_the_same_weight(size: int, alpha: float, seed: int):
+def test_mixup_mixes_every_row_with_another_one_and_labels_with_the_same_weight(
+    size: int, alpha: float, seed: int
+) -> None:
     """Eq. 7 with i != j: rows that are their own index reveal partner and weight."""
     z = torch.eye(size, dtype=torch.float64)
     z_mix, y_mix = mixup(z, z.clone(), alpha, torch.Generator().manual_seed(seed))
@@ -55,7 +58,7 @@ def test_mixup_mixes_every_row_with_another_one_and_labels_with_the_same_weight(
     assert torch.allclose(partner_weight, 1 - lam)
 
 
-def test_mixup_keeps_an_unobserved_label_unobserved():
+def test_mixup_keeps_an_unobserved_label_unobserved() -> None:
     """NaN in either row of a pair stays NaN, so the masked loss ignores it."""
     y = torch.tensor([[float("nan"), 1.0], [0.0, 1.0]])
     _, y_mix = mixup(torch.randn(2, 3), y, 0.2, torch.Generator().manual_seed(0))
@@ -63,7 +66,7 @@ def test_mixup_keeps_an_unobserved_label_unobserved():
     assert torch.equal(y_mix[:, 1], torch.ones(2))
 
 
-def test_mixup_of_a_single_row_returns_that_row():
+def test_mixup_of_a_single_row_returns_that_row() -> None:
     """The last batch of an epoch may hold one row."""
     z, y = torch.randn(1, 3), torch.ones(1, 2)
     z_mix, y_mix = mixup(z, y, 0.2)
@@ -71,7 +74,7 @@ def test_mixup_of_a_single_row_returns_that_row():
     assert torch.allclose(y_mix, y)
 
 
-def test_mixup_weights_follow_a_beta_distribution():
+def test_mixup_weights_follow_a_beta_distribution() -> None:
     """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1))."""
     z = torch.eye(4000, dtype=torch.float64)
     z_mix, _ = mixup(z, torch.zeros(4000, 1), 0.2, torch.Generator().manual_seed(1))
@@ -80,7 +83,7 @@ def test_mixup_weights_follow_a_beta_distribution():
     assert lam.var().item() == pytest.approx(1 / (4 * 1.4), abs=0.02)
 
 
-def test_mixup_with_its_own_generator_leaves_the_global_random_state_alone():
+def test_mixup_with_its_own_generator_leaves_the_global_random_state_alone() -> None:
     """Switching mixup on must not change any other draw of the training run."""
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
