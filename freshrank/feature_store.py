@@ -190,33 +190,26 @@ class FeatureStore:
         with self._session() as store:
             store.apply(definitions(self.schema, self.workspace))
 
-    def materialize(self, run_date: date, rewind: bool = False) -> None:
+    def materialize(self, run_date: date) -> None:
         """Put into the online store what is known when ``run_date`` begins, and the content of items born on it.
 
         Histories are the snapshots of ``run_date``. A new item's content is pushed when it is born; here, where
         the table holds the whole day already, that means items created before the day's end.
-        The store never goes back by itself, so that repeating an old day cannot harm what serves: an earlier
-        ``run_date`` than it holds changes nothing, unless ``rewind``, which empties the store first.
+        Repeating a day gives the same store. It never goes back, so that a backfill cannot harm what serves: a
+        ``run_date`` earlier than the one it holds changes nothing and is logged.
         """
         require_history(self.dataset, self.workspace, [run_date])
         start, end = (midnight(day, self.schema.utc_offset_hours) for day in (run_date, run_date + timedelta(days=1)))
         held = max(filter(None, self._history_instants(0).values()), default=start)
-        if held > start and not rewind:
-            log.warning("online store: holds the state of %s and stays; received the earlier %s", held, start)
-            return
         if held > start:
-            self._empty()
+            log.warning("online store: holds the state of %s and stays; received the earlier %s; to go back, remove %s "
+                        "and what the store holds", held, start, self.workspace.feast)  # fmt: skip
+            return
         with self._session() as store:
             for (_, group), view in self._views().items():
                 span = (start, start) if group is Group.HISTORICAL else (ALWAYS, end - timedelta(microseconds=1))
                 store.materialize(*span, feature_views=[view])
         self._read_at = float("-inf")
-
-    def _empty(self) -> None:
-        with self._session() as store:
-            store.teardown()
-        del self._feast
-        self.apply()
 
     def _history_instants(self, seconds: float = _REGISTRY_SECONDS) -> dict[str, datetime | None]:
         """Per view of histories the instant its online rows stand for, at most ``seconds`` old."""

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from freshrank import feature_store as module
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.contract import Dataset, write_dataset
 from freshrank.errors import MissingArtifact
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
 from freshrank.history import build_history, snapshot_path
 from freshrank.schema import Entity, Group
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
-from tests.tiny_log import UTC_TIMESTAMP, at, day, impression, log_schema, write_log
+from tests.tiny_log import ITEMS, USERS, UTC_TIMESTAMP, at, day, impression, log_schema, write_log
 
 SCHEMA = log_schema()
 BIG = 2**60 + 1
@@ -174,15 +174,27 @@ def test_who_left_the_snapshots_reads_as_missing_even_if_days_were_skipped(fresh
     assert read["age"].to_list() == [30.0]
 
 
-def test_an_earlier_day_does_not_replace_a_later_one_unless_asked(fresh: FeatureStore) -> None:
-    """Repeating day 2 after day 4 changes nothing; with rewind the store holds day 2 and nothing of day 4."""
+def test_an_earlier_day_does_not_replace_a_later_one(fresh: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Repeating day 2 after day 4 changes nothing, and the log says so."""
     fresh.materialize(day(4))
     later = fresh.online_users([1, 2, 3])
     fresh.materialize(day(2))
     assert_frame_equal(fresh.online_users([1, 2, 3]), later)
-    fresh.materialize(day(2), rewind=True)
-    ids = [1, 2, 3]
-    assert_frame_equal(fresh.online_users(ids), fresh.offline_users(keys("user_id", [(each, 2, 0) for each in ids])))
+    assert "and stays" in caplog.text
+
+
+def test_a_changed_schema_is_registered_over_the_old_one(fresh: FeatureStore, tmp_path: Path) -> None:
+    """A feature more in schema.yaml: the next apply serves it, without a new workspace."""
+    columns = fresh.schema.items | {"length": fresh.schema.items["duration"]}
+    schema = fresh.schema.model_copy(update={"items": columns})
+    items = ITEMS.with_columns(pl.col("duration").alias("length"))
+    source = fresh.dataset.impressions().drop("day").collect()
+    dataset = write_dataset(tmp_path / "wider", schema, source, items, USERS, {})
+    build_history(dataset, fresh.workspace, [day(number) for number in history_days()])
+    store = FeatureStore(dataset, fresh.workspace)
+    store.apply()
+    store.materialize(day(4))
+    assert store.online_items([2])["length"].to_list() == [2.5]
 
 
 def test_a_materialization_killed_halfway_is_completed_by_the_next(

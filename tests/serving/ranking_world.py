@@ -20,7 +20,7 @@ from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
-WORLD = WorldConfig(users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=1500,
+WORLD = WorldConfig(users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=4000,
                     query_items=True)  # fmt: skip
 RUN_DATE = WORLD.last_day
 """The last day of the log is the one that is served: its requests are known, but not to the model."""
@@ -66,8 +66,9 @@ class RankingWorld:
         day, windows = RUN_DATE.isoformat(), WINDOWS.model_dump_json()
         trained, out = self.home / f"trained{seed}", self.home / f"bundle{seed}"
         small = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(16, 8), expert_dim=8)
+        training = TrainingConfig(seed=seed, batch_size=256, learning_rate=1e-2)
         steps.train(self.data, day, windows, small.model_dump_json(), TechniquesConfig().model_dump_json(),
-                    TrainingConfig(seed=seed).model_dump_json(), trained)  # fmt: skip
+                    training.model_dump_json(), trained)  # fmt: skip
         steps.calibrate(self.data, day, windows, CalibrationConfig(min_positives=1).model_dump_json(), trained, out)
         return out
 
