@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
+from scipy.optimize import brentq
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from freshrank.config import CalibrationConfig
@@ -27,7 +29,7 @@ class Platt(BaseModel):
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities [N, A] of logits [N, A]."""
         scaled = np.asarray(self.slope) * logits.astype(np.float64) + np.asarray(self.intercept)
-        probabilities: npt.NDArray[np.float64] = 1 / (1 + np.exp(-scaled))
+        probabilities: npt.NDArray[np.float64] = expit(scaled)
         return probabilities
 
     def save(self, path: Path) -> None:
@@ -70,4 +72,11 @@ def _fit_one(
     if slope < MIN_SLOPE:
         log.warning("calibration of '%s': slope %.4f held at %.2f; the ranker orders this action badly", action,
                     slope, MIN_SLOPE)  # fmt: skip
-    return max(slope, MIN_SLOPE), intercept
+        return MIN_SLOPE, _intercept_at(MIN_SLOPE, x[:, 0], float(y.mean()))
+    return slope, intercept
+
+
+def _intercept_at(slope: float, x: npt.NDArray[np.float64], rate: float) -> float:
+    """The intercept with which predictions of a held slope have the observed mean ``rate``."""
+    bound = 50.0 + slope * float(np.abs(x).max())
+    return float(brentq(lambda b: float(expit(slope * x + b).mean()) - rate, -bound, bound))

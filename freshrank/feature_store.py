@@ -96,9 +96,10 @@ def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, grou
 
     name, historical = VIEWS[entity, group], group is Group.HISTORICAL
     columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, group)
+    path = workspace.features / entity / "*" / "*.parquet" if historical else static_path(workspace, entity)
     source = feast.FileSource(
         name=f"{name}_source",
-        path=str(workspace.features / entity / "*" / "*.parquet" if historical else static_path(workspace, entity)),
+        path=str(path.absolute()),
         timestamp_field=SNAPSHOT if historical else EVENT_TIMESTAMP,
         created_timestamp_column=CREATED if historical else "",
     )
@@ -327,5 +328,6 @@ def _config(schema: Schema, workspace: Workspace, redis_url: str) -> dict[str, A
 
 def _online_store(workspace: Workspace, redis_url: str) -> dict[str, Any]:
     if settings().online_store == "redis":
-        return {"type": "redis", "connection_string": redis_url}
+        # Rows are always newer than what is there, so Redis need not compare: one round trip instead of two.
+        return {"type": "redis", "connection_string": redis_url, "skip_dedup": True}
     return {"type": "sqlite", "path": str(workspace.feast.absolute() / "online.db")}

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,26 +48,31 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def applied(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Registered, with snapshots, nothing online: for offline reads."""
-    return new_store(dataset, tmp_path_factory.mktemp("applied"))
+    workspace = Workspace.of("tiny_log", tmp_path_factory.mktemp("applied"))
+    build_history(dataset, workspace, [day(number) for number in history_days()])
+    store = FeatureStore(dataset, workspace)
+    store.apply()
+    return store
 
 
 @pytest.fixture(scope="module")
-def online(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+def online(applied: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Materialized for day 4."""
-    store = new_store(dataset, tmp_path_factory.mktemp("online"))
+    store = copy_of(applied, tmp_path_factory.mktemp("online"))
     store.materialize(day(4))
     return store
 
 
 @pytest.fixture
-def fresh(dataset: Dataset, tmp_path: Path) -> FeatureStore:
-    return new_store(dataset, tmp_path)
+def fresh(applied: FeatureStore, tmp_path: Path) -> FeatureStore:
+    return copy_of(applied, tmp_path)
 
 
-def new_store(dataset: Dataset, home: Path) -> FeatureStore:
+def copy_of(applied: FeatureStore, home: Path) -> FeatureStore:
+    """The same snapshots under a registry and an online store of its own."""
     workspace = Workspace.of("tiny_log", home)
-    build_history(dataset, workspace, [day(number) for number in history_days()])
-    store = FeatureStore(dataset, workspace)
+    shutil.copytree(applied.workspace.features, workspace.features)
+    store = FeatureStore(applied.dataset, workspace)
     store.apply()
     return store
 
@@ -95,7 +101,7 @@ def expected(store: FeatureStore, entity: Entity, wanted: pl.DataFrame) -> pl.Da
 moments = st.tuples(st.integers(1, 7), st.integers(-1, LAST), st.sampled_from([0, 0.5, 7, 12, 23.999]))
 
 
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=10, deadline=None)
 @given(rows=st.lists(moments, min_size=1, max_size=25))
 def test_offline_reads_equal_an_as_of_join_row_for_row(
     applied: FeatureStore, rows: list[tuple[int, int, float]]
@@ -148,7 +154,7 @@ def test_columns_and_dtypes_are_the_same_in_every_read(applied: FeatureStore, on
     assert dict(list(reads[0].schema.items())[:-1]) == stored_schema(SCHEMA, Entity.ITEM)
 
 
-@hypothesis_settings(max_examples=20, deadline=None)
+@hypothesis_settings(max_examples=12, deadline=None)
 @given(ids=st.lists(st.sampled_from([*range(1, 8), -1, 0, BIG]), min_size=1, max_size=12))
 def test_online_reads_equal_offline_reads_of_the_day(online: FeatureStore, ids: list[int]) -> None:
     """Known, unknown and repeated ids, one row each, in order: exactly what an impression of day 4 would see."""

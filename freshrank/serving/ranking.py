@@ -30,6 +30,7 @@ from freshrank.workspace import Workspace
 
 READ_SECONDS = 1.0
 """A read of the online store that takes longer is given up; it takes some 10 milliseconds."""
+OPEN_SECONDS = 30.0
 CallRanker = Callable[[int, Blocks], Blocks]
 _SPECS = {spec.name: spec for spec in INPUTS}
 _KINDS = {"context_categorical": Kind.CATEGORICAL, "context_numeric": Kind.NUMERIC}
@@ -155,27 +156,31 @@ def _rows(table: pl.DataFrame, ids: npt.ArrayLike) -> pl.DataFrame:
 
 
 class OnlineReader:
-    """Reads the online store in bounded time. After a failure the next read connects afresh."""
+    """Reads the online store in bounded time: ``seconds``, but for the first read, which opens it."""
 
     def __init__(self, schema: Schema, home: Path, seconds: float = READ_SECONDS) -> None:
-        self._schema = schema
+        self.schema = schema
         self._workspace = Workspace.of(schema.name, home)
         self._seconds = seconds
+        self._limit = OPEN_SECONDS
         self._store = self._connect()
         self._executor = ThreadPoolExecutor(1, "online-store")
         self._pending: Future[Known] | None = None
 
-    def read(self, user_id: int, item_ids: list[int], seconds: float | None = None) -> Known:
+    def read(self, user_id: int, item_ids: list[int]) -> Known:
         """What is known of the user, of ``item_ids`` and of the items of the user's sequence.
 
-        Raises whatever Feast raises, and TimeoutError after ``seconds`` (default: the reader's).
+        Raises TimeoutError when it takes too long, and otherwise whatever Feast raises: the next read connects afresh.
         """
         # One thread at most can hang in a store that never answers; the requests meanwhile do not wait for it.
         if self._pending and not self._pending.done():
             raise TimeoutError("an earlier read of the online store still hangs")
+        limit, self._limit = self._limit, self._seconds
         self._pending = self._executor.submit(self._read, self._store, user_id, item_ids)
         try:
-            return self._pending.result(self._seconds if seconds is None else seconds)
+            return self._pending.result(limit)
+        except TimeoutError:
+            raise TimeoutError(f"no answer from the online store within {limit:g} s") from None
         except Exception:
             self._store = self._connect()
             raise
@@ -186,7 +191,7 @@ class OnlineReader:
 
     def _connect(self) -> FeatureStore:
         # Reading online takes the schema alone: neither the log nor its manifest need to be where the server is.
-        return FeatureStore(Dataset(Path(), self._schema, {}), self._workspace)
+        return FeatureStore(Dataset(Path(), self.schema, {}), self._workspace)
 
     @staticmethod
     def _read(store: FeatureStore, user_id: int, item_ids: list[int]) -> Known:
@@ -215,17 +220,18 @@ class RankingService:
         self._seen: tuple[int, int, int] | None = None
         self._pointer: Pointer | None = None
         self._versions: dict[int, _Version] = {}
+        self._readable = True
 
     def warm_up(self) -> None:
         """Import Feast, and where a version is served load it and open its store, so that no request waits for it."""
         import_feast()
         try:
             version = self._version(self._served())
-            version.reader.read(0, [0], seconds=60.0)
+            version.reader.read(0, [0])
         except NothingPublished as error:
             log.info("%s", error)
         except Exception as error:
-            _log_unreadable(error)
+            self._note(error)
 
     def rank(self, request: Tensors) -> Tensors:
         """Tensors of ``protocol.OUTPUTS`` for tensors of ``protocol.INPUTS``.
@@ -252,11 +258,23 @@ class RankingService:
     ) -> tuple[tuple[Blocks, npt.NDArray[np.bool_], npt.NDArray[np.bool_]], bool]:
         try:
             wanted = [*query.item_ids.tolist(), *query.query_items]
-            return version.reader.read(query.user_id, wanted).inputs(query, version.encoder), False
+            inputs = version.reader.read(query.user_id, wanted).inputs(query, version.encoder)
         except Exception as error:
             # Whatever is wrong with the store, a ranking without features is better than none.
-            _log_unreadable(error)
+            self._note(error)
             return version.reader.nothing().inputs(query, version.encoder), True
+        self._note(None)
+        return inputs, False
+
+    def _note(self, error: Exception | None) -> None:
+        """Log when the store breaks and when it is back, not at every request between."""
+        if self._readable and error:
+            problem = str(error).partition("\n")[0]
+            log.warning("the online store cannot be read, requests are answered without features: %s: %s",
+                        type(error).__name__, problem)  # fmt: skip
+        elif error is None and not self._readable:
+            log.warning("the online store can be read again")
+        self._readable = error is None
 
     def _served(self) -> Pointer:
         """The pointer, read again only when its file is another one."""
@@ -273,13 +291,11 @@ class RankingService:
     def _version(self, pointer: Pointer) -> _Version:
         if pointer.version not in self._versions:
             encoder = Encoder.load(self._repository.version_directory(pointer.version))
-            reader = OnlineReader(encoder.schema, self._home)
             kept = {number: version for number, version in self._versions.items() if number in pointer.live}
-            self._versions = kept | {pointer.version: _Version(pointer.version, encoder, reader)}
+            self._versions = kept | {pointer.version: _Version(pointer.version, encoder, self._reader(encoder.schema))}
         return self._versions[pointer.version]
 
-
-def _log_unreadable(error: Exception) -> None:
-    problem = str(error).partition("\n")[0]
-    log.warning("the online store cannot be read, requests are answered without features: %s: %s",
-                type(error).__name__, problem)  # fmt: skip
+    def _reader(self, schema: Schema) -> OnlineReader:
+        """That of a version of the same schema, where there is one: a new version then finds its store open."""
+        readers = [version.reader for version in self._versions.values() if version.encoder.schema == schema]
+        return readers[0] if readers else OnlineReader(schema, self._home)

@@ -1,5 +1,6 @@
 """Publishing into a running Triton: nothing wrong is ever served and nothing right is ever interrupted."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from tiny_bundles import OUTPUTS, SIGNATURE, expected, request
 
 from freshrank.errors import ServingError
 from freshrank.serving.bundle import Tensors
+from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.repository import ModelRepository
 from freshrank.storage import read_json, write_json
@@ -109,6 +111,16 @@ def test_without_a_server_nothing_is_installed(running: Served, tmp_path: Path) 
     with pytest.raises(ServingError, match="freshrank serve"):
         publish(running.bundle(1.0), "127.0.0.1:1", repository)
     assert repository.versions() == []
+
+
+def test_a_server_that_stands_without_ranking_gets_it_before_the_pointer_moves(running: Served) -> None:
+    """On a cluster the server starts before the model repository holds anything."""
+    with TritonClient(running.url) as client:
+        client.unload("ranking")
+        shutil.rmtree(running.repository.models / "ranking")
+        assert not client.is_model_ready("ranking")
+        running.publish(1.0)
+        assert client.is_model_ready("ranking")
 
 
 def test_a_version_with_another_input_is_served_beside_the_old_one(running: Served) -> None:

@@ -36,6 +36,7 @@ def test_starts_in_its_own_process_group_and_stops_without_leaving_anything(new_
     assert not served.server.pid_path.exists()
     assert not list(SHARED_MEMORY.glob(f"{served.server._shared_memory_prefix()}*"))
     assert not served.server.stop()
+    assert served.server.status().sentence() == "no Triton runs here; start one with `freshrank serve`"
 
 
 def test_every_socket_listens_on_loopback_only(running: Served) -> None:
@@ -86,6 +87,7 @@ def test_killed_server_starts_again_and_serves_the_pointed_version(new_server: N
     again = served.server.start()
     assert again.pid != first.pid
     assert again.models == {"ranker": [version - 1, version], "ranking": [1]}
+    assert again.sentence().endswith(f"pid {again.pid}; ranker versions [{version - 1}, {version}]")
     assert len(stubs_of(served)) == 4
     after = served.ask(version)
     assert all(before[name].tobytes() == after[name].tobytes() for name in OUTPUTS)

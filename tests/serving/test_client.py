@@ -1,0 +1,156 @@
+"""Clients speak the log's own ids, times and values."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from ranking_world import RUN_DATE, RankingWorld, noon
+from served import Served
+
+from freshrank.errors import ConfigError, ServingError
+from freshrank.serving.client import UNKNOWN_ID, Answer, AsyncClient, Client, Codes, _context, _microseconds
+from freshrank.settings import settings
+from tests.worlds import tiny_schema
+
+
+@pytest.fixture
+def codes(tmp_path: Path) -> Codes:
+    """Items a and b, surface "home"; user ids are integers in the log."""
+    for name, values in {"item_id": ["a", "b"], "surface": ["feed", "home"]}.items():
+        table = pl.DataFrame({"value": values, "code": pl.int_range(len(values), eager=True)})
+        table.write_parquet(tmp_path / f"{name}.parquet")
+    return Codes(tmp_path)
+
+
+def test_text_ids_are_translated_and_integers_pass_through(codes: Codes) -> None:
+    """The query item shares the items' codes; text no import has seen is unknown, not an error."""
+    assert [codes.id("item_id", value) for value in ("a", "b", 7, np.int64(8))] == [0, 1, 7, 8]
+    assert codes.id("query_item_id", "b") == 1
+    assert codes.id("item_id", "never seen") == UNKNOWN_ID
+    assert [codes.id("user_id", value) for value in ("12", "anna")] == [12, UNKNOWN_ID]
+
+
+def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None:
+    """In the order of the schema, with a mark for each column that was given."""
+    tensors = _context(["surface=home"], tiny_schema(), codes)
+    assert tensors["context_categorical"].tolist() == [1]
+    assert tensors["context_present"].tolist() == [True, False]
+    tensors = _context({"hour": 13.5, "surface": "new here"}, tiny_schema(), codes)
+    assert (tensors["context_categorical"].tolist(), tensors["context_numeric"].tolist()) == ([UNKNOWN_ID], [13.5])
+    assert tensors["context_present"].tolist() == [True, True]
+    assert _context(None, tiny_schema(), codes) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["colour=red"], r"received column 'colour', expected one of \['surface', 'hour'\]"),
+        (["surface"], "received 'surface', expected name=value"),
+        (["hour=noon"], "'hour': received 'noon', expected a finite number"),
+        ({"hour": float("nan")}, "'hour': received nan, expected a finite number"),
+    ],
+    ids=["unknown column", "no value", "not a number", "NaN"],
+)
+def test_a_context_that_cannot_be_is_named(codes: Codes, given: list[str], sentence: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(ConfigError, match=sentence):
+        _context(given, tiny_schema(), codes)
+
+
+def test_a_category_of_integers_refuses_text(tmp_path: Path) -> None:
+    """The log holds codes of the user's own: there is nothing to translate a word to."""
+    with pytest.raises(ConfigError, match="'surface': received 'home', expected an integer as in the log"):
+        _context(["surface=home"], tiny_schema(), Codes(tmp_path))
+
+
+def test_a_time_has_a_zone() -> None:
+    """The same instant in any notation; a local time would mean another day on another machine."""
+    noon_utc = datetime(2024, 1, 6, 12, tzinfo=UTC)
+    same = [
+        "2024-01-06T12:00:00Z",
+        "2024-01-06T20:00:00+08:00",
+        noon_utc,
+        noon_utc.astimezone(timezone(timedelta(hours=-5))),
+    ]
+    assert {_microseconds(at) for at in same} == {1_704_542_400_000_000}
+    for bad in ("2024-01-06T12:00:00", datetime(2024, 1, 6, 12), "noon"):
+        with pytest.raises(ConfigError, match="expected a time with its zone"):
+            _microseconds(bad)
+
+
+def test_rows_are_sorted_best_first(world: RankingWorld) -> None:
+    """What `freshrank rank` prints: rank, item as it was given, score, one probability per action, flags."""
+    with Client.for_dataset(world.data) as client:
+        answer = client.rank("1", ["2", "1", "no such item"], at=noon(RUN_DATE), context=["surface=1"])
+    rows = answer.rows()
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert [row["score"] for row in rows] == sorted(answer.score.tolist(), reverse=True)
+    assert list(rows[0]) == ["rank", "item", "score", "p_click", "p_save", "cold", "known"]
+    assert {row["item"]: row["known"] for row in rows} == {"2": True, "1": True, "no such item": False}
+    for row in rows:
+        assert row["score"] == pytest.approx(row["p_click"] + 3 * row["p_save"], rel=1e-5)
+
+
+def test_no_candidates_is_an_error_that_says_so(world: RankingWorld) -> None:
+    """The server's sentence reaches the caller."""
+    with (
+        Client.for_dataset(world.data) as client,
+        pytest.raises(ServingError, match="received 0 candidates, expected 1"),
+    ):
+        client.rank_ids(1, [])
+
+
+def test_the_asyncio_client_answers_many_requests_at_once(world: RankingWorld) -> None:
+    """The same answers as one after the other."""
+    at = datetime.fromisoformat(noon(RUN_DATE))
+
+    async def ask_all() -> list[Answer]:
+        async with AsyncClient.for_dataset(world.data) as client:
+            return await asyncio.gather(*(client.rank_ids(user, [1, 2, 3], at) for user in range(20)))
+
+    with Client.for_dataset(world.data) as client:
+        for user, answer in enumerate(asyncio.run(ask_all())):
+            assert np.abs(answer.score - client.rank_ids(user, [1, 2, 3], at).score).max() < 1e-6
+
+
+def test_without_a_server_the_error_names_the_address(world: RankingWorld) -> None:
+    """Asking nobody is an error, not a wait."""
+    client = Client("127.0.0.1:1", world.dataset.schema, world.data)
+    with client, pytest.raises(ServingError, match="asking ranking"):
+        client.rank_ids(1, [1])
+
+
+def test_a_restricted_server_obeys_only_who_sends_the_token(
+    new_server: Callable[[], Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster everyone can ask for a ranking and only the publisher loads models."""
+    served = new_server()
+    restrict(served, "secret")
+    with with_token(monkeypatch, "secret"):
+        served.server.start()
+        version = served.publish(1.0).version
+        assert served.server.status().models["ranker"] == [version]
+    with pytest.raises(ServingError, match="restricted"):
+        served.publish(2.0)
+    served.ask(version)
+
+
+@contextmanager
+def with_token(monkeypatch: pytest.MonkeyPatch, token: str) -> Iterator[None]:
+    with monkeypatch.context() as environment:
+        environment.setenv("FRESHRANK_TRITON_CONTROL_TOKEN", token)
+        settings.cache_clear()
+        yield
+    settings.cache_clear()
+
+
+def restrict(served: Served, token: str) -> None:
+    """Start the server as the chart does: model control needs a header."""
+    command = served.server._command
+    option = f"--grpc-restricted-protocol=model-repository:x-freshrank-control={token}"
+    served.server._command = lambda models: [*command(models), option]
