@@ -72,7 +72,7 @@ def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Cons
     run_date = parse_day(day) if day else dataset.days[-1] + timedelta(days=1)
     console.print(f"data: {path} ({dataset.schema.name}), run date {run_date}")
     console.print(server(path).start().sentence())
-    conf = {"data": str(path), "date": run_date.isoformat(), "recipe": DEFAULT_RECIPE}
+    conf = {"data": str(path), "date": run_date.isoformat(), "recipe": DEFAULT_RECIPE, "wait": False}
     run_dag(run_date, conf, steps.Run(path, run_date.isoformat()).directory / "airflow.log")
     _show_ranking(dataset, run_date, console)
     return steps.summary(path, run_date.isoformat())

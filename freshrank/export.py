@@ -151,6 +151,8 @@ def _export(model: CalibratedRanker, example: Blocks, path: Path) -> None:
     doubled = {n: np.concatenate([b, b]) if n in _USER_BLOCKS else b for n, b in example.items()}
     shapes = tuple({0: users if name in _USER_BLOCKS else rows} for name in model.names)
     blocks = tuple(torch.from_numpy(np.ascontiguousarray(doubled[name])) for name in model.names)
+    for chatty in ("onnx_ir", "onnxscript", "torch.onnx"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     with warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -6,6 +6,7 @@ Every expectation is generated from the :class:`~freshrank.schema.Schema`; one t
 warns is written down. Summary results only: they carry a few offending values, not all of them.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -193,6 +194,7 @@ class _Sheet:
         from great_expectations import expectations
         from great_expectations.data_context.types.base import ProgressBarsConfig
 
+        logging.getLogger("great_expectations").setLevel(logging.WARNING)
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
         asset = context.data_sources.add_pandas("memory").add_dataframe_asset(self.table)

@@ -158,12 +158,10 @@ def test_rank_answers_after_a_restart_of_the_server_with_the_same_scores(home: H
 def test_publishing_without_a_server_changes_nothing_and_names_the_mend(home: Home) -> None:
     """Exit code 5 and a sentence."""
     before = home.served
-    home.run(DAY_2)
     assert home.freshrank("stop").returncode == 0
-    out = home.path / "blessed"
     sections = [part for override in LENIENT for part in ("--set", override)]
     for step in ("train", "calibrate", "evaluate"):
-        assert home.freshrank(step, "--date", DAY_2.isoformat(), *sections).returncode == 0, (step, out)
+        assert home.freshrank(step, "--date", DAY_2.isoformat(), *sections).returncode == 0, step
     result = home.freshrank("publish", "--date", DAY_2.isoformat())
     assert result.returncode == 5
     assert "freshrank serve" in result.stderr
@@ -178,8 +176,8 @@ def test_a_run_killed_at_every_step_ends_like_an_undisturbed_one(
     disturbed = Home.make(tmp_path_factory.mktemp("killed"))
     try:
         assert disturbed.freshrank("serve").returncode == 0
-        for marker in ("Executing task 'validate-data'", "step=train", "step=calibrate", "step=evaluate",
-                       "Executing task 'deploy'"):  # fmt: skip
+        for marker in ("'validate-data'", "step=train", "step=calibrate", "step=evaluate",
+                       "'deploy'"):  # fmt: skip
             _run_and_kill_at(disturbed, marker)
         assert disturbed.run(DAY_1).returncode == 0
         assert disturbed.run(DAY_2).returncode == 0

@@ -174,6 +174,15 @@ def test_platt_scaling_recovers_the_slope_and_intercept_that_made_the_labels() -
     assert platt.intercept[0] == pytest.approx(-1, abs=0.05)
 
 
+def test_a_ranker_that_orders_backwards_keeps_its_order_and_still_gets_the_observed_mean_rate() -> None:
+    """The slope is held at a small positive value and the intercept fitted to it; the gate sees the rest."""
+    logit = np.linspace(-3, 3, 1000, dtype=np.float32)[:, None]
+    label = (logit < -1.8).astype(np.float32)
+    platt = fit_platt(logit, label, ["click"], CalibrationConfig())
+    assert platt.slope[0] == 0.01
+    assert platt.probabilities(logit).mean() == pytest.approx(label.mean(), abs=1e-6)
+
+
 def test_calibration_without_enough_positives_names_the_action_and_the_mend() -> None:
     """Three positives where ten are needed."""
     label = np.zeros((50, 1), np.float32)
