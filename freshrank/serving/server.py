@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -196,7 +197,8 @@ class TritonServer:
 
     def _require_free_ports(self) -> None:
         for name, port in self.ports:
-            if not _is_free(port):
+            # A killed process closes its sockets a moment after it has lost its command line.
+            if not _wait_until(partial(_is_free, port), 1.0):
                 raise ServingError(
                     f"{name} port {port} of {LOOPBACK} is in use by another program; "
                     f"set FRESHRANK_TRITON_{name.upper()}_PORT to a free one"
