@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -189,7 +188,7 @@ def _obstacles(verdict: Verdict) -> Table:
 
 
 def _table(summary: RunSummary) -> Table:
-    table = Table("", escape(summary.baseline_name), "challenger", "difference", "lists", box=SIMPLE_HEAD,
+    table = Table("", "baseline", "challenger", "difference", "lists", box=SIMPLE_HEAD,
                   title=Text(f"{summary.dataset} {summary.run_date}, {summary.comparison.confidence:.0%} intervals"),
                   title_justify="left", padding=(0, 1))  # fmt: skip
     for name, row in _headline_rows(summary.comparison):
@@ -197,7 +196,8 @@ def _table(summary: RunSummary) -> Table:
         table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")
     for column in table.columns[1:]:
         column.justify = "right"
-    table.columns[3].no_wrap = True
+    for column in (table.columns[0], table.columns[3]):
+        column.no_wrap = True
     return table
 
 
@@ -205,6 +205,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     served = "nothing yet" if summary.served_version is None else f"version {summary.served_version}"
     increase = summary.parameter_increase
     return [
+        ("baseline", summary.baseline_name),
         ("parameters", "unknown" if increase is None else f"{increase:+.2%} against the model without techniques"),
         ("serving", f"{served}{' (put there by this run)' if summary.deployed else ''}"),
         ("report", str(summary.report or "none")),

@@ -185,6 +185,9 @@ class Schema(BaseModel):
             if column.role not in _ROLES[table]:
                 allowed = sorted(role.value for role in _ROLES[table])
                 raise ValueError(f"column '{table}.{name}' has role '{column.role}'; expected one of {allowed}")
+            if column.role is Role.CONTEXT and column.kind not in (Kind.CATEGORICAL, Kind.NUMERIC):
+                raise ValueError(f"column '{table}.{name}' is a context of kind '{column.kind}'; a request can carry "
+                                 "categorical and numeric context only")  # fmt: skip
             if name in RESERVED and column.role in _MODELLED | {Role.ACTION}:
                 raise ValueError(f"column '{table}.{name}' is a reserved name and cannot have role '{column.role}'")
 
