@@ -98,7 +98,8 @@ def confirm_served(data: str, run_date: str) -> int:
 
 @dag(
     schedule="@daily",
-    start_date=datetime(2024, 1, 1),
+    # Airflow leaves out every task of a run dated earlier, and calls the run a success: old logs must not meet that.
+    start_date=datetime(2000, 1, 1),
     catchup=False,
     max_active_runs=1,
     doc_md=__doc__,

@@ -92,8 +92,17 @@ def run_dag(run_date: date, conf: dict[str, Any], log: Path) -> None:
                 if step := step_in(line):
                     status.update(step)
                     console.log(step)
-    if process.returncode:
+    check_outcome(process.returncode, run_date, log)
+
+
+def check_outcome(returncode: int, run_date: date, log: Path) -> None:
+    """PipelineFailed unless the run succeeded and did anything at all: Airflow calls a run without tasks a success."""
+    if returncode:
         raise PipelineFailed(f"the DAG run for {run_date} failed\n{reason(log)}\nThe whole log: {log}")
+    if not _TASK.search(log.read_text()):
+        raise PipelineFailed(
+            f"the DAG run for {run_date} ran no task; is {run_date} before the DAG's start_date? {log}"
+        )
 
 
 def step_in(line: str) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import PipelineFailed
-from freshrank.orchestration.airflow_home import airflow_environment, reason, run_dag, step_in
+from freshrank.orchestration.airflow_home import airflow_environment, check_outcome, reason, run_dag, step_in
 from freshrank.settings import PROJECT_ROOT
 
 LOG = """\
@@ -46,6 +46,15 @@ def test_a_dag_run_that_fails_raises_with_the_reason_of_its_task(
     assert (home / "airflow" / "airflow.db").exists()
     assert "task wait_for_partition" in capfd.readouterr().err
     assert "DagRun failed" in log.read_text()
+
+
+def test_a_dag_run_without_any_task_is_no_success(log: Path) -> None:
+    """Airflow marks a run dated before the DAG's start_date successful without running a task."""
+    log.write_text("DagRun Finished: state=success\n")
+    with pytest.raises(PipelineFailed, match="ran no task; is 2022-05-09 before the DAG's start_date"):
+        check_outcome(0, date(2022, 5, 9), log)
+    log.write_text(LOG)
+    check_outcome(0, date(2022, 5, 9), log)
 
 
 @pytest.mark.parametrize(
