@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from freshrank import __version__
 from freshrank.errors import ConfigError, FreshrankError
@@ -335,17 +334,13 @@ def rank(
 
 
 def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
-    rows = answer.rows()[: top or None]
+    from freshrank.report import ranking_table
+
     if as_json:
-        for row in rows:
+        for row in answer.rows()[: top or None]:
             sys.stdout.write(json.dumps(row) + "\n")
-        return
-    table = Table(title=f"model version {answer.model_version}{', degraded' if answer.degraded else ''}")
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    out.print(table)
+    else:
+        out.print(ranking_table(answer, top))
 
 
 # ---------------------------------------------------------------- shared

@@ -70,7 +70,7 @@ def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Cons
     path = prepare(data, protocol).resolve()
     dataset = Dataset.open(path)
     run_date = parse_day(day) if day else dataset.days[-1] + timedelta(days=1)
-    console.print(f"data: {path} ({dataset.schema.name}), run date {run_date}")
+    console.print(f"data: {path} ({dataset.schema.name}), run date {run_date}", soft_wrap=True)
     console.print(server(path).start().sentence())
     conf = {"data": str(path), "date": run_date.isoformat(), "recipe": DEFAULT_RECIPE, "wait": False}
     run_dag(run_date, conf, steps.Run(path, run_date.isoformat()).directory / "airflow.log")
@@ -79,15 +79,17 @@ def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Cons
 
 
 def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
+    from freshrank.report import ranking_table
+
     try:
         user, answer = ask_for_ranking(dataset, run_date)
     except ServingError as error:
         console.print(f"no ranking was asked for: {error}")
         return
-    console.print(f"ranked {len(answer.rows())} candidates for user {user}, {UNKNOWN_CANDIDATES} of them unknown: "
-                  f"model version {answer.model_version}, best five:")  # fmt: skip
-    for row in answer.rows()[:5]:
-        console.print("  " + "  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    known = sum(row["known"] for row in answer.rows())
+    console.print(f"\nranked {len(answer.rows())} candidates for user {user}; {len(answer.rows()) - known} of them are "
+                  "unknown items. The best five:")  # fmt: skip
+    console.print(ranking_table(answer, top=5))
 
 
 def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> tuple[int, "Answer"]:

@@ -5,7 +5,7 @@ from base64 import b64encode
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
@@ -17,6 +17,9 @@ from freshrank.evaluation import ALL, FRESH, WARM, Comparison, Difference, Evalu
 from freshrank.figures import pictures, row_name
 from freshrank.gate import Decision, Verdict
 from freshrank.storage import atomic_write
+
+if TYPE_CHECKING:
+    from freshrank.serving.client import Answer
 
 HEADLINES = {
     Decision.BLESSED: "Blessed: the challenger may serve",
@@ -195,9 +198,19 @@ def _table(summary: RunSummary) -> Table:
         values = [f"{found.value:.4f}" if found else "—" for found in (row.baseline, row.challenger)]
         table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")
     for column in table.columns[1:]:
-        column.justify = "right"
-    for column in (table.columns[0], table.columns[3]):
-        column.no_wrap = True
+        column.justify, column.no_wrap = "right", True
+    return table
+
+
+def ranking_table(answer: "Answer", top: int) -> Table:
+    """The first ``top`` candidates (0: all) of a ranking, best first."""
+    rows = answer.rows()[: top or None]
+    title = f"model version {answer.model_version}{', degraded' if answer.degraded else ''}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
     return table
 
 
