@@ -288,13 +288,13 @@ def serve(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; stop with Ctrl-C.")] = False,
 ) -> None:
     """Start the local Triton with the model repository of this dataset; it answers on loopback only."""
+    from freshrank import daily
     from freshrank.serving.local import server
 
-    triton = server(data)
     if foreground:
-        triton.run()
+        server(data).run()
     else:
-        out.print(triton.start().sentence())
+        daily.start_server(data, out)
 
 
 @app.command()
@@ -374,12 +374,11 @@ def _repository(data: Path) -> Any:
 @contextmanager
 def _server(data: Path) -> Iterator[None]:
     """A Triton to publish to: the one that runs, or one started now and left running."""
+    from freshrank import daily
     from freshrank.serving.local import server
 
-    triton = server(data)
-    if not triton.status().ready:
-        err.print("starting the local Triton ...")
-        triton.start()
+    if not server(data).status().ready:
+        daily.start_server(data, err)
     yield
 
 

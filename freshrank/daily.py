@@ -65,17 +65,26 @@ def run(data: Path, run_date: date, config: RunConfig) -> None:
 def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Console) -> "RunSummary":
     """The daily run through Airflow, then a ranking request to the server it published to."""
     from freshrank.orchestration.airflow_home import run_dag
-    from freshrank.serving.local import server
 
     path = prepare(data, protocol).resolve()
     dataset = Dataset.open(path)
     run_date = parse_day(day) if day else dataset.days[-1] + timedelta(days=1)
     console.print(f"data: {path} ({dataset.schema.name}), run date {run_date}", soft_wrap=True)
-    console.print(server(path).start().sentence())
+    start_server(path, console)
     conf = {"data": str(path), "date": run_date.isoformat(), "recipe": DEFAULT_RECIPE, "wait": False}
     run_dag(run_date, conf, steps.Run(path, run_date.isoformat()).directory / "airflow.log")
     _show_ranking(dataset, run_date, console)
     return steps.summary(path, run_date.isoformat())
+
+
+def start_server(data: Path, console: Console) -> None:
+    """Start the local Triton of ``data`` and say so."""
+    from freshrank.serving.local import start
+
+    status, stopped = start(data)
+    for dataset in stopped:
+        console.print(f"stopped the Triton of dataset '{dataset}', which held the same ports")
+    console.print(status.sentence())
 
 
 def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:

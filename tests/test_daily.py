@@ -4,7 +4,10 @@ One small simulated world is run for two days; the tests read what is left behin
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +94,19 @@ def test_publishing_without_a_server_changes_nothing_and_names_the_mend(home: Ho
     assert "freshrank serve" in result.stderr
     assert home.served == before
     assert home.freshrank("serve").returncode == 0
+
+
+def test_the_server_of_another_dataset_gives_way_and_is_named(home: Home, tmp_path: Path) -> None:
+    """One set of ports, two datasets: serving the second stops the first, and serving the first brings it back."""
+    schema = (home.data / "schema.yaml").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "schema.yaml").write_text(schema.replace("name: simulated", "name: other"))
+    for table in ("items", "users"):
+        (other / f"{table}.parquet").write_bytes((home.data / f"{table}.parquet").read_bytes())
+    (other / "manifest.json").write_bytes((home.data / "manifest.json").read_bytes())
+    command = [sys.executable, "-m", "freshrank", "serve", "--data", str(other)]
+    result = subprocess.run(command, env=home.environment, capture_output=True, text=True, check=True)
+    assert "stopped the Triton of dataset 'simulated'" in result.stdout
+    assert "no ranker is loaded yet" in result.stdout
+    assert "stopped the Triton of dataset 'other'" in home.freshrank("serve").stdout

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from freshrank.datasets.contract import Dataset
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.server import TritonServer
+from freshrank.serving.server import ServerStatus, TritonServer
 from freshrank.workspace import Workspace
 
 
@@ -14,3 +14,14 @@ def repository(data: Path) -> ModelRepository:
 
 def server(data: Path) -> TritonServer:
     return TritonServer(repository(data))
+
+
+def start(data: Path) -> tuple[ServerStatus, list[str]]:
+    """Start the Triton of ``data``; the ones of other datasets here that hold its ports are stopped and named."""
+    own = server(data)
+    stopped = []
+    for root in sorted(own.repository.root.parent.iterdir()):
+        other = TritonServer(ModelRepository(root))
+        if root != own.repository.root and other.status().ports == own.ports and other.stop():
+            stopped.append(root.name)
+    return own.start(), stopped

@@ -97,27 +97,12 @@ topologySpreadConstraints:
 freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | sha256sum }}
 {{- end -}}
 
-{{/* Kubernetes expands $(REDIS_PASSWORD) only when it is declared above its use. */}}
 {{- define "freshrank.env" -}}
 - name: HOME
   value: /tmp
-{{- with .Values.feast.storeYaml }}
-- name: FEAST_FS_YAML_FILE_PATH
-  value: {{ printf "%s/%s" $.Values.home.path . }}
-{{- end }}
-{{- if eq .Values.redis.mode "internal" }}
-- name: REDIS_PASSWORD
-  valueFrom:
-    secretKeyRef:
-      name: {{ .Values.redis.existingSecret }}
-      key: {{ .Values.redis.passwordKey }}
-- name: FRESHRANK_REDIS_URL
-  value: {{ include "freshrank.name" . }}-redis:6379,db=0,password=$(REDIS_PASSWORD)
-{{- else }}
 - name: FRESHRANK_REDIS_URL
   valueFrom:
     secretKeyRef:
       name: {{ .Values.redis.existingSecret }}
       key: {{ .Values.redis.urlKey }}
-{{- end }}
 {{- end -}}
