@@ -10,13 +10,14 @@ import polars as pl
 
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation import ALL, FRESH, Comparison, Evaluation, Judged, MetricName
+from freshrank.encoding import Encoder
 from freshrank.export import OnnxRanker
 from freshrank.frames import JUDGED_AGE, Frame, load_frame
 from freshrank.gate import Decision, Verdict
 from freshrank.popularity import popularity
 from freshrank.recipes import named
 from freshrank.report import ReportInput, RunSummary, library_versions, write_report
-from freshrank.schema import IN_EVALUATION, REQUEST_ID, USER_ID
+from freshrank.schema import IN_EVALUATION, REQUEST_ID, USER_ID, Schema
 from freshrank.serving.repository import ModelRepository
 from freshrank.storage import read_json, write_json
 from freshrank.training import labels_of
@@ -33,9 +34,12 @@ class Champion:
     run_date: str
     fingerprint: str
     bundle: Path
+    lacking: tuple[str, ...] = ()
+    """Inputs it needs that today's schema does not give: it cannot be judged, popularity stands in."""
 
     def __str__(self) -> str:
-        return f"version {self.version} of {self.run_date}"
+        name = f"version {self.version} of {self.run_date}"
+        return f"popularity ({name} needs {', '.join(self.lacking)})" if self.lacking else name
 
 
 def champion(run: "Run") -> Champion | None:
@@ -43,17 +47,25 @@ def champion(run: "Run") -> Champion | None:
     repository = ModelRepository(run.workspace.triton)
     pointer = repository.served()
     if pointer and pointer.run_date < run.date.isoformat():
-        return _champion(repository, pointer.version)
+        return _champion(run, repository, pointer.version)
     if pointer is None:
         return None
     earlier = [v for v in repository.versions() if repository.info(v).run_date < run.date.isoformat()]
     dated = sorted(earlier, key=lambda v: (repository.info(v).run_date, v))
-    return _champion(repository, dated[-1]) if dated else None
+    return _champion(run, repository, dated[-1]) if dated else None
 
 
-def _champion(repository: ModelRepository, version: int) -> Champion:
-    info = repository.info(version)
-    return Champion(version, info.run_date, info.fingerprint, repository.version_directory(version))
+def _champion(run: "Run", repository: ModelRepository, version: int) -> Champion:
+    info, bundle = repository.info(version), repository.version_directory(version)
+    lacking = lacking_inputs(Encoder.load(bundle).schema, run.dataset.schema)
+    return Champion(version, info.run_date, info.fingerprint, bundle, tuple(lacking))
+
+
+def lacking_inputs(needed: Schema, given: Schema) -> list[str]:
+    """Features of ``needed`` that ``given`` lacks or shapes otherwise; the actions too, which must be the same."""
+    present = {feature.name: (feature.kind, feature.dim) for feature in given.features()}
+    names = [f.name for f in needed.features() if present.get(f.name) != (f.kind, f.dim)]
+    return names if needed.actions == given.actions else ["actions", *names]
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class JudgedRows:
 
     def of_champion(self, champion: Champion | None) -> Judged:
         """The champion's predictions; popularity where nothing served."""
-        if champion:
+        if champion and not champion.lacking:
             return self.of_bundle(champion.bundle)
         probabilities, score = popularity(self.frame.items, self.run.dataset.schema)
         item_row = self.frame.rows["item_row"].to_numpy()
