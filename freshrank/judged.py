@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 
 from freshrank.config import EvaluationConfig
-from freshrank.evaluation import ALL, FRESH, Comparison, Evaluation, Judged, MetricName
 from freshrank.encoding import Encoder
+from freshrank.evaluation import ALL, FRESH, Comparison, Evaluation, Judged, MetricName
 from freshrank.export import OnnxRanker
 from freshrank.frames import JUDGED_AGE, Frame, load_frame
 from freshrank.gate import Decision, Verdict

@@ -33,6 +33,7 @@ class ClusterSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FRESHRANK_CLUSTER_", extra="forbid")
 
     image: str = ""
+    """The image with freshrank that the steps run in; a dry run without it shows the components' own name for it."""
     namespace: str = ""
     """Profile on a multi-user installation of Kubeflow, empty on a single-user one."""
     service_account: str = ""
@@ -80,14 +81,13 @@ def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
 
 def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
     """How each task is placed: image, settings, secrets by reference, volume; the training step's node and GPU."""
-    if not cluster.image:
-        raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
     secrets = [(variable, *_secret(variable, value)) for variable, value in cluster.secret_env.items()]
 
     def place(task: Any) -> None:
         from kfp import kubernetes
 
-        task.set_container_image(cluster.image)
+        if cluster.image:
+            task.set_container_image(cluster.image)
         kubernetes.add_pod_label(task, *PUBLISHER_LABEL)
         for name, value in _step_environment().items():
             task.set_env_variable(name, value)
@@ -137,6 +137,8 @@ def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False)
     is returned instead of starting a second; ``dry_run`` only compiles and contacts nothing.
     """
     cluster = ClusterSettings()
+    if not (cluster.image or dry_run):
+        raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
     package = settings().home / "kfp" / "train-ranker.yaml"
     compile_package(package, cluster)
     parameters = arguments(data, run_date, config)

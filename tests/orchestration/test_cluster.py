@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
+from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.cluster import ClusterSettings, compile_package, submit, wait
 from freshrank.recipes import recipe
@@ -111,10 +112,13 @@ def test_a_deterministic_step_is_not_retried(cluster: ClusterSettings, tmp_path:
     assert retried == {"train", "calibrate", "evaluate"}
 
 
-def test_a_cluster_without_an_image_is_refused(home: Path, tmp_path: Path) -> None:
-    """The local default image exists in no registry."""
+def test_without_an_image_a_dry_run_shows_the_components_own_and_a_submission_is_refused(
+    home: Path, world: Path
+) -> None:
+    """The components' own image exists in no registry: good enough to read, not to run."""
+    assert f"image: {IMAGE}" in str(submit(world, RUN_DATE, recipe(), dry_run=True))
     with pytest.raises(ConfigError, match="FRESHRANK_CLUSTER_IMAGE"):
-        compile_package(tmp_path / "pipeline.yaml", ClusterSettings())
+        submit(world, RUN_DATE, recipe())
 
 
 def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings, tmp_path: Path) -> None:
