@@ -106,6 +106,18 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
         assert torch.allclose(trained.ranker(inputs), trained.ranker(repeated), atol=1e-6)
 
 
+def test_encoding_sequences_in_groups_of_similar_length_gives_what_encoding_them_together_gives() -> None:
+    """Training groups users by sequence length, empty ones among them; serving does not."""
+    schema = SCHEMA.model_copy(update={"history": SCHEMA.history.model_copy(update={"sequence_length": 40})})
+    frame = random_frame(schema, users=90)
+    encoder = Encoder.fit(frame, schema, 1)
+    ranker = Ranker(encoder, SMALL)
+    inputs = TensorFrame(frame, encoder, Catalog.build(frame.items, encoder)).batch(torch.arange(400)).inputs
+    with torch.inference_mode():
+        grouped, together = ranker.train()(inputs), ranker.eval()(inputs)
+    assert torch.allclose(grouped, together, atol=1e-6)
+
+
 def test_training_lowers_the_loss() -> None:
     """Even ids are clicked more often: thirty epochs must find it."""
     curve = _trained(training=TRAINING.model_copy(update={"epochs": 30})).facts["curve"]["losses"]["bce"]

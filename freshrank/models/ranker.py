@@ -18,6 +18,9 @@ from freshrank.techniques.residual import Residual
 
 Inputs = dict[str, Tensor]
 Groups = dict[str, Tensor]
+_SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
+_LENGTHS = (4, 8, 16, 28)
+"""Longest sequence of each group that is encoded together in training; the last group has the full length."""
 
 
 class Representation(NamedTuple):
@@ -152,8 +155,21 @@ class Ranker(nn.Module):
         return groups
 
     def _sequence(self, inputs: Inputs) -> Tensor:
-        tokens = self._lookup(inputs["sequence_items"], inputs.get("sequence_categorical"))
-        encoded: Tensor = self.sequence(tokens, inputs["sequence_actions"])
+        blocks = {name: inputs[name] for name in _SEQUENCE if name in inputs}
+        if not self.training:
+            return self._encoded(blocks)
+        # Most sequences are far shorter than the padded length: encode them in groups of similar length.
+        lengths = (blocks["sequence_actions"] != 0).sum(1)
+        limits = (*_LENGTHS, blocks["sequence_actions"].shape[1])
+        group = torch.bucketize(lengths, torch.tensor(_LENGTHS, device=lengths.device))
+        members = [(group == number).nonzero()[:, 0] for number in range(len(limits))]
+        parts = [self._encoded({name: block[users, :limit] for name, block in blocks.items()})
+                 for users, limit in zip(members, limits, strict=True) if len(users)]  # fmt: skip
+        return torch.cat(parts).index_select(0, torch.argsort(torch.cat(members)))
+
+    def _encoded(self, blocks: Inputs) -> Tensor:
+        tokens = self._lookup(blocks["sequence_items"], blocks.get("sequence_categorical"))
+        encoded: Tensor = self.sequence(tokens, blocks["sequence_actions"])
         return encoded
 
     def _lookup(self, ids: Tensor, categories: Tensor | None) -> Tensor:
