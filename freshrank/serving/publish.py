@@ -37,6 +37,8 @@ def publish(
             log.warning("version %d was rolled back and stays out of service, version %d serves; publish with --force "
                         "to serve it again", before.rolled_back_from, before.version)  # fmt: skip
             return before
+        # A server that refuses control (a wrong token) must be found out before the candidate can be blamed for it.
+        client.ready_versions()
         _ensure_ranking(client, repository)
         version = repository.install_version(bundle)
         try:

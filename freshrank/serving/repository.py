@@ -162,7 +162,7 @@ class ModelRepository:
         if pointer.version not in self.versions():
             raise ServingError(
                 f"{self.pointer_path} serves version {pointer.version}, but only {self.versions()} are installed "
-                f"in {self.models / RANKER}; publish a bundle again"
+                f"in {self.models / RANKER}; restore it, or remove {self.pointer_path} and publish again"
             )
         self._write_ranker_config(pointer.live)
         return [RANKER, RANKING]

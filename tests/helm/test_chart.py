@@ -2,12 +2,9 @@
 
 import json
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,87 +14,38 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from freshrank.settings import Settings
+from freshrank.feature_store import write_feast_yaml
+from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
+from freshrank.serving.repository import ModelRepository
+from freshrank.settings import Settings, settings
 from freshrank.workspace import Workspace
+from tests.helm.charts import (
+    CHART,
+    Object,
+    component_of,
+    container_of,
+    containers,
+    helm,
+    init_container_of,
+    is_ready,
+    named,
+    of_kind,
+    pod_of,
+    pods,
+    rendered,
+    template,
+    values_of,
+)
+from tests.tiny_log import log_schema
 
-CHART = Path(__file__).resolve().parents[2] / "helm"
 SCENARIOS = ["default", "kind", "gpu", "production"]
-COMPONENTS = ["triton", "feast", "feast-apply", "redis"]
+COMPONENTS = ["triton", "feast", "redis"]
 KUBERNETES = ["1.29", kubernetes_validate.latest_version()]
 GPU = "nvidia.com/gpu"
-PUBLISHER = {"freshrank/publisher": "true"}
-
-Object = dict[str, Any]
+PUBLISHER = dict([PUBLISHER_LABEL])
+AUTOSCALED = ("triton.autoscaling.enabled=true", "triton.acceptSingleReplicaPublishing=true")
 
 in_every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
-
-
-def find_helm() -> str:
-    """Beside the interpreter first: a helm of another version on PATH must not decide a test."""
-    beside = Path(sys.executable).parent / "helm"
-    found = str(beside) if beside.is_file() else shutil.which("helm")
-    if found is None:
-        pytest.fail("helm was found neither beside Python nor on PATH: run `make setup`, which installs it.")
-    return found
-
-
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([find_helm(), *arguments], capture_output=True, text=True, check=False, timeout=60)
-
-
-def values_of(scenario: str) -> list[str]:
-    return [] if scenario == "default" else ["--values", str(CHART / "ci" / f"{scenario}-values.yaml")]
-
-
-def template(scenario: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    settings = [part for override in overrides for part in ("--set-json", override)]
-    return helm("template", "freshrank", str(CHART), *values_of(scenario), *settings)
-
-
-@cache
-def rendered(scenario: str, *overrides: str) -> list[Object]:
-    """Every object of the release; an override reads ``path=json``."""
-    run = template(scenario, *overrides)
-    assert run.returncode == 0, run.stderr
-    return [document for document in yaml.safe_load_all(run.stdout) if document]
-
-
-def refusal(*overrides: str) -> str:
-    """What helm says when it rejects the values; fails when it accepts them."""
-    run = template("default", *overrides)
-    assert run.returncode != 0, f"{overrides} was accepted"
-    return run.stderr
-
-
-def of_kind(objects: list[Object], kind: str) -> list[Object]:
-    return [item for item in objects if item["kind"] == kind]
-
-
-def named(objects: list[Object], kind: str, name: str) -> Object:
-    (found,) = [item for item in of_kind(objects, kind) if item["metadata"]["name"] == name]
-    return found
-
-
-def pods(objects: list[Object]) -> list[Object]:
-    return [item["spec"]["template"] for item in objects if "template" in item.get("spec", {})]
-
-
-def pod_of(objects: list[Object], component: str) -> Object:
-    (found,) = [pod for pod in pods(objects) if component_of(pod) == component]
-    return found
-
-
-def component_of(pod: Object) -> str:
-    return str(pod["metadata"]["labels"]["app.kubernetes.io/component"])
-
-
-def container_of(objects: list[Object], component: str) -> Object:
-    (found,) = pod_of(objects, component)["spec"]["containers"]
-    return dict(found)
-
-
-def containers(objects: list[Object]) -> list[Object]:
-    return [container for pod in pods(objects) for container in pod["spec"]["containers"]]
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,6 +68,13 @@ def ports_open_to(objects: list[Object], component: str, peer: Object) -> set[in
 
 def default_values() -> Object:
     return dict(yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+def refusal(*overrides: str) -> str:
+    """What helm says when it rejects the values; fails when it accepts them."""
+    run = template("default", *overrides)
+    assert run.returncode != 0, f"{overrides} was accepted"
+    return run.stderr
 
 
 # --- the chart as a whole
@@ -146,7 +101,7 @@ def test_every_values_file_in_ci_is_a_tested_scenario() -> None:
 
 
 def test_the_scenarios_install_triton_feast_and_redis() -> None:
-    """The default release runs all four pods."""
+    """The default release runs all three."""
     assert {component_of(pod) for pod in pods(rendered("default"))} == set(COMPONENTS)
 
 
@@ -165,24 +120,51 @@ def test_nothing_is_scheduled_by_the_chart(scenario: str) -> None:
 
 
 def test_settings_given_to_pods_are_settings_that_freshrank_reads() -> None:
-    """Every FRESHRANK_ variable is a field of Settings, so none is silently ignored."""
+    """Every FRESHRANK_ variable is a field that something reads, so none is silently ignored."""
     known = {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields}
+    known |= {f"FRESHRANK_CLUSTER_{name.upper()}" for name in ClusterSettings.model_fields}
     objects = rendered("production", 'home.dataset="datasets/shop"') + rendered("default")
     given = {key for item in of_kind(objects, "ConfigMap") for key in item["data"]}
     given |= {entry["name"] for container in containers(objects) for entry in container.get("env", [])}
     assert {name for name in given if name.startswith("FRESHRANK_")} <= known
 
 
-def test_settings_in_the_config_map_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_environment(monkeypatch: pytest.MonkeyPatch, *config_maps: str) -> None:
+    """What a pod with `envFrom` of these ConfigMaps of the production scenario has."""
+    for name in config_maps:
+        for key, value in named(rendered("production"), "ConfigMap", f"freshrank-{name}")["data"].items():
+            monkeypatch.setenv(key, value)
+
+
+def test_settings_in_the_config_maps_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings accepts the very strings that the pods get."""
-    for key, value in named(rendered("production"), "ConfigMap", "freshrank-settings")["data"].items():
-        monkeypatch.setenv(key, value)
+    in_environment(monkeypatch, "settings", "pipeline")
     loaded = Settings()
-    assert (loaded.online_store, loaded.runner, str(loaded.home)) == (
+    assert (loaded.online_store, loaded.runner, loaded.kfp_host, str(loaded.home)) == (
         "redis",
         "cluster",
+        "http://ml-pipeline.kubeflow.svc.cluster.local:8888",
         "/var/lib/freshrank",
     )
+
+
+def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pods get image, claim, GPU and both secrets; the secrets by reference."""
+    in_environment(monkeypatch, "pipeline")
+    assert ClusterSettings().model_dump(exclude_unset=True) == {
+        "image": "freshrank/freshrank:0.1.0",
+        "namespace": "ranking-team",
+        "service_account": "default-editor",
+        "gpus": 1,
+        "node_selector": {"nvidia.com/gpu.present": "true"},
+        "cpu": "8",
+        "memory": "64Gi",
+        "home_claim": "freshrank-home",
+        "secret_env": {
+            "FRESHRANK_REDIS_URL": "freshrank-redis-managed:url",
+            "FRESHRANK_TRITON_CONTROL_TOKEN": "freshrank-triton-control:token",
+        },
+    }
 
 
 @in_every_scenario
@@ -193,10 +175,17 @@ def test_kubernetes_injects_no_variables_of_its_own(scenario: str) -> None:
 
 def test_a_changed_setting_restarts_the_pods_that_read_it() -> None:
     """The pod template carries a checksum of the settings."""
-    changed = rendered("default", 'kubeflow.host="http://pipelines:8888"')
+    changed = rendered("default", 'home.dataset="datasets/shop"')
     for component in ("triton", "feast"):
         before = pod_of(rendered("default"), component)["metadata"]["annotations"]
         assert pod_of(changed, component)["metadata"]["annotations"] != before
+
+
+def test_where_training_runs_does_not_restart_what_serves() -> None:
+    """The settings of the pipeline are not in the pods of the chart."""
+    changed = rendered("default", "kubeflow.training.gpus=2")
+    for component in COMPONENTS:
+        assert pod_of(changed, component) == pod_of(rendered("default"), component)
 
 
 # --- values
@@ -219,6 +208,10 @@ def test_an_unknown_key_is_refused() -> None:
         'redis.mode="memory"',
         'home.path="relative/path"',
         'home.dataset="/absolute"',
+        'home.project="My-Log"',
+        'home.project=""',
+        "home.project=null",
+        "kubeflow.training.gpus=-1",
         'home.size="fifty gigabytes"',
         'kubeflow.host="pipelines"',
         "triton.resources.limits.memory=null",
@@ -239,6 +232,15 @@ def test_a_value_of_the_wrong_form_is_refused(override: str) -> None:
 def test_a_moving_or_missing_tag_is_refused(image: str, tag: str) -> None:
     """Images are pinned."""
     assert f"/images/{image}/tag" in refusal(f'images.{image}.tag="{tag}"')
+
+
+@pytest.mark.parametrize("override", ["triton.replicas=2", "triton.autoscaling.enabled=true"])
+def test_more_replicas_than_a_publication_reaches_are_refused(override: str) -> None:
+    """The refusal says why, which issue lifts it, and what accepts the consequence."""
+    sentence = refusal(override)
+    assert "loads its version into one replica" in sentence
+    assert '"Publish to every Triton replica"' in sentence
+    assert template("default", override, "triton.acceptSingleReplicaPublishing=true").returncode == 0
 
 
 def schemas_below(schema: Object) -> Iterator[Object]:
@@ -290,17 +292,22 @@ def test_no_value_is_a_secret(scenario: str) -> None:
 
 @in_every_scenario
 def test_secret_variables_come_by_reference(scenario: str) -> None:
-    """A variable that carries a secret is read from a Secret, or composed from one that is."""
+    """A variable that carries a secret is read from a Secret."""
     for container in containers(rendered(scenario)):
         for entry in container.get("env", []):
             if re.search(r"PASSWORD|TOKEN|AUTH|REDIS_URL", entry["name"]):
-                assert "secretKeyRef" in entry.get("valueFrom", {}) or "$(REDIS_PASSWORD)" in entry["value"]
+                assert "secretKeyRef" in entry["valueFrom"]
 
 
-def test_a_composed_variable_follows_the_one_it_uses() -> None:
-    """Kubernetes expands $(REDIS_PASSWORD) only where it is declared earlier in the list."""
-    names = [entry["name"] for entry in container_of(rendered("default"), "triton")["env"]]
-    assert names.index("REDIS_PASSWORD") < names.index("FRESHRANK_REDIS_URL")
+@pytest.mark.parametrize("mode", ["internal", "external"])
+def test_the_address_of_the_store_is_one_key_for_everyone(mode: str) -> None:
+    """Pods of the chart and of the pipeline read the same key of the same Secret, wherever Redis is."""
+    objects = rendered("default", f'redis.mode="{mode}"')
+    secrets = json.loads(named(objects, "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_SECRET_ENV"])
+    assert secrets["FRESHRANK_REDIS_URL"] == "freshrank-redis:url"
+    for component in ("triton", "feast"):
+        (url,) = [e for e in container_of(objects, component)["env"] if e["name"] == "FRESHRANK_REDIS_URL"]
+        assert url["valueFrom"]["secretKeyRef"] == {"name": "freshrank-redis", "key": "url"}
 
 
 # --- security of pods
@@ -338,9 +345,10 @@ def test_what_a_pod_can_write_is_bounded(scenario: str) -> None:
             assert "persistentVolumeClaim" in volume or volume["emptyDir"]["sizeLimit"]
 
 
-def test_the_inference_server_cannot_change_the_models_it_serves() -> None:
-    """Triton mounts the workspace read-only."""
-    mounts = {mount["name"]: mount for mount in container_of(rendered("default"), "triton")["volumeMounts"]}
+@pytest.mark.parametrize("component", ["triton", "feast"])
+def test_a_server_cannot_change_what_it_serves(component: str) -> None:
+    """Both servers mount the workspace read-only."""
+    mounts = {mount["name"]: mount for mount in container_of(rendered("default"), component)["volumeMounts"]}
     assert mounts["home"]["readOnly"] is True
 
 
@@ -371,16 +379,17 @@ def test_every_container_says_what_it_needs_and_may_take(scenario: str) -> None:
 # --- serving
 
 
-@pytest.mark.parametrize("scenario, gpus", [("default", None), ("kind", None), ("gpu", 1), ("production", 1)])
-def test_a_gpu_is_asked_for_only_where_there_is_one(scenario: str, gpus: int | None) -> None:
-    """Only Triton of the gpu and production scenarios requests a GPU, and goes where GPUs are."""
-    taken = {
-        component_of(pod): pod["spec"]["containers"][0]["resources"]["limits"].get(GPU)
-        for pod in pods(rendered(scenario))
-    }
-    assert {component for component, count in taken.items() if count} == ({"triton"} if gpus else set())
-    assert taken["triton"] == gpus
-    assert ("nodeSelector" in pod_of(rendered(scenario), "triton")["spec"]) == bool(gpus)
+@pytest.mark.parametrize("scenario, gpus", [("default", "0"), ("kind", "0"), ("gpu", "1"), ("production", "1")])
+def test_a_gpu_is_asked_for_where_it_is_used(scenario: str, gpus: str) -> None:
+    """The training step takes the GPU; the ranker is served on CPUs."""
+    assert named(rendered(scenario), "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_GPUS"] == gpus
+    assert not [container for container in containers(rendered(scenario)) if GPU in container["resources"]["limits"]]
+
+
+def test_a_gpu_for_triton_is_of_its_server_alone() -> None:
+    """triton.gpus is a limit of Triton's container and of no other."""
+    taken = [c["name"] for c in containers(rendered("default", "triton.gpus=1")) if GPU in c["resources"]["limits"]]
+    assert taken == ["triton"]
 
 
 @contextmanager
@@ -389,7 +398,8 @@ def triton_with(loaded: set[str]) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path.split("/")[3] in loaded else 400)
+            model = self.path.removeprefix("/v2/models/").removesuffix("/ready")
+            self.send_response(200 if model in loaded else 400)
             self.end_headers()
 
         def log_message(self, format: str, *arguments: Any) -> None:
@@ -403,51 +413,52 @@ def triton_with(loaded: set[str]) -> Iterator[int]:
         thread.join()
 
 
+def point_to(home: Path, version: int) -> None:
+    repository = ModelRepository(Workspace(home, "my_log").triton)
+    repository.root.mkdir(parents=True)
+    repository.pointer_path.write_text(json.dumps({"version": version}))
+
+
 @pytest.mark.parametrize(
     "loaded, ready",
-    [({"ranker", "ranking"}, True), ({"ranking"}, False), ({"ranker"}, False), (set[str](), False)],
+    [
+        ({"ranker/versions/2", "ranking"}, True),
+        ({"ranker/versions/1", "ranking"}, False),
+        ({"ranking"}, False),
+        ({"ranker/versions/2"}, False),
+        (set[str](), False),
+    ],
 )
-def test_a_replica_is_ready_when_both_models_are_loaded(loaded: set[str], ready: bool) -> None:
-    """Readiness asks for `ranker` too: an image that cannot load it must not finish a rolling update."""
-    interpreter, *options, script = container_of(rendered("default"), "triton")["readinessProbe"]["exec"]["command"]
-    assert interpreter == "python3"
+def test_a_replica_is_ready_when_it_can_rank(loaded: set[str], ready: bool, tmp_path: Path) -> None:
+    """The version that the pointer names must be loaded, not just any: another would be asked in vain."""
+    point_to(tmp_path, version=2)
     with triton_with(loaded) as port:
-        run = subprocess.run([sys.executable, *options, script.replace("8000", str(port))], check=False)
-    assert (run.returncode == 0) == ready
+        assert is_ready(tmp_path, port) == ready
 
 
-def test_a_replica_without_a_server_is_not_ready() -> None:
+def test_before_the_first_publication_no_replica_is_ready(tmp_path: Path) -> None:
+    """Without a pointer there is nothing to rank with, whatever is loaded."""
+    with triton_with({"ranker/versions/1", "ranking"}) as port:
+        assert not is_ready(tmp_path, port)
+
+
+def test_a_replica_without_a_server_is_not_ready(tmp_path: Path) -> None:
     """A refused connection is a failed probe, not a passed one."""
-    command = container_of(rendered("default"), "triton")["readinessProbe"]["exec"]["command"]
-    script = command[-1].replace("8000", "1")
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode != 0
+    point_to(tmp_path, version=1)
+    assert not is_ready(tmp_path, port=1)
 
 
 def test_triton_serves_the_repository_that_publishing_writes() -> None:
     """The path of the chart is the path of Workspace and ModelRepository."""
-    models = Workspace(Path("/var/lib/freshrank"), "any").triton / "models"
-    assert f"--model-repository={models}" in container_of(rendered("default"), "triton")["args"]
-
-
-def test_a_server_without_models_waits_for_the_publisher() -> None:
-    """Triton loads both models by name and neither exits nor closes while there is none."""
-    arguments = container_of(rendered("default"), "triton")["args"]
-    wanted = {
-        "--model-control-mode=explicit",
-        "--exit-on-error=false",
-        "--strict-readiness=false",
-        "--load-model=ranker",
-        "--load-model=ranking",
-    }
-    assert wanted <= set(arguments)
+    models = ModelRepository(Workspace(Path("/var/lib/freshrank"), "shop").triton).models
+    assert f"--model-repository={models}" in container_of(rendered("default", 'home.project="shop"'), "triton")["args"]
 
 
 @in_every_scenario
 def test_long_running_containers_have_three_probes(scenario: str) -> None:
     """Slow start, temporary trouble and a hang are told apart."""
     for pod in pods(rendered(scenario)):
-        if component_of(pod) != "feast-apply":
-            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= pod["spec"]["containers"][0].keys()
+        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= pod["spec"]["containers"][0].keys()
 
 
 def test_loading_may_take_as_long_as_the_values_say() -> None:
@@ -474,10 +485,10 @@ def test_a_drain_takes_one_replica_at_a_time(component: str) -> None:
 
 def test_the_autoscaler_owns_the_number_of_replicas() -> None:
     """With autoscaling the Deployment names no number, so an upgrade does not undo a scale-up."""
-    objects = rendered("production")
+    objects = rendered("default", *AUTOSCALED)
     assert "replicas" not in named(objects, "Deployment", "freshrank-triton")["spec"]
     scaler = named(objects, "HorizontalPodAutoscaler", "freshrank-triton")["spec"]
-    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 12)
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 6)
     assert not of_kind(rendered("default"), "HorizontalPodAutoscaler")
 
 
@@ -523,12 +534,12 @@ def test_other_namespaces_are_named_one_by_one() -> None:
                 "matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [name]}]
             }
         }
-        for name in ("storefront", "kubeflow", "monitoring")
+        for name in ("storefront", "ranking-team", "monitoring")
     }
     assert ports_open_to(objects, "triton", peers["storefront"]) == {8001}
     assert ports_open_to(objects, "triton", peers["monitoring"]) == {8002}
-    assert ports_open_to(objects, "triton", peers["kubeflow"]) == set()
-    publisher = peers["kubeflow"] | {"podSelector": {"matchLabels": PUBLISHER}}
+    assert ports_open_to(objects, "triton", peers["ranking-team"]) == set()
+    publisher = peers["ranking-team"] | {"podSelector": {"matchLabels": PUBLISHER}}
     assert ports_open_to(objects, "triton", publisher) == {8000, 8001, 8002}
 
 
@@ -572,11 +583,39 @@ def test_services_point_at_ports_that_exist(scenario: str) -> None:
 
 
 def test_an_external_redis_leaves_no_redis_behind() -> None:
-    """No Redis object is rendered and the address comes whole from the Secret."""
+    """No object of Redis is rendered."""
     objects = rendered("default", 'redis.mode="external"')
     assert not [item for item in objects if item["metadata"]["name"].endswith("-redis")]
-    (url,) = [entry for entry in container_of(objects, "triton")["env"] if entry["name"] == "FRESHRANK_REDIS_URL"]
-    assert url["valueFrom"]["secretKeyRef"] == {"name": "freshrank-redis", "key": "url"}
+
+
+@pytest.fixture
+def store_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The feature_store.yaml that the daily run writes into the workspace `tmp_path` on a cluster."""
+    monkeypatch.setenv("FRESHRANK_ONLINE_STORE", "redis")
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", "redis:6379,db=0,password=hunter2")
+    settings.cache_clear()
+    workspace = Workspace(tmp_path, "my_log")
+    write_feast_yaml(log_schema(), workspace)
+    yield workspace.feast / "feature_store.yaml"
+    settings.cache_clear()
+
+
+def test_feast_serves_the_store_that_the_daily_run_writes(store_yaml: Path, tmp_path: Path) -> None:
+    """It starts in the folder of feature_store.yaml, whose address of Redis is a reference to its environment."""
+    container = container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")
+    assert container["command"][:4] == ["feast", "-c", str(store_yaml.parent), "serve"]
+    reference = yaml.safe_load(store_yaml.read_text())["online_store"]["connection_string"]
+    assert reference in [f"${{{entry['name']}}}" for entry in container["env"]]
+
+
+def test_feast_waits_for_the_registry_of_the_first_daily_run(store_yaml: Path, tmp_path: Path) -> None:
+    """Feast would end at once without it; it is the file that feature_store.yaml names."""
+    command = init_container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")["command"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=0.3, check=True)
+    registry = Path(yaml.safe_load(store_yaml.read_text())["registry"]["path"].removeprefix("sqlite:///"))
+    registry.write_text("a registry")
+    subprocess.run(command, timeout=5, check=True)
 
 
 def test_redis_never_forgets_a_feature_to_make_room() -> None:
@@ -593,23 +632,6 @@ def test_redis_is_full_before_kubernetes_kills_it(scenario: str) -> None:
     maximum = int(arguments[arguments.index("--maxmemory") + 1].removesuffix("mb"))
     limit = {"1Gi": 1024, "128Mi": 128}[container["resources"]["limits"]["memory"]]
     assert maximum <= 0.8 * limit
-
-
-def job_name(*overrides: str) -> str:
-    (job,) = of_kind(rendered("default", *overrides), "Job")
-    return str(job["metadata"]["name"])
-
-
-def test_features_are_applied_again_exactly_when_the_job_changed() -> None:
-    """Jobs are immutable: a new image gives a new Job, an unrelated value gives the same."""
-    assert job_name() != job_name('images.freshrank.tag="0.2.0"')
-    assert job_name() == job_name("triton.replicas=2")
-
-
-def test_a_chart_version_does_not_change_the_pod_of_the_job() -> None:
-    """A version in its labels would make an upgrade fail on the immutable pod."""
-    labels = pod_of(rendered("default"), "feast-apply")["metadata"]["labels"]
-    assert not {"helm.sh/chart", "app.kubernetes.io/version"} & labels.keys()
 
 
 def test_models_outlive_the_release() -> None:

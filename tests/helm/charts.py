@@ -1,0 +1,92 @@
+"""The chart, rendered by the real helm."""
+
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CHART = Path(__file__).resolve().parents[2] / "helm"
+
+Object = dict[str, Any]
+
+
+def find_helm() -> str:
+    """Beside the interpreter first: a helm of another version on PATH must not decide a test."""
+    beside = Path(sys.executable).parent / "helm"
+    found = str(beside) if beside.is_file() else shutil.which("helm")
+    if found is None:
+        pytest.fail("helm was found neither beside Python nor on PATH: run `make setup`, which installs it.")
+    return found
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([find_helm(), *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def values_of(scenario: str) -> list[str]:
+    return [] if scenario == "default" else ["--values", str(CHART / "ci" / f"{scenario}-values.yaml")]
+
+
+def template(scenario: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    settings = [part for override in overrides for part in ("--set-json", override)]
+    return helm("template", "freshrank", str(CHART), *values_of(scenario), *settings)
+
+
+@cache
+def rendered(scenario: str, *overrides: str) -> list[Object]:
+    """Every object of the release; an override reads ``path=json``."""
+    run = template(scenario, *overrides)
+    assert run.returncode == 0, run.stderr
+    return [document for document in yaml.safe_load_all(run.stdout) if document]
+
+
+def of_kind(objects: list[Object], kind: str) -> list[Object]:
+    return [item for item in objects if item["kind"] == kind]
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [item for item in of_kind(objects, kind) if item["metadata"]["name"] == name]
+    return found
+
+
+def pods(objects: list[Object]) -> list[Object]:
+    return [item["spec"]["template"] for item in objects if "template" in item.get("spec", {})]
+
+
+def pod_of(objects: list[Object], component: str) -> Object:
+    (found,) = [pod for pod in pods(objects) if component_of(pod) == component]
+    return found
+
+
+def component_of(pod: Object) -> str:
+    return str(pod["metadata"]["labels"]["app.kubernetes.io/component"])
+
+
+def container_of(objects: list[Object], component: str) -> Object:
+    (found,) = pod_of(objects, component)["spec"]["containers"]
+    return dict(found)
+
+
+def init_container_of(objects: list[Object], component: str) -> Object:
+    (found,) = pod_of(objects, component)["spec"]["initContainers"]
+    return dict(found)
+
+
+def containers(objects: list[Object]) -> list[Object]:
+    """All of them, those that run before the others included."""
+    kinds = ("initContainers", "containers")
+    return [container for pod in pods(objects) for kind in kinds for container in pod["spec"].get(kind, [])]
+
+
+def is_ready(home: Path, port: int) -> bool:
+    """The answer of the readiness probe of a Triton with this workspace, whose HTTP port is `port`."""
+    probe = container_of(rendered("default", f'home.path="{home}"'), "triton")["readinessProbe"]
+    interpreter, *options, script = probe["exec"]["command"]
+    assert interpreter == "python3"
+    command = [sys.executable, *options, script.replace('"127.0.0.1", 8000', f'"127.0.0.1", {port}')]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
