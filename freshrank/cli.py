@@ -29,7 +29,7 @@ features = typer.Typer(no_args_is_help=True, help="Historical and content featur
 app.add_typer(imports, name="import")
 app.add_typer(features, name="features")
 out = Console()
-err = Console(stderr=True)
+err = Console(stderr=True, log_path=False)
 
 Data = Annotated[Path, typer.Option("--data", help="Imported dataset directory (see `freshrank import`).")]
 Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "
@@ -46,14 +46,13 @@ Target = Annotated[Path, typer.Option("--out", help="Directory to write the data
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step to standard error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what every step does.")] = False,
 ) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s %(message)s")  # fmt: skip
-    logging.getLogger("freshrank").setLevel(logging.INFO)
 
 
 # ---------------------------------------------------------------- data in
@@ -72,11 +71,17 @@ def import_kuairand(
 
 
 @imports.command("parquet")
-def import_parquet(source: Source, target: Target) -> None:
+def import_parquet(
+    source: Source,
+    target: Target,
+    allow_unknown_items: Annotated[bool, typer.Option("--allow-unknown-items", help=(
+        "Keep impressions of items absent from items: counted in manifest.json and used as items without content. "
+        "Without it they are refused."))] = False,
+) -> None:  # fmt: skip
     """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
     from freshrank.datasets import parquet
 
-    _report_import(parquet.import_parquet(source, target))
+    _report_import(parquet.import_parquet(source, target, allow_unknown_items))
 
 
 @app.command()
@@ -91,15 +96,17 @@ def simulate(
     from freshrank.datasets import simulator
 
     given = {"seed": seed, "users": users, "days": days, "impressions_per_day": impressions_per_day}
-    world = simulator.WorldConfig(**{name: value for name, value in given.items() if value is not None})
+    world = simulator.WorldConfig.of(**{name: value for name, value in given.items() if value is not None})
     _report_import(simulator.simulate(target, world))
 
 
 def _report_import(dataset: "Dataset") -> None:
     rows = sum(day["rows"] for day in dataset.manifest["days"].values())
     actions = ", ".join(dataset.schema.actions)
+    missing = ", ".join(map(str, dataset.missing_days))
     out.print(f"{dataset.path}: {rows:,} impressions on {len(dataset.days)} days, {dataset.days[0]} .. "
-              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}")  # fmt: skip
+              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
+              + (f"; no impressions on {missing}" if missing else ""))  # fmt: skip
 
 
 # ---------------------------------------------------------------- features
@@ -121,26 +128,30 @@ def features_build(
 @features.command("get")
 def features_get(
     data: Data,
-    user: Annotated[int | None, typer.Option(help="User id.")] = None,
-    item: Annotated[list[int] | None, typer.Option(help="Item id (repeat).")] = None,
+    user: Annotated[str | None, typer.Option(help="User id, as in your log.")] = None,
+    item: Annotated[list[str] | None, typer.Option(help="Item id, as in your log (repeat).")] = None,
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
+    from freshrank.datasets.contract import MAPPINGS
     from freshrank.feature_store import FeatureStore
+    from freshrank.schema import ITEM_ID, USER_ID
+    from freshrank.serving.client import Codes
     from freshrank.steps import Run
 
     if user is None and not item:
         raise ConfigError("features get: received no id, expected --user ID or --item ID")
     run = Run(data, _date(data, None))
-    store = FeatureStore(run.dataset, run.workspace)
+    store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
     if user is not None:
-        _print_rows(store.online_users([user]).to_dicts())
+        _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user])
     if item:
-        _print_rows(store.online_items(item).to_dicts())
+        _print_rows(store.online_items([codes.id(ITEM_ID, each) for each in item]).to_dicts(), ITEM_ID, item)
 
 
-def _print_rows(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        out.print_json(json.dumps(row, default=str))
+def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str]) -> None:
+    """Under ``key`` the id as it was given, not its code."""
+    for row, value in zip(rows, given, strict=True):
+        out.print_json(json.dumps(row | {key: value}, default=str))
 
 
 # ---------------------------------------------------------------- the daily run
@@ -153,7 +164,8 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
 
     config = _config(recipe_name, overrides)
     with _server(data):
-        daily.run(data, date.fromisoformat(_date(data, day)), config)
+        quiet = not logging.getLogger("freshrank").isEnabledFor(logging.INFO)
+        daily.run(data, date.fromisoformat(_date(data, day)), config, err if quiet else None)
     _print_run(data, _date(data, day))
 
 

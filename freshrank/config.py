@@ -95,6 +95,8 @@ class TechniquesConfig(Section):
 class TrainingConfig(Section):
     epochs: Positive = 1
     batch_size: Positive = 1024
+    min_steps: Positive = 100
+    """Steps an epoch has at least: on a small log the batch size is halved until it has."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     new_item_probability: Probability = 0.05

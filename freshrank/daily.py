@@ -51,15 +51,25 @@ def _simulated(path: Path) -> Path:
     return path if (path / MANIFEST).exists() else simulate(path, WorldConfig()).path
 
 
-def run(data: Path, run_date: date, config: RunConfig) -> None:
-    """Features, validation, Feast, then the Kubeflow pipeline: what the DAG does, in this process."""
+def run(data: Path, run_date: date, config: RunConfig, console: Console | None = None) -> None:
+    """Features, validation, Feast, then the Kubeflow pipeline: what the DAG does, in this process.
+
+    With a ``console`` each step is named on it and the pipeline's output goes to its log alone.
+    """
     from freshrank.orchestration.local import run_pipeline
 
+    def progress(step: str) -> None:
+        if console:
+            console.log(step)
+
     windows, day = config.windows.model_dump_json(), run_date.isoformat()
+    progress("historical features")
     steps.build_features(data, day, windows)
+    progress("validate")
     steps.validate(data, day, windows, steps.Run(data, day).directory / "validation")
+    progress("materialize")
     steps.materialize(data, day)
-    run_pipeline(data, run_date, config)
+    run_pipeline(data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)
 
 
 def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Console) -> "RunSummary":
@@ -99,6 +109,9 @@ def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
     console.print(f"\nranked {len(answer.rows())} candidates for user {user}; {len(answer.rows()) - known} of them are "
                   "unknown items. The best five:")  # fmt: skip
     console.print(ranking_table(answer, top=5))
+    best = ",".join(str(row["item"]) for row in answer.rows()[:5])
+    console.print(f"ask again: freshrank rank --data {dataset.path} --user {user} --candidates {best} "
+                  f"--at {request_time(dataset, run_date).isoformat()}", soft_wrap=True)  # fmt: skip
 
 
 def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> tuple[int, "Answer"]:
@@ -107,11 +120,16 @@ def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> 
 
     last = dataset.impressions([dataset.days[-1]]).select(USER_ID).tail(1).collect()
     user = int(last[USER_ID][0])
-    at = midnight(run_date, dataset.schema.utc_offset_hours) + timedelta(hours=12)
+    at = request_time(dataset, run_date)
     known = _catalog(dataset, at).head(candidates - UNKNOWN_CANDIDATES)
     unknown = [int(dataset.items()[ITEM_ID].max() or 0) + 1 + i for i in range(UNKNOWN_CANDIDATES)]  # type: ignore[arg-type]
     with Client.for_dataset(dataset.path) as client:
         return user, client.rank_ids(user, [*known, *unknown], at=at)
+
+
+def request_time(dataset: Dataset, run_date: date) -> datetime:
+    """Noon of the run's date: the demo's log may be years old, and an item's age is part of its score."""
+    return midnight(run_date, dataset.schema.utc_offset_hours) + timedelta(hours=12)
 
 
 def _catalog(dataset: Dataset, at: datetime) -> pl.Series:

@@ -47,6 +47,7 @@ class Run:
     def __init__(self, data: FreshrankPath, run_date: str) -> None:
         self.dataset = Dataset.open(Path(data))
         self.workspace = Workspace.of(self.dataset.schema.name)
+        self.workspace.bind(self.dataset)
         self.date = parse_day(run_date)
         self.directory = self.workspace.run(self.date)
 
@@ -154,7 +155,7 @@ def train(
     run.step("train", key, out, compute)
     facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
     losses = facts["curve"]["losses"]["bce"]
-    names = ("parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows")
+    names = ("device", "parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows", "batch_size")
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
 
 

@@ -34,6 +34,7 @@ from freshrank.techniques.score_reg import score_reg
 log = logging.getLogger(__name__)
 WEIGHTS = "ranker.safetensors"
 DESCRIPTION = "ranker.json"
+SMALLEST_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -210,17 +211,18 @@ def train_ranker(
 def _fit(
     ranker: Ranker, data: TensorFrame, techniques: TechniquesConfig, training: TrainingConfig, device: Device
 ) -> TrainingCurve:
+    size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
     # Draws of their own: switching one technique on leaves batches, hidden ids and initial weights as they were.
     hiding, mixing = (torch.Generator().manual_seed(training.seed + k) for k in (1, 2))
-    steps = training.epochs * -(-len(data) // training.batch_size)
+    steps = training.epochs * -(-len(data) // size)
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
                                   fused=True)  # fmt: skip
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     run = torch.compile(objective) if device.compiled else objective
     curve, sums = TrainingCurve(), _RunningMean()
     ranker.train()
-    batches = (rows for _ in range(training.epochs) for rows in data.batches(training.batch_size, order))
+    batches = (rows for _ in range(training.epochs) for rows in data.batches(size, order))
     for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
         batch = data.batch(rows)
         batch.inputs["item_id"] = ItemIds.hide(batch.inputs["item_id"], training.new_item_probability, hiding)
@@ -234,6 +236,14 @@ def _fit(
         if step % max(1, steps // 50) == 0 or step == steps:
             curve.add(step, sums.take())
     return curve
+
+
+def batch_size(training: TrainingConfig, rows: int) -> int:
+    """The configured size, halved until an epoch has ``min_steps`` steps: a small log must not end untrained."""
+    size = training.batch_size
+    while size > SMALLEST_BATCH and rows < size * training.min_steps:
+        size //= 2
+    return size
 
 
 class _RunningMean:
@@ -300,6 +310,7 @@ def _facts(
     return {
         "device": str(device),
         "rows": len(data),
+        "batch_size": batch_size(training, len(data)),
         "cold_rows": int(data.cold.sum()),
         "user_days": int(data.users["places"].shape[0]),
         "parameters": parameters,

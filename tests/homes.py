@@ -36,7 +36,7 @@ class Home:
         return cls(path, data, os.environ | own)
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "freshrank", arguments[0], "--data", str(self.data), *arguments[1:]]
+        return [sys.executable, "-m", "freshrank", "-v", arguments[0], "--data", str(self.data), *arguments[1:]]
 
     def freshrank(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*arguments), env=self.environment, capture_output=True, text=True,

@@ -26,7 +26,7 @@ from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.schema import Entity
 from freshrank.serving.bundle import check_bundle
-from freshrank.training import TensorFrame, Trained, labels_of, masked_bce, objective, predict, train_ranker
+from freshrank.training import TensorFrame, Trained, batch_size, labels_of, masked_bce, objective, predict, train_ranker
 from tests.worlds import random_frame, tiny_schema
 
 SMALL = ModelConfig(
@@ -116,6 +116,13 @@ def test_encoding_sequences_in_groups_of_similar_length_gives_what_encoding_them
     with torch.inference_mode():
         grouped, together = ranker.train()(inputs), ranker.eval()(inputs)
     assert torch.allclose(grouped, together, atol=1e-6)
+
+
+def test_a_small_log_gets_smaller_batches_so_that_an_epoch_has_enough_steps() -> None:
+    """100 steps at least: 1,024 rows a step from 102,400 rows on, halved below, never under 32."""
+    training = TrainingConfig(batch_size=1024, min_steps=100)
+    sizes = [batch_size(training, rows) for rows in (1_000_000, 102_400, 102_399, 15_000, 100)]
+    assert sizes == [1024, 1024, 512, 128, 32]
 
 
 def test_training_lowers_the_loss() -> None:

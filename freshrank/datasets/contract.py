@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.clock import day_of
+from freshrank.clock import day_of, days
 from freshrank.datasets.mappings import Mappings, mapping_of
 from freshrank.datasets.tables import (
     IMPRESSION_KEY,
@@ -73,6 +73,12 @@ class Dataset:
         """Days that hold impressions, ascending."""
         return sorted(date.fromisoformat(day) for day in self.manifest["days"])
 
+    @property
+    def missing_days(self) -> list[date]:
+        """Days without an impression between the first and the last that hold some, ascending."""
+        present = self.days
+        return sorted(set(days(present[0], present[-1])) - set(present))
+
     def partition(self, day: date) -> Path:
         return self.path / "impressions" / f"date={day.isoformat()}" / "part-0.parquet"
 
@@ -94,6 +100,11 @@ class Dataset:
 
     def users(self) -> pl.DataFrame:
         return pl.read_parquet(self.path / "users.parquet")
+
+    def mapping_digest(self, column: str, rows: int) -> str:
+        """Fingerprint of the first ``rows`` strings of a mapping: an import that only appended keeps it."""
+        values = pl.read_parquet(self.path / MAPPINGS / f"{column}.parquet").sort("code")["value"]
+        return fingerprint(values.head(rows).to_list())
 
     def fingerprint(self, wanted: list[date] | tuple[date, ...]) -> str:
         """Changes when the schema, items, users or the log of any ``wanted`` day changes."""

@@ -61,7 +61,8 @@ def _check_sources(path: Path, sources: dict[str, str], present: list[str]) -> N
     absent = sorted(set(sources) - set(present))
     if absent:
         raise DataError(f"{path}: schema.yaml names source column(s) {absent} that are not there; "
-                        f"the file has {sorted(present)}")  # fmt: skip
+                        f"the file has {sorted(present)}; correct 'source' in schema.yaml, or add the column(s) to "
+                        "the file")  # fmt: skip
 
 
 def _blame(files: dict[str, list[Path]]) -> None:

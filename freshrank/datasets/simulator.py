@@ -18,12 +18,13 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 
 from freshrank.clock import days, midnight
 from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.errors import ConfigError
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -90,6 +91,14 @@ class WorldConfig(BaseModel):
     query_items: bool = False
     """Half of the requests start from an item that is looked at (``query_item_id``)."""
 
+    @classmethod
+    def of(cls, **values: Any) -> "WorldConfig":
+        """The world of ``values``; a :class:`ConfigError` names each field that cannot be, its value and the bound."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_problem(each) for each in error.errors())) from None
+
     @property
     def last_day(self) -> date:
         return self.first_day + timedelta(days=self.days - 1)
@@ -154,6 +163,11 @@ def simulate(out: Path, world: WorldConfig) -> Dataset:
 def read_truth(dataset: Dataset, day: date) -> pl.DataFrame:
     """True probabilities of ``day``: request_id, item_id (Int64), ``<action>_{probability,relevance}`` (Float32)."""
     return pl.read_parquet(dataset.path / TRUTH / f"date={day.isoformat()}" / "part-0.parquet")
+
+
+def _problem(error: Any) -> str:
+    wrong = error["msg"].lower().replace("input should be", "expected a value")
+    return f"{'.'.join(map(str, error['loc']))}: received {error['input']!r}, {wrong}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Problems are collected, so that one refused import names all of them; what is re
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
@@ -68,7 +69,7 @@ class Findings:
         offence = self._offences.setdefault((where, wrong, mend), _Offence())
         if offending is not None:
             offence.rows += len(offending)
-            shown = [str(value) for value in offending.head(_EXAMPLES).to_list()]
+            shown = [_shown(value) for value in offending.head(_EXAMPLES).to_list()]
             offence.examples = list(dict.fromkeys(offence.examples + shown))[:_EXAMPLES]
 
     def refuse_rows(self, where: str, wrong: str, mend: str, offending: pl.Series) -> None:
@@ -96,6 +97,13 @@ class Findings:
         if not self.sound:
             lines = [_line(*key, offence) for key, offence in self._offences.items()]
             raise DataError("\n  ".join([f"the data breaks the contract in {len(lines)} way(s):", *lines]))
+
+
+def _shown(value: Any) -> str:
+    """A struct names its fields, so that a row can be told by its keys."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={'null' if part is None else part}" for name, part in value.items())
+    return str(value)
 
 
 def _line(where: str, wrong: str, mend: str, offence: _Offence) -> str:
@@ -184,13 +192,9 @@ def check_rows(frame: pl.DataFrame, table: str, columns: dict[str, Column], find
 
 
 def _rows_of(frame: pl.DataFrame, mask: pl.Series, table: str) -> pl.Series:
-    """Readable row descriptions: a null value alone would say nothing about which row it is."""
+    """Struct of the keys of each row: a null value alone would say nothing about which row it is."""
     keys = [name for name in REQUIRED[table] if name in frame.columns]
-    return frame.filter(mask).select(pl.format(", ".join(f"{k}={{}}" for k in keys), *_shown(keys))).to_series()
-
-
-def _shown(keys: list[str]) -> list[pl.Expr]:
-    return [pl.col(key).cast(pl.String).fill_null("null") for key in keys]
+    return frame.filter(mask).select(pl.struct(keys)).to_series()
 
 
 def _check_domain(where: str, name: str, column: Column, values: pl.Series, findings: Findings) -> None:
@@ -211,7 +215,7 @@ def _check_domain(where: str, name: str, column: Column, values: pl.Series, find
 def _check_labels(where: str, values: pl.Series, findings: Findings) -> None:
     labels = _count_nan(where, values.cast(pl.Float64), findings)
     findings.refuse_rows(where, "the label is outside {0, 1, null}", "store 1 for the action, 0 for none, null for not "
-                         "observed", labels.filter(labels.is_not_null() & ~labels.is_in([0.0, 1.0])))  # fmt: skip
+                         "observed", values.filter(labels.is_not_null() & ~labels.is_in([0.0, 1.0])))  # fmt: skip
 
 
 def _count_nan(where: str, values: pl.Series, findings: Findings) -> pl.Series:
@@ -254,9 +258,8 @@ def check_unique(frame: pl.DataFrame, table: str, key: list[str], findings: Find
     """Refuse rows whose ``key`` (any columns of ``frame``) stands in an earlier row too."""
     if all(name in frame.columns for name in key):
         repeated = frame.filter(~pl.struct(key).is_first_distinct())
-        named = pl.format(", ".join(f"{k}={{}}" for k in key), *_shown(key))
         findings.refuse_rows(f"{table}.{'+'.join(key)}", "the key is repeated", "keep one row per key",
-                             repeated.select(named).to_series())  # fmt: skip
+                             repeated.select(pl.struct(key)).to_series())  # fmt: skip
 
 
 def check_references(log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, allow_unknown_items: bool,
@@ -268,8 +271,8 @@ def check_references(log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame
         if allow_unknown_items:
             findings.count("impressions of items absent from items", len(unknown))
         else:
-            findings.refuse_rows(where, "the item is absent from items", "add it to items, drop these rows, or allow "
-                                 "unknown items", unknown)  # fmt: skip
+            findings.refuse_rows(where, "the item is absent from items", "add it to items, drop these rows, or import "
+                                 "with --allow-unknown-items", unknown)  # fmt: skip
         if CREATED_AT in items.columns:
             _check_creation(log, items, findings)
     if _comparable(log, users, USER_ID):
@@ -283,8 +286,7 @@ def _comparable(left: pl.DataFrame, right: pl.DataFrame, key: str) -> bool:
 def _check_creation(log: pl.DataFrame, items: pl.DataFrame, findings: Findings) -> None:
     created = items.select(ITEM_ID, CREATED_AT).unique(ITEM_ID, keep="first")
     early = log.join(created, on=ITEM_ID).filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
-    shown = pl.format("item {} at {}, created {}", *(pl.col(c).cast(pl.String) for c in (ITEM_ID, EVENT_TIMESTAMP,
-                                                                                         CREATED_AT)))  # fmt: skip
+    shown = pl.struct(ITEM_ID, EVENT_TIMESTAMP, CREATED_AT)
     findings.refuse_rows(f"impressions.{EVENT_TIMESTAMP}", "the impression precedes its item's created_at",
                          "correct created_at, or drop these rows", early.select(shown).to_series())  # fmt: skip
 

@@ -3,7 +3,7 @@
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -24,18 +24,21 @@ _STEP_END = re.compile(r"^\S+ - (?:INFO|ERROR) - Task '", re.MULTILINE)
 _OWN_ERROR = re.compile(r"^\s*freshrank\.errors\.(?=\w+: )", re.MULTILINE)
 
 
-def run_pipeline(data: Path, run_date: date, config: RunConfig) -> dict[str, Any]:
+def run_pipeline(
+    data: Path, run_date: date, config: RunConfig, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Run ``train_ranker`` for ``run_date`` and return its :func:`~freshrank.orchestration.pipeline.outcome`.
 
-    The steps' output is streamed to stdout and kept in ``kfp/<run>/pipeline.log`` of the workspace, with the
-    artifacts of the last five runs. Raises PipelineFailed with the step that failed and its own error.
+    The steps' output is kept in ``kfp/<run>/pipeline.log`` of the workspace, with the artifacts of the last five
+    runs. It is streamed to stdout as well, unless ``progress`` is given, which is told each step's name as it starts.
+    Raises PipelineFailed with the step that failed and its own error.
     """
     from kfp import local
 
     parameters = arguments(data, run_date, config)
     root = _new_root(settings().home / "kfp", run_date)
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
-    with _logged_to(root / LOG):
+    with _logged_to(root / LOG, progress):
         try:
             load_pipeline()(**parameters)
         except RuntimeError as error:
@@ -53,23 +56,29 @@ def _new_root(parent: Path, run_date: date) -> Path:
 
 
 class _Tee:
-    """Text goes to both files; what else a stream can do is asked of the first."""
+    """Text goes to ``copy``, and to ``stream`` or ``progress``; what else a stream can do is asked of ``stream``."""
 
-    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+    def __init__(self, stream: TextIO, copy: TextIO, progress: Callable[[str], None] | None) -> None:
         self._stream = stream
         self._copy = copy
+        self._progress = progress
 
     def write(self, text: str) -> int:
-        self._copy.write(_COLOUR.sub("", text))
-        return self._stream.write(text)
+        plain = _COLOUR.sub("", text)
+        self._copy.write(plain)
+        if self._progress is None:
+            return self._stream.write(text)
+        for step in _STEP.findall(plain):
+            self._progress(step)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
-    with path.open("w", buffering=1) as copy, redirect_stdout(_Tee(sys.stdout, copy)):  # type: ignore[type-var]
+def _logged_to(path: Path, progress: Callable[[str], None] | None) -> Iterator[None]:
+    with path.open("w", buffering=1) as copy, redirect_stdout(_Tee(sys.stdout, copy, progress)):  # type: ignore[type-var]
         yield
 
 

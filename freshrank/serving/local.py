@@ -9,7 +9,10 @@ from freshrank.workspace import Workspace
 
 
 def repository(data: Path) -> ModelRepository:
-    return ModelRepository(Workspace.of(Dataset.open(data).schema.name).triton)
+    dataset = Dataset.open(data)
+    workspace = Workspace.of(dataset.schema.name)
+    workspace.bind(dataset)
+    return ModelRepository(workspace.triton)
 
 
 def server(data: Path) -> TritonServer:
@@ -20,7 +23,7 @@ def start(data: Path) -> tuple[ServerStatus, list[str]]:
     """Start the Triton of ``data``; the ones of other datasets here that hold its ports are stopped and named."""
     own = server(data)
     stopped = []
-    for root in sorted(own.repository.root.parent.iterdir()):
+    for root in sorted(own.repository.root.parent.glob("*")):
         other = TritonServer(ModelRepository(root))
         if root != own.repository.root and other.status().ports == own.ports and other.stop():
             stopped.append(root.name)
