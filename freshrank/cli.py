@@ -103,10 +103,11 @@ def simulate(
 def _report_import(dataset: "Dataset") -> None:
     rows = sum(day["rows"] for day in dataset.manifest["days"].values())
     actions = ", ".join(dataset.schema.actions)
-    missing = ", ".join(map(str, dataset.missing_days))
+    missing, shown = dataset.missing_days, 10
+    more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
     out.print(f"{dataset.path}: {rows:,} impressions on {len(dataset.days)} days, {dataset.days[0]} .. "
               f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
-              + (f"; no impressions on {missing}" if missing else ""))  # fmt: skip
+              + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
 
 
 # ---------------------------------------------------------------- features
@@ -256,8 +257,14 @@ def rollback(
     from freshrank.serving.publish import rollback as roll_back
     from freshrank.settings import settings
 
-    pointer = roll_back(settings().triton_grpc_url, _repository(data), to)
-    out.print(f"served version: {pointer.version} (run {pointer.run_date})")
+    repository = _repository(data)
+    before = repository.served()
+    pointer = roll_back(settings().triton_grpc_url, repository, to)
+    if pointer == before:
+        since = f" (rolled back from {pointer.rolled_back_from})" if pointer.rolled_back_from else ""
+        out.print(f"version {pointer.version} already serves{since}")
+    else:
+        out.print(f"served version: {pointer.rolled_back_from} -> {pointer.version} (run {pointer.run_date})")
 
 
 @app.command()
@@ -303,10 +310,13 @@ def serve(
     from freshrank import daily
     from freshrank.serving.local import server
 
-    if foreground:
-        server(data).run()
-    else:
+    def start() -> None:
         daily.start_server(data, out)
+
+    if foreground:
+        server(data).run(start)
+    else:
+        start()
 
 
 @app.command()
@@ -319,12 +329,20 @@ def stop(data: Data) -> None:
 
 @app.command()
 def status(data: Data) -> None:
-    """What serves, since which run, and whether the server answers."""
+    """What serves, since which run, and whether the server answers; exit code 1 when it does not."""
     from freshrank.serving.local import server
+    from freshrank.settings import settings
 
-    out.print(server(data).status().sentence())
-    pointer = _repository(data).served()
-    out.print(f"served version: {pointer.version} (run {pointer.run_date})" if pointer else "nothing is served yet")
+    now, pointer = server(data).status(), _repository(data).served()
+    out.print(now.sentence())
+    if pointer is None:
+        out.print("nothing is published yet")
+    elif now.ready:
+        out.print(f"served version: {pointer.version} (run {pointer.run_date})")
+    else:
+        out.print(f"would serve version {pointer.version} (run {pointer.run_date}) once started")
+    out.print(f"workspace: {settings().home}", soft_wrap=True)
+    raise typer.Exit(0 if now.ready else 1)
 
 
 @app.command()

@@ -194,7 +194,7 @@ class _Sheet:
         from great_expectations import expectations
         from great_expectations.data_context.types.base import ProgressBarsConfig
 
-        logging.getLogger("great_expectations").setLevel(logging.WARNING)
+        _quieten("great_expectations")
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
         asset = context.data_sources.add_pandas("memory").add_dataframe_asset(self.table)
@@ -220,6 +220,13 @@ class _Sheet:
             bound=check.bound,
             examples=_examples(outcome.result.get("partial_unexpected_list", [])),
         )
+
+
+def _quieten(library: str) -> None:
+    """Some of its loggers set a level of their own when they are imported."""
+    for name in [library, *logging.root.manager.loggerDict]:
+        if name == library or name.startswith(f"{library}."):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _observed(outcome: Any) -> str:

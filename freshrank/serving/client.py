@@ -3,6 +3,7 @@
 Both speak gRPC, and every refusal of the server becomes a ServingError.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import polars as pl
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, aio
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from freshrank.datasets.contract import MAPPINGS, Dataset
@@ -39,6 +41,7 @@ _CHANNEL = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _CONTROL_HEADER = "triton-grpc-protocol-x-freshrank-control"
+_FROM_PEER = "Error received from peer"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Id = str | int
@@ -77,14 +80,20 @@ class TritonClient:
         if not self.is_ready():
             raise ServingError(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
 
+    def require_project(self, project: str) -> None:
+        """ServingError unless the server ranks for ``project``: another one would answer with items of its own."""
+        with _refusals(self.url, f"asking for the configuration of {RANKING}"):
+            answer = self._client.get_model_config(RANKING, client_timeout=self.timeout)
+        _require_project(self.url, answer.config, project)
+
     def is_model_ready(self, model: str, version: int | None = None) -> bool:
-        with _refusals(f"asking for {model}"):
+        with _refusals(self.url, f"asking for {model}"):
             name = "" if version is None else str(version)
             return bool(self._client.is_model_ready(model, name, client_timeout=self.timeout))
 
     def ready_versions(self) -> dict[str, list[int]]:
         """Loaded versions of every model."""
-        with _refusals("listing models"):
+        with _refusals(self.url, "listing models"):
             index = self._client.get_model_repository_index(headers=self._control, client_timeout=self.timeout)
         loaded: dict[str, list[int]] = {}
         for model in index.models:
@@ -97,16 +106,16 @@ class TritonClient:
 
         Versions that are loaded, listed and unchanged are not touched; on failure all that was loaded stays.
         """
-        with _refusals(f"loading {model}"):
+        with _refusals(self.url, f"loading {model}"):
             self._client.load_model(model, headers=self._control, config=config_json, client_timeout=timeout)
 
     def unload(self, model: str) -> None:
-        with _refusals(f"unloading {model}"):
+        with _refusals(self.url, f"unloading {model}"):
             self._client.unload_model(model, headers=self._control, client_timeout=self.timeout)
 
     def infer(self, model: str, inputs: Tensors, outputs: list[str], version: int | None = None) -> Tensors:
         """Ask ``model``, at ``version`` where given, and return ``outputs`` by name."""
-        with _refusals(f"asking {model}" + ("" if version is None else f" version {version}")):
+        with _refusals(self.url, f"asking {model}" + ("" if version is None else f" version {version}")):
             result = self._client.infer(
                 model,
                 [_input(name, value) for name, value in inputs.items()],
@@ -117,14 +126,34 @@ class TritonClient:
             return _outputs(result, outputs)
 
 
+def _require_project(url: str, config: ModelConfig, expected: str) -> None:
+    if "project" not in config.parameters:
+        raise ServingError(
+            f"the server at {url} does not say which dataset it serves, expected '{expected}'; it was started by an "
+            "older freshrank: run `freshrank stop --data PATH`, then `freshrank serve --data PATH`"
+        )
+    served = config.parameters["project"].string_value
+    if served != expected:
+        raise ServingError(
+            f"the server at {url} serves '{served}', expected '{expected}'; run `freshrank serve --data PATH`"
+        )
+
+
 @contextmanager
-def _refusals(what: str) -> Iterator[None]:
+def _refusals(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except InferenceServerException as error:
+        if _is_unreachable(error):
+            raise ServingError(f"no Triton answers at {url}; start it with `freshrank serve --data PATH`") from error
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
         raise ServingError(f"{what}: Triton says: {message}") from error
+
+
+def _is_unreachable(error: InferenceServerException) -> bool:
+    # Triton sends the same status itself, e.g. while nothing is published; gRPC marks what came from the other side.
+    return error.status() == "StatusCode.UNAVAILABLE" and _FROM_PEER not in str(error.debug_details())
 
 
 def _input(name: str, value: np.ndarray[Any, Any]) -> InferInput:
@@ -188,6 +217,7 @@ class Client:
         self.schema = schema
         self._codes = Codes(mappings)
         self._triton = TritonClient(url)
+        self._is_own_server = False
 
     @classmethod
     def for_dataset(cls, data: Path) -> Self:
@@ -223,7 +253,7 @@ class Client:
 
         Raises:
             ConfigError: a time without a zone, or a context column or value that cannot be.
-            ServingError: no server, nothing published, or the server refused.
+            ServingError: no server, one of another dataset, nothing published, or the server refused.
         """
         tensors = _context(context, self.schema, self._codes)
         if query is not None:
@@ -236,16 +266,25 @@ class Client:
         return self._ask(item_ids, _request(user_id, item_ids, at))
 
     def _ask(self, items: Sequence[Id], request: Tensors) -> Answer:
+        self._require_own_server()
         answer = self._triton.infer(RANKING, request, [spec.name for spec in OUTPUTS])
         return Answer.of(items, self.schema, answer)
+
+    def _require_own_server(self) -> None:
+        if not self._is_own_server:
+            self._triton.require_project(self.schema.name)
+            self._is_own_server = True
 
 
 class AsyncClient:
     """The asyncio twin of :class:`Client`, for services that hold many requests at once; ``async with``."""
 
     def __init__(self, url: str, schema: Schema, timeout: float = 30.0) -> None:
+        self.url = url
         self.schema = schema
         self.timeout = timeout
+        self._is_own_server = False
+        self._checking = asyncio.Lock()
         self._client = aio.InferenceServerClient(url, channel_args=_CHANNEL)
 
     @classmethod
@@ -263,8 +302,9 @@ class AsyncClient:
 
     async def rank_ids(self, user_id: int, item_ids: Sequence[int], at: datetime | None = None) -> Answer:
         """Rank by the int64 ids of the imported dataset."""
+        await self._require_own_server()
         request, names = _request(user_id, item_ids, at), [spec.name for spec in OUTPUTS]
-        with _refusals(f"asking {RANKING}"):
+        with _refusals(self.url, f"asking {RANKING}"):
             result = await self._client.infer(
                 RANKING,
                 [_input(name, value) for name, value in request.items()],
@@ -272,6 +312,15 @@ class AsyncClient:
                 client_timeout=self.timeout,
             )
         return Answer.of(item_ids, self.schema, _outputs(result, names))
+
+    async def _require_own_server(self) -> None:
+        async with self._checking:
+            if self._is_own_server:
+                return
+            with _refusals(self.url, f"asking for the configuration of {RANKING}"):
+                answer = await self._client.get_model_config(RANKING, client_timeout=self.timeout)
+            _require_project(self.url, answer.config, self.schema.name)
+            self._is_own_server = True
 
 
 class Codes:

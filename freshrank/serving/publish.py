@@ -87,7 +87,10 @@ def rollback(server_url: str, repository: ModelRepository, to: int | None = None
 def _target(before: Pointer, repository: ModelRepository, to: int | None) -> int:
     target = to or before.previous or (before.version if before.rolled_back_from else None)
     if target is None:
-        raise ServingError(f"version {before.version} is the first one served; there is none to go back to")
+        raise ServingError(
+            f"no version before {before.version} has served; publish another, or name an installed one "
+            f"of {repository.versions()} with --to"
+        )
     if target not in repository.versions():
         raise ServingError(f"version {target} is not installed, only {repository.versions()} are")
     return target

@@ -69,6 +69,11 @@ class ModelRepository:
         self.platform = platform
         self.threads = threads
 
+    @property
+    def project(self) -> str:
+        """Name of the schema whose models are served: clients refuse a server of another project."""
+        return self.root.name
+
     @contextmanager
     def lock(self) -> Iterator[Self]:
         """Wait until no other process publishes, rolls back or starts a server here; a killed holder frees it."""
@@ -176,7 +181,14 @@ class ModelRepository:
         if not _is_same_file(code / "model.py", TEMPLATES / RANKING / "model.py"):
             with atomic_directory(code) as directory:
                 _place_code(RANKING, directory, code)
-        config = _render(RANKING, repository=self.root, inputs=INPUTS, outputs=OUTPUTS, optional=OPTIONAL)
+        config = _render(
+            RANKING,
+            project=self.project,
+            repository=self.root,
+            inputs=INPUTS,
+            outputs=OUTPUTS,
+            optional=OPTIONAL,
+        )
         _write_text(self.models / RANKING / "config.pbtxt", config)
 
     def _next_version(self) -> int:

@@ -123,12 +123,15 @@ class TritonServer:
             ready = client.is_ready()
             return ServerStatus(record.pid, ready, record.ports, client.ready_versions() if ready else {})
 
-    def run(self) -> None:
-        """Start, stay in the foreground until SIGINT or SIGTERM, stop. Raise ServingError if the server dies."""
+    def run(self, start: Callable[[], object] | None = None) -> None:
+        """Start, stay in the foreground until SIGINT or SIGTERM, stop. Raise ServingError if the server dies.
+
+        ``start`` stands in for :meth:`start` where more is to be done or said.
+        """
         asked_to_stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: asked_to_stop.set())
-        self.start()
+        (start or self.start)()
         while not asked_to_stop.wait(0.5):
             if self._running() is None:
                 self._clear_leftovers()

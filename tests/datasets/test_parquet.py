@@ -62,7 +62,7 @@ def test_a_source_name_that_is_not_there_is_refused_with_those_that_are(tmp_path
     """The reader sees both lists in one line."""
     click = SCHEMA.impressions["click"].model_copy(update={"source": "clicked"})
     src = keep(tmp_path / "src", SCHEMA.model_copy(update={"impressions": SCHEMA.impressions | {"click": click}}))
-    with pytest.raises(DataError, match=r"names source column\(s\) \['clicked'\].*'click', 'device'"):
+    with pytest.raises(DataError, match=r"names source column\(s\) \['clicked'\].*'click', 'device'.*correct 'source'"):
         import_parquet(src, tmp_path / "out")
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import TRUE_PROBABILITIES, WorldConfig, read_truth, simulate
+from freshrank.errors import ConfigError
 from freshrank.schema import Kind
 
 SMALL = WorldConfig(days=3, users=200, items_at_start=150, new_items_per_day=20, impressions_per_day=600)
@@ -215,6 +216,14 @@ def test_an_impossible_world_is_refused_by_name() -> None:
     """A size of zero names its field."""
     with pytest.raises(ValidationError, match="users"):
         WorldConfig(users=0)
+
+
+def test_a_size_that_cannot_be_is_told_with_value_and_bound() -> None:
+    """All of them at once."""
+    with pytest.raises(ConfigError) as refused:
+        WorldConfig.of(days=0, users=-5)
+    bound = "expected a value greater than or equal to 1"
+    assert str(refused.value) == f"days: received 0, {bound}; users: received -5, {bound}"
 
 
 def test_time_grows_with_the_rows_not_with_their_square(tmp_path: Path) -> None:

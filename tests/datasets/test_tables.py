@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_logs import SCHEMA, Tables, at, shop
 
-from freshrank.datasets.tables import Findings, check_rows
+from freshrank.datasets.tables import Findings, check_rows, check_unique
 from freshrank.errors import DataError
 from freshrank.schema import Column, Kind, Role
 
@@ -27,7 +27,7 @@ CREATED_LATE = shop().breaking("items", created_at=[at(1, 0), at(1, 0), at(1, 10
 BROKEN = {
     "label outside 0 and 1": (
         shop().breaking("impressions", click=[1, 2, -1, 0]),
-        ["impressions.click", "2 row(s), e.g. 2.0, -1.0", "outside {0, 1, null}"],
+        ["impressions.click", "2 row(s), e.g. 2, -1: ", "outside {0, 1, null}"],
     ),
     "half a label": (shop().breaking("impressions", click=[1.0, 0.5, None, 0.0]), ["1 row(s), e.g. 0.5"]),
     "label of the wrong type": (
@@ -36,11 +36,11 @@ BROKEN = {
     ),
     "impression before its item": (
         CREATED_LATE,
-        ["impressions.event_timestamp", "1 row(s)", "item pot", "precedes its item's created_at"],
+        ["impressions.event_timestamp", "1 row(s)", "item_id=pot", "precedes its item's created_at"],
     ),
     "unknown item": (
         shop().breaking("impressions", item_id=["mug", "cup", "pan", "cup"]),
-        ["impressions.item_id", "1 row(s), e.g. mug", "absent from items"],
+        ["impressions.item_id", "1 row(s), e.g. mug", "absent from items", "--allow-unknown-items"],
     ),
     "naive timestamps": (
         shop().breaking("impressions", pl.col("event_timestamp").dt.replace_time_zone(None)),
@@ -108,6 +108,29 @@ def test_a_breach_is_refused_by_table_column_rows_and_examples(
         assert part in text
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 5])
+@pytest.mark.parametrize("known", [["itm-1", "itm-2", "an-identifier-longer-than-a-view"], [11, 12, 13]])
+@pytest.mark.parametrize("rechunk", [True, False], ids=["one chunk", "chunk per row"])
+def test_every_repeated_id_is_counted_and_the_first_are_quoted(
+    known: list[str | int], repeats: int, rechunk: bool
+) -> None:
+    """However many there are, as text or numbers, in a table of one file or of many."""
+    repeated = [known[number % 3] for number in range(repeats)]
+    rows = [pl.DataFrame({"item_id": [each]}) for each in known + repeated]
+    findings = Findings()
+    check_unique(pl.concat(rows, rechunk=rechunk), "items", ["item_id"], findings)
+    examples = ", ".join(f"item_id={each}" for each in repeated[:3])
+    with pytest.raises(DataError) as refused:
+        findings.raise_refusals()
+    assert f"items.item_id: {repeats} row(s), e.g. {examples}: the key is repeated" in str(refused.value)
+
+
+def test_users_without_an_id_are_counted(tmp_path: Path) -> None:
+    """The key of the users table is one column, so nothing else tells the rows apart."""
+    text = refusal(shop().breaking("users", user_id=pl.Series([None, None], dtype=pl.String)), tmp_path)
+    assert "users.user_id: 2 row(s), e.g. user_id=null: the key is null" in text
+
+
 def test_an_exactly_repeated_impression_is_refused(tmp_path: Path) -> None:
     """Same request, user, item and instant; the same pair at another instant would be fine."""
     log = shop().impressions
@@ -132,7 +155,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "items.price", "users.user_id", "impressions.click", "impressions.usage",
     ]  # fmt: skip
-    assert "2 row(s), e.g. 2.0, 3.0" in lines[3]
+    assert "2 row(s), e.g. 2, 3: " in lines[3]
 
 
 def test_unknown_items_pass_counted_where_allowed(tmp_path: Path) -> None:
@@ -157,7 +180,7 @@ def test_an_impression_at_the_instant_of_creation_is_sound(tmp_path: Path) -> No
     exact = shop().breaking("items", created_at=[at(1, 0), at(1, 0), at(1, 9)])
     assert exact.write(tmp_path / "ok").days
     early = exact.breaking("items", created_at=[at(1, 0), at(1, 0), at(1, 9) + timedelta(microseconds=1)])
-    with pytest.raises(DataError, match="item pot"):
+    with pytest.raises(DataError, match="item_id=pot"):
         early.write(tmp_path / "bad")
 
 

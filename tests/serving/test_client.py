@@ -11,9 +11,20 @@ import polars as pl
 import pytest
 from ranking_world import RUN_DATE, RankingWorld, noon
 from served import Served
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.errors import ConfigError, ServingError
-from freshrank.serving.client import UNKNOWN_ID, Answer, AsyncClient, Client, Codes, _context, _microseconds
+from freshrank.schema import Schema
+from freshrank.serving.client import (
+    UNKNOWN_ID,
+    Answer,
+    AsyncClient,
+    Client,
+    Codes,
+    _context,
+    _microseconds,
+    _require_project,
+)
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 
@@ -118,11 +129,51 @@ def test_the_asyncio_client_answers_many_requests_at_once(world: RankingWorld) -
             assert np.abs(answer.score - client.rank_ids(user, [1, 2, 3], at).score).max() < 1e-6
 
 
-def test_without_a_server_the_error_names_the_address(world: RankingWorld) -> None:
-    """Asking nobody is an error, not a wait."""
-    client = Client("127.0.0.1:1", world.dataset.schema, world.data)
-    with client, pytest.raises(ServingError, match="asking ranking"):
+def ask(url: str, schema: Schema) -> None:
+    with Client(url, schema, Path("no mappings")) as client:
         client.rank_ids(1, [1])
+
+
+def ask_async(url: str, schema: Schema) -> None:
+    async def once() -> None:
+        async with AsyncClient(url, schema) as client:
+            await client.rank_ids(1, [1])
+
+    asyncio.run(once())
+
+
+both_clients = pytest.mark.parametrize("asked", [ask, ask_async], ids=["sync", "asyncio"])
+
+
+@both_clients
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "no-such-host.invalid:8001"], ids=["refused", "no such host"])
+def test_without_a_server_the_error_names_the_address_and_the_mend(asked: Callable[..., None], url: str) -> None:
+    """Asking nobody is an error, not a wait."""
+    with pytest.raises(ServingError, match=f"^no Triton answers at {url}; start it with `freshrank serve --data PATH`"):
+        asked(url, tiny_schema())
+
+
+@both_clients
+def test_the_server_of_another_dataset_is_not_asked(world: RankingWorld, asked: Callable[..., None]) -> None:
+    """It would answer with items and actions of its own, and nobody would notice."""
+    url, schema = settings().triton_grpc_url, world.dataset.schema.model_copy(update={"name": "my_log"})
+    sentence = f"the server at {url} serves 'simulated', expected 'my_log'; run `freshrank serve --data PATH`"
+    with pytest.raises(ServingError, match=f"^{sentence}$"):
+        asked(url, schema)
+
+
+def test_a_server_that_does_not_say_whom_it_serves_is_not_trusted() -> None:
+    """The configuration of an older freshrank has no project."""
+    with pytest.raises(ServingError, match=r"h:1 does not say which dataset it serves, expected 'my_log'.*stop --data"):
+        _require_project("h:1", ModelConfig(), "my_log")
+
+
+def test_a_server_without_a_publication_is_heard_and_not_taken_for_absent(new_server: Callable[[], Served]) -> None:
+    """Both are UNAVAILABLE to gRPC; only one is mended by starting a server."""
+    served = new_server()
+    served.server.start()
+    with pytest.raises(ServingError, match="nothing is published yet; publish a bundle"):
+        ask(served.url, tiny_schema().model_copy(update={"name": served.repository.project}))
 
 
 def test_a_restricted_server_obeys_only_who_sends_the_token(

@@ -15,7 +15,7 @@ from freshrank.errors import ServingError
 from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish, rollback
-from freshrank.serving.repository import ModelRepository
+from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.storage import read_json, write_json
 
 
@@ -103,6 +103,15 @@ def test_roll_back_needs_somewhere_to_go(running: Served, tmp_path: Path) -> Non
     running.publish(1.0)
     with pytest.raises(ServingError, match="version 9999 is not installed, only"):
         rollback(running.url, running.repository, to=9999)
+
+
+def test_the_first_version_served_cannot_be_rolled_back(running: Served, tmp_path: Path) -> None:
+    """Nothing was done, so nothing may look done."""
+    repository = ModelRepository(tmp_path / "triton")
+    version = repository.install_version(running.bundle(1.0))
+    repository.point_to(Pointer(version=version, run_date="2022-05-01", fingerprint="first"))
+    with pytest.raises(ServingError, match="no version before 1 has served"):
+        rollback(running.url, repository)
 
 
 def test_without_a_server_nothing_is_installed(running: Served, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def test_one_template_renders_both_platforms(tmp_path: Path, platform: Platform,
     assert (repository.version_directory(version) / file).is_file()
 
 
+def test_ranking_carries_the_project_that_it_serves(tmp_path: Path) -> None:
+    """The name of the repository's root, which is the schema's: clients compare it with their own."""
+    repository = ModelRepository(tmp_path / "my_log")
+    repository.write_configs()
+    text = (repository.models / "ranking" / "config.pbtxt").read_text()
+    assert text_format.Parse(text, ModelConfig()).parameters["project"].string_value == "my_log"
+
+
 def test_versions_grow_and_a_fingerprint_keeps_its_own(tmp_path: Path) -> None:
     """Three bundles, the first one twice, are versions 1, 2 and 3."""
     repository = ModelRepository(tmp_path / "triton")
