@@ -91,7 +91,7 @@ def _differences(comparison: Comparison) -> Picture:
             axes[0].plot(gained.value, place, "o", color=colour, markersize=6 if row.action is None else 4)
         axes[0].axvline(0, color=INK, linewidth=1)
         axes[0].set_yticks(list(places), [row_name(row, comparison.k) for row, _ in known])
-        axes[0].set_xlabel("challenger minus champion (right of 0: challenger better)")
+        axes[0].set_xlabel("challenger minus baseline (right of 0: challenger better)")
         axes[0].margins(x=0.08)
 
     described = "; ".join(
@@ -102,7 +102,7 @@ def _differences(comparison: Comparison) -> Picture:
         title=f"Difference in Hits@{comparison.k}",
         caption=f"Point and {comparison.confidence:.0%} interval of {comparison.draws:,} paired bootstrap draws over "
         f"lists. Thick: average over the actions weighted by utility.",
-        alt=f"Differences, challenger minus champion: {described}.",
+        alt=f"Differences, challenger minus baseline: {described}.",
         svg=draw(1, 1, (7.6, 0.9 + 0.3 * len(known)), paint),
     )
 
@@ -130,7 +130,7 @@ def _bucket_axis(axes: "Axes", evaluation: Evaluation, metric: MetricName, actio
 
 def _pair(axes: "Axes", challenger: Evaluation, baseline: Evaluation, metric: MetricName, action: str | None,
           prefix: str) -> None:  # fmt: skip
-    _line(axes, baseline, metric, action, prefix, _CHAMPION, "champion")
+    _line(axes, baseline, metric, action, prefix, _CHAMPION, "baseline")
     _line(axes, challenger, metric, action, prefix, _CHALLENGER, "challenger")
     _bucket_axis(axes, challenger, metric, action, prefix)
 
@@ -160,7 +160,7 @@ def _spoken(challenger: Evaluation, baseline: Evaluation, metric: MetricName, ac
         return "no value" if value is None else f"{value:.3f}"
 
     buckets = _buckets(challenger, prefix)
-    parts = [f"{n.removeprefix(prefix)}: champion {said(baseline, n)}, challenger {said(challenger, n)}"
+    parts = [f"{n.removeprefix(prefix)}: baseline {said(baseline, n)}, challenger {said(challenger, n)}"
              for n in buckets]  # fmt: skip
     return f"By {prefix.removesuffix(':')}, {'; '.join(parts)}."
 
@@ -230,7 +230,7 @@ def _score_gap(challenger: Evaluation, baseline: Evaluation) -> Picture:
     def paint(axes: list["Axes"]) -> None:
         places = range(len(groups))
         axes[0].bar([p - 0.19 for p in places], heights(baseline), 0.36, color="#c9c9c9", edgecolor=GREY, hatch="///",
-                    label="champion")  # fmt: skip
+                    label="baseline")  # fmt: skip
         axes[0].bar([p + 0.19 for p in places], heights(challenger), 0.36, color=BLUE, label="challenger")
         axes[0].axhline(0, color=INK, linewidth=1)
         axes[0].set_xticks(list(places), [name for name, _, _ in groups])
@@ -238,7 +238,7 @@ def _score_gap(challenger: Evaluation, baseline: Evaluation) -> Picture:
         axes[0].legend()
 
     spoken = "; ".join(
-        f"{name.replace(chr(10), ' ')} champion {ours:.1f}%, challenger {theirs:.1f}%"
+        f"{name.replace(chr(10), ' ')} baseline {ours:.1f}%, challenger {theirs:.1f}%"
         for (name, _, _), ours, theirs in zip(groups, heights(baseline), heights(challenger), strict=True)
     )
     return Picture(

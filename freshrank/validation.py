@@ -129,7 +129,7 @@ class ValidationReport(BaseModel):
         lines = [f"  - {result}" for result in blocking[:_MESSAGE_LINES]]
         if len(blocking) > _MESSAGE_LINES:
             lines.append(f"  … and {len(blocking) - _MESSAGE_LINES} more; the validation page lists them all")
-        mend = "Mend the day's data and import it again; the model that serves now keeps serving."
+        mend = "Mend the day's data and import it again; what serves, if anything, keeps serving."
         return "\n".join([head, *lines, mend])
 
 
@@ -485,7 +485,7 @@ code { font-size: .85em }
 {% if report.passed %}
 <strong>Passed.</strong> This day may be trained on.
 {% else %}
-<strong>Blocked.</strong> This day must not be trained on; the model that serves now keeps serving.
+<strong>Blocked.</strong> This day must not be trained on; what serves, if anything, keeps serving.
 {% endif %}
 {{ report.failures(Severity.BLOCKING) | length }} blocking and {{ report.failures(Severity.WARNING) | length }} warning
 failures among {{ results | length }} expectations.
