@@ -41,7 +41,10 @@ _CHANNEL = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _CONTROL_HEADER = "triton-grpc-protocol-x-freshrank-control"
-_FROM_PEER = "Error received from peer"
+_UNREACHABLE = (
+    "failed to connect to all addresses", "errors resolving", "DNS resolution failed", "Connection refused",
+    "Connection reset", "Socket closed",
+)  # fmt: skip
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Id = str | int
@@ -152,8 +155,8 @@ def _refusals(url: str, what: str) -> Iterator[None]:
 
 
 def _is_unreachable(error: InferenceServerException) -> bool:
-    # Triton sends the same status itself, e.g. while nothing is published; gRPC marks what came from the other side.
-    return error.status() == "StatusCode.UNAVAILABLE" and _FROM_PEER not in str(error.debug_details())
+    # Triton sends the same status itself, e.g. while nothing is published: only gRPC's words tell the two apart.
+    return error.status() == "StatusCode.UNAVAILABLE" and any(words in error.message() for words in _UNREACHABLE)
 
 
 def _input(name: str, value: np.ndarray[Any, Any]) -> InferInput:
