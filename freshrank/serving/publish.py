@@ -40,6 +40,7 @@ def publish(
         # A server that refuses control (a wrong token) must be found out before the candidate can be blamed for it.
         client.ready_versions()
         _ensure_ranking(client, repository)
+        client.require_project(repository.project)
         version = repository.install_version(bundle)
         try:
             _load_and_verify(client, repository, version, tolerance)
