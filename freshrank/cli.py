@@ -18,7 +18,6 @@ from freshrank.errors import ConfigError, FreshrankError
 from freshrank.recipes import DEFAULT_RECIPE, RECIPES, recipe
 
 if TYPE_CHECKING:
-    from freshrank.config import RunConfig
     from freshrank.datasets.contract import Dataset
     from freshrank.serving.client import Answer
 
@@ -121,7 +120,7 @@ def features_build(
     from freshrank import steps
 
     run_date = _date(data, day)
-    steps.build_features(data, run_date, _config(recipe_name, overrides).windows.model_dump_json())
+    steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
     steps.materialize(data, run_date)
     out.print(f"features of {run_date} are built and materialized")
 
@@ -163,7 +162,7 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
     """One day's retraining without Airflow: features, validation, Feast, the Kubeflow pipeline, the gate, Triton."""
     from freshrank import daily
 
-    config = _config(recipe_name, overrides)
+    config = recipe(recipe_name, overrides)
     with _server(data):
         quiet = not logging.getLogger("freshrank").isEnabledFor(logging.INFO)
         daily.run(data, date.fromisoformat(_date(data, day)), config, err if quiet else None)
@@ -176,7 +175,7 @@ def validate(data: Data, day: Day = None, target: Out = None, recipe_name: Recip
     from freshrank import steps
 
     where = target or _folder(data, day, "validation")
-    result = steps.validate(data, _date(data, day), _config(recipe_name, None).windows.model_dump_json(), where)
+    result = steps.validate(data, _date(data, day), recipe(recipe_name, None).windows.model_dump_json(), where)
     out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
 
 
@@ -187,7 +186,7 @@ def train(
     """Train the ranker on the training days."""
     from freshrank import steps
 
-    config, where = _config(recipe_name, overrides), target or _folder(data, day, "train")
+    config, where = recipe(recipe_name, overrides), target or _folder(data, day, "train")
     facts = steps.train(data, _date(data, day), config.windows.model_dump_json(), config.model.model_dump_json(),
                         config.techniques.model_dump_json(), config.training.model_dump_json(), where)  # fmt: skip
     _print_facts(f"ranker: {where}", facts)
@@ -205,7 +204,7 @@ def calibrate(
     """Fit the calibration and export the bundle (ONNX, encoder, golden answers)."""
     from freshrank import steps
 
-    config, where = _config(recipe_name, overrides), target or _folder(data, day, "bundle")
+    config, where = recipe(recipe_name, overrides), target or _folder(data, day, "bundle")
     facts = steps.calibrate(data, _date(data, day), config.windows.model_dump_json(),
                             config.calibration.model_dump_json(), ranker or _folder(data, day, "train"),
                             where)  # fmt: skip
@@ -224,7 +223,7 @@ def evaluate(
     """Judge the bundle on the evaluation days against what serves; write verdict and report."""
     from freshrank import steps
 
-    config, where = _config(recipe_name, overrides), target or _folder(data, day, "evaluation")
+    config, where = recipe(recipe_name, overrides), target or _folder(data, day, "evaluation")
     steps.evaluate(data, _date(data, day), config.windows.model_dump_json(), config.evaluation.model_dump_json(),
                    config.gate.model_dump_json(), bundle or _folder(data, day, "bundle"), where)  # fmt: skip
     _print_run(data, _date(data, day))
@@ -280,7 +279,7 @@ def submit(
     """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST)."""
     from freshrank.orchestration import cluster
 
-    text = cluster.submit(data, date.fromisoformat(_date(data, day)), _config(recipe_name, overrides), dry_run=dry_run)
+    text = cluster.submit(data, date.fromisoformat(_date(data, day)), recipe(recipe_name, overrides), dry_run=dry_run)
     sys.stdout.write(f"{text}\n")
 
 
@@ -293,9 +292,9 @@ def demo(
 ) -> None:  # fmt: skip
     """The whole daily run through a real Airflow, Kubeflow, Feast and Triton; then rank 100 candidates for a user."""
     from freshrank import daily
+    from freshrank.report import print_summary
 
-    summary = daily.demo(data, day, protocol, out)
-    daily.print_summary(summary, out)
+    print_summary(daily.demo(data, day, protocol, out), out)
 
 
 # ---------------------------------------------------------------- serving
@@ -376,10 +375,6 @@ def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
 # ---------------------------------------------------------------- shared
 
 
-def _config(name: str, overrides: list[str] | None) -> "RunConfig":
-    return recipe(name, overrides)
-
-
 def _date(data: Path, day: str | None) -> str:
     from freshrank.clock import parse_day
     from freshrank.datasets.contract import Dataset
@@ -413,9 +408,10 @@ def _server(data: Path) -> Iterator[None]:
 
 
 def _print_run(data: Path, run_date: str) -> None:
-    from freshrank import daily, steps
+    from freshrank import steps
+    from freshrank.report import print_summary
 
-    daily.print_summary(steps.summary(data, run_date), out)
+    print_summary(steps.summary(data, run_date), out)
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:

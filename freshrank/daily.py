@@ -3,7 +3,7 @@
 import logging
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 from rich.console import Console
@@ -135,9 +135,3 @@ def request_time(dataset: Dataset, run_date: date) -> datetime:
 def _catalog(dataset: Dataset, at: datetime) -> pl.Series:
     """Ids of existing items, the youngest first."""
     return dataset.items().filter(pl.col("created_at") < at).sort("created_at", ITEM_ID, descending=True)[ITEM_ID]
-
-
-def print_summary(summary: Any, console: Console) -> None:
-    from freshrank.report import print_summary as render
-
-    render(summary, console)

@@ -57,11 +57,7 @@ class Vocabulary:
 
     def encode(self, values: Int, present: npt.NDArray[np.bool_]) -> Int:
         """Row of each value; any shape."""
-        if not len(self.values):
-            return np.where(present, NEW, MISSING).astype(np.int64)
-        place = np.minimum(np.searchsorted(self.values, values), len(self.values) - 1)
-        known = self.values[place] == values
-        return np.where(present, np.where(known, place + FIRST_KNOWN, NEW), MISSING).astype(np.int64)
+        return _table_rows(self.values, values, present)
 
     def encode_series(self, series: pl.Series) -> Int:
         return self.encode(_integers(series), series.is_not_null().to_numpy())
@@ -249,14 +245,16 @@ class Catalog:
 
     def places(self, values: Int, present: npt.NDArray[np.bool_]) -> Int:
         """Catalog row of each raw item id; any shape."""
-        return Vocabulary.encode(_Sorted(self.ids), values, present)
+        return _table_rows(self.ids, values, present)
 
 
-class _Sorted(Vocabulary):
-    """A vocabulary whose values are known to be sorted."""
-
-    def __init__(self, values: Int) -> None:
-        self.values = values
+def _table_rows(known: Int, values: Int, present: npt.NDArray[np.bool_]) -> Int:
+    """Row of each of ``values`` in a table of the ascending ``known`` ones behind the reserved rows."""
+    if not len(known):
+        return np.where(present, NEW, MISSING).astype(np.int64)
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    found = known[place] == values
+    return np.where(present, np.where(found, place + FIRST_KNOWN, NEW), MISSING).astype(np.int64)
 
 
 def numeric_block(table: pl.DataFrame, features: list[Feature]) -> Float:

@@ -30,7 +30,7 @@ from freshrank.config import (
 )
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import DataError, MissingArtifact, ServingError
-from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, USAGE, Usage
+from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, USAGE, Entity, Usage
 from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
 
@@ -212,8 +212,9 @@ def _item_history(run: Run) -> pl.DataFrame | None:
 
     The run's own snapshot alone would show nothing: whatever is in the log was born before it.
     """
-    folder = run.workspace.features / "item"
-    week = [folder / f"date={run.date - timedelta(days=age)}" / "part-0.parquet" for age in range(7)]
+    from freshrank.history import snapshot_path
+
+    week = [snapshot_path(run.workspace, Entity.ITEM, run.date - timedelta(days=age)) for age in range(7)]
     present = [path for path in week if path.exists()]
     if not present:
         return None
