@@ -94,6 +94,9 @@ class FeatureDropoutConfig(Section):
 class AldiConfig(Section):
     """A student tower of x_nh answers for cold items; its losses times their weights are added to the objective."""
 
+    history: Literal["none", "user"] = "none"
+    """What the student sees beside x_nh: nothing (the paper's section 4.2.2), or the user's history as well, as the
+    students of Huang et al. predict from the user's trained vector: a user of a cold item need not be cold."""
     hidden: tuple[Positive, ...] = (192, 80)
     """Of the student; with these it adds about 29% to the default ranker on KuaiRand (the paper: 28.89%)."""
     student_weight: Annotated[float, Field(gt=0)] = 1.0

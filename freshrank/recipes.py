@@ -28,8 +28,9 @@ TECHNIQUES = {
     "score-reg-mixup": TechniquesConfig(score_reg=SCORE_REG, mixup=MIXUP),
     "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
     "aldi": TechniquesConfig(aldi=AldiConfig()),
+    "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
 }
-"""The rows of the paper's table 1."""
+"""The rows of the paper's table 1, and ALDI with a student that knows the user."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"

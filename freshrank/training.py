@@ -180,7 +180,7 @@ def _student_parts(
     ranker: Ranker, batch: Batch, representation: Representation, teacher: Tensor, config: AldiConfig
 ) -> dict[str, tuple[float, Tensor]]:
     assert ranker.student is not None
-    student = ranker.student(representation.x_nh).float()
+    student = ranker.student(representation.x_student).float()
     impressions = batch.inputs["item_numeric"][:, ranker.impressions_column]
     weight = aldi.teacher_weight(impressions, batch.cold, config.half_known)
     rating = aldi.rating_alignment(student, teacher, weight)

@@ -220,11 +220,21 @@ def test_aldi_answers_for_warm_items_with_the_very_ranker_that_is_trained_withou
 
 def test_the_student_sees_no_history(aligned: Trained) -> None:
     """Its answers for cold items do not move when every counter, rate and sequence is gone."""
-    cold = FRAME.rows.with_columns(pl.lit(1.0, pl.Float32).alias(ITEM_AGE))
-    known, bare = (predict(aligned, frame, FRAME.items)
-                   for frame in (Frame(FRAME.users, FRAME.items, cold),
-                                 _without_history(Frame(FRAME.users, FRAME.items, cold), "all")))  # fmt: skip
+    cold = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(pl.lit(1.0, pl.Float32).alias(ITEM_AGE)))
+    known, bare = (predict(aligned, frame, FRAME.items) for frame in (cold, _without_history(cold, "all")))
     assert np.allclose(known, bare, atol=1e-6)
+
+
+def test_a_student_of_the_users_history_moves_with_it_and_not_with_the_items() -> None:
+    """ALDI with history = "user": for cold items the user's counters and sequence count, the item's do not."""
+    aligned = _trained(TechniquesConfig(aldi=AldiConfig(hidden=(8,), history="user")))
+    cold = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(pl.lit(1.0, pl.Float32).alias(ITEM_AGE)))
+    known, no_item, no_user = (
+        predict(aligned, frame, FRAME.items)
+        for frame in (cold, _without_history(cold, "item"), _without_history(cold, "user"))
+    )
+    assert np.allclose(known, no_item, atol=1e-6)
+    assert np.abs(known - no_user).max() > 1e-3
 
 
 def test_the_student_ends_nearer_to_the_teacher_where_it_is_aligned_with_it() -> None:

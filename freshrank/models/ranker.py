@@ -20,16 +20,19 @@ from freshrank.techniques.residual import Residual
 Inputs = dict[str, Tensor]
 Groups = dict[str, Tensor]
 _SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
+_USER_HISTORY = ("user_history", "sequence", "row_history")
 _LENGTHS = (4, 8, 16, 28)
 """Longest sequence of each group that is encoded together in training; the last group has the full length."""
 
 
 class Representation(NamedTuple):
-    """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual."""
+    """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual; the student
+    takes x_student [N, d_s], without a student x_nh itself."""
 
     z_bar: Tensor
     z: Tensor
     x_nh: Tensor
+    x_student: Tensor
 
 
 class LowRankCross(nn.Module):
@@ -128,7 +131,9 @@ class Ranker(nn.Module):
         d = self.interaction.out_dim + (residual.dim if residual else 0)
         self.prediction = Prediction(d, len(schema.actions), config)
         # Last, so that all other weights start as they would without it.
-        self.student = Student(self.x_nh_dim, len(schema.actions), aldi.hidden) if aldi else None
+        self.student_groups = _USER_HISTORY if aldi and aldi.history == "user" else ()
+        x_student_dim = self.x_nh_dim + sum(dims.get(name, 0) for name in self.student_groups)
+        self.student = Student(x_student_dim, len(schema.actions), aldi.hidden) if aldi else None
         self.fresh_days = schema.fresh_days
         self.age_column = _column(encoder, Entity.ROW, ITEM_AGE)
         self.impressions_column = _column(encoder, Entity.ITEM, impressions_of(Entity.ITEM, schema.lookback_days))
@@ -145,7 +150,7 @@ class Ranker(nn.Module):
         logits: Tensor = self.prediction(representation.z_bar)
         if self.student is None:
             return logits
-        return answer(logits, self.student(representation.x_nh), self.cold(inputs))
+        return answer(logits, self.student(representation.x_student), self.cold(inputs))
 
     def cold(self, inputs: Inputs) -> Tensor:
         """Whom the student answers for, bool [N]: items younger than ``fresh_days``, and all without an id of their
@@ -157,7 +162,8 @@ class Ranker(nn.Module):
         groups = self.groups(inputs)
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
-        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh)
+        x_student = torch.cat([x_nh, *(groups[name] for name in self.student_groups if name in groups)], dim=-1)
+        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh, x_student)
 
     def groups(self, inputs: Inputs) -> Groups:
         """Dense vectors per feature group, [N, ..] each: what the analyses switch off and differentiate by."""
