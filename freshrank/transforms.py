@@ -63,18 +63,18 @@ def drop_history(batch: Batch, absent: Absent, config: FeatureDropoutConfig, gen
     """
     if config.history in ("item", "all"):
         dropped = draw_rows(len(batch.inputs["item_id"]), config.probability, generator)
-        batch = _with(batch, **_without_item_history(batch.inputs, dropped, absent))
+        batch = _with(batch, **without_item_history(batch.inputs, dropped, absent))
     if config.history in ("user", "all"):
         dropped = draw_rows(len(batch.inputs["sequence_actions"]), config.probability, generator)
-        batch = _with(batch, **_without_user_history(batch.inputs, dropped, absent))
+        batch = _with(batch, **without_user_history(batch.inputs, dropped, absent))
     return batch
 
 
-def _without_item_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
+def without_item_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
     return {"item_id": drop_rows(inputs["item_id"], dropped, NEW)} | _numeric(Entity.ITEM, inputs, dropped, absent)
 
 
-def _without_user_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
+def without_user_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
     sequences = {name: drop_rows(x, dropped, MISSING) for name, x in inputs.items() if name.startswith("sequence_")}
     rows = dropped.to(inputs["user_index"].device)[inputs["user_index"]]
     return sequences | _numeric(Entity.USER, inputs, dropped, absent) | _numeric(Entity.ROW, inputs, rows, absent)
