@@ -6,6 +6,7 @@ look like without the item's history. Nothing else of a technique depends on the
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from freshrank.config import PLAIN, ModelConfig, ResidualConfig, TechniquesConfig
 from freshrank.encoding import Catalog, Encoder
 from freshrank.models.ranker import Ranker
+from freshrank.schema import Entity
 from freshrank.techniques.feature_dropout import drop_rows
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.seam import Seam
@@ -69,6 +71,10 @@ class Subject:
         """The item's history reads as missing in the dropped rows."""
         raise NotImplementedError
 
+    def other_history(self, example: Example) -> Example:
+        """Every row with the id and the counters of another row's item, and the content of its own."""
+        raise NotImplementedError
+
 
 def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Items of four genres; a click goes with an odd genre, a save with a high one; a third of the items are cold.
@@ -117,6 +123,13 @@ class Ours(Subject):
         changed = without_item_history(example.inputs, dropped, absent_of(self.encoder))
         return replace(example, inputs=example.inputs | changed)
 
+    def other_history(self, example: Example) -> Example:
+        columns, _ = absent_of(self.encoder)[Entity.ITEM]
+        numeric = example.inputs["item_numeric"].clone()
+        numeric[:, columns] = numeric[:, columns].roll(1, 0)
+        changed = {"item_id": example.inputs["item_id"].roll(1), "item_numeric": numeric}
+        return replace(example, inputs=example.inputs | changed)
+
 
 class Mlp(nn.Module):
     """I: two embeddings and a counter through one layer; F: one layer."""
@@ -161,6 +174,10 @@ class PlainMlp(Subject):
         changed = {"item_id": drop_rows(x["item_id"], dropped, 0), "seen": drop_rows(x["seen"], dropped, 0.0)}
         return replace(example, inputs=x | changed)
 
+    def other_history(self, example: Example) -> Example:
+        x = example.inputs
+        return replace(example, inputs=x | {name: x[name].roll(1) for name in ("item_id", "seen")})
+
 
 class RechubMmoe(Subject):
     """torch-rechub's MMOE: I is its embedding layer, F everything behind it."""
@@ -176,10 +193,14 @@ class RechubMmoe(Subject):
         tower = {"dims": [8]}
         self.model = MMOE(features, ["classification"] * 2, 2, {"dims": [16]}, [tower, tower])
         self.residual = Residual(DIM, REDUCED) if residual else None
-        self.seam = Seam(self.model.embedding, "output")
+
+    @cached_property
+    def seam(self) -> Seam:
+        return Seam(self.model.embedding, "output")
 
     example = PlainMlp.example
     drop = PlainMlp.drop
+    other_history = PlainMlp.other_history
 
     def own(self, example: Example) -> Tensor:
         return torch.logit(self.model(example.inputs), eps=1e-6)
@@ -188,8 +209,9 @@ class RechubMmoe(Subject):
         x = example.inputs
         x_nh = self.model.embedding(x, self.content, squeeze_dim=True)
         reduced = {"residual": self.residual.reduce(x_nh)} if self.residual else {}
+        seam = self.seam
         logits = torch.logit(self.model(x | reduced), eps=1e-6)
-        return Pass(logits, self.seam.z, x_nh)
+        return Pass(logits, seam.z, x_nh)
 
     def predict(self, example: Example, z_bar: Tensor) -> Tensor:
         unused = {"residual": torch.zeros(len(example), REDUCED)} if self.residual else {}
@@ -212,7 +234,10 @@ class DeepctrDcn(Subject):
         if residual:
             self.model.dnn_linear = nn.Linear(self.model.dnn_linear.in_features + REDUCED, 1, bias=False)
         self.residual = Residual(DIM, REDUCED) if residual else None
-        self.seam = Seam(self.model.dnn_linear, "input")
+
+    @cached_property
+    def seam(self) -> Seam:
+        return Seam(self.model.dnn_linear, "input")
 
     def example(self, rows: int, seed: int = 0) -> Example:
         x, labels, cold = _simple(rows, seed, 1)
@@ -226,18 +251,27 @@ class DeepctrDcn(Subject):
         x = example.inputs
         x_nh = torch.cat(self.model.input_from_feature_columns(x, self.content, self.model.embedding_dict)[0], -1)
         x_nh = x_nh.flatten(1)
+        seam = self.seam
         if self.residual is None:
-            return Pass(self.own(example), self.seam.z, x_nh)
-        with self.seam.through(lambda z: self.residual(z, x_nh)):
-            return Pass(self.own(example), self.seam.z, x_nh)
+            return Pass(self.own(example), seam.z, x_nh)
+        with seam.through(lambda z: self.residual(z, x_nh)):
+            return Pass(self.own(example), seam.z, x_nh)
 
     def predict(self, example: Example, z_bar: Tensor) -> Tensor:
         with self.seam.through(lambda _: z_bar):
             return self.own(example)
 
     def drop(self, example: Example, dropped: Tensor) -> Example:
-        columns = [self.model.feature_index[name][0] for name in ("item_id", "seen")]
-        return replace(example, inputs=drop_rows(example.inputs, dropped, 0.0, columns))
+        return replace(example, inputs=drop_rows(example.inputs, dropped, 0.0, self._history))
+
+    def other_history(self, example: Example) -> Example:
+        x = example.inputs.clone()
+        x[:, self._history] = x[:, self._history].roll(1, 0)
+        return replace(example, inputs=x)
+
+    @property
+    def _history(self) -> list[int]:
+        return [self.model.feature_index[name][0] for name in ("item_id", "seen")]
 
 
 SUBJECTS: dict[str, Callable[[bool], Subject]] = {

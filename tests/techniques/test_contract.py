@@ -223,16 +223,15 @@ def test_mixed_rows_send_gradient_through_f_to_what_made_z(subject: str) -> None
 
 @every_ranker
 def test_the_history_of_a_dropped_item_does_not_reach_the_prediction(subject: str) -> None:
-    """Two items of the same content: without history they are the same item; rows that are kept are as they were."""
+    """Items of the same content are the same item without history, whatever it was; rows that are kept feel it."""
     trial = Trial(subject, "feature_dropout")
     trial.subject.model.eval()
     example = trial.subject.example(ROWS)
     dropped = torch.arange(ROWS) % 2 == 0
-    before, after = (trial.subject.run(e).logits for e in (example, trial.subject.drop(example, dropped)))
-    assert torch.allclose(before[~dropped], after[~dropped], atol=1e-6)
-    assert (before[dropped] != after[dropped]).any()
-    again = trial.subject.drop(trial.subject.drop(example, dropped), dropped)
-    assert torch.equal(trial.subject.run(again).logits, after)
+    histories = (example, trial.subject.other_history(example))
+    first, second = (trial.subject.run(trial.subject.drop(e, dropped)).logits for e in histories)
+    assert torch.allclose(first[dropped], second[dropped], atol=1e-6)
+    assert not torch.allclose(first[~dropped], second[~dropped], atol=1e-6)
 
 
 @every_ranker
