@@ -139,7 +139,7 @@ class Trained:
         description = read_json(directory / DESCRIPTION)
         encoder = Encoder.load(directory)
         model = ModelConfig.model_validate(description["model"])
-        # Rankers of version 0.1.0 name the residual alone, the only technique with weights then.
+        # Older files name the residual alone, the only technique with weights then.
         techniques = description.get("techniques") or {"residual": description["residual"]}
         techniques = TechniquesConfig.model_validate(techniques)
         ranker = Ranker(encoder, model, techniques)

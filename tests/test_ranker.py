@@ -272,8 +272,8 @@ def test_a_ranker_saved_with_aldi_is_loaded_with_its_student(aligned: Trained, t
     assert np.array_equal(predict(loaded, FRAME, FRAME.items), predict(aligned, FRAME, FRAME.items))
 
 
-def test_a_ranker_saved_by_version_0_1_0_is_loaded(trained: Trained, tmp_path: Path) -> None:
-    """It named the residual, the only technique with weights, in place of all techniques."""
+def test_a_ranker_saved_before_files_named_all_techniques_is_loaded(trained: Trained, tmp_path: Path) -> None:
+    """Such a file names the residual alone, then the only technique with weights."""
     trained.save(tmp_path)
     description = read_json(tmp_path / "ranker.json")
     del description["techniques"]
