@@ -344,3 +344,10 @@ def _first_value(series: pl.Series) -> tuple[Int, npt.NDArray[np.bool_]]:
 def historical_columns(features: list[Feature]) -> list[int]:
     """Positions of the historical features in their block."""
     return [i for i, feature in enumerate(features) if feature.group is Group.HISTORICAL]
+
+
+def absent_history(features: list[Feature]) -> tuple[list[int], Float]:
+    """Positions of the historical features in their block, and what they hold for an entity without history."""
+    columns = historical_columns(features)
+    defaults = [features[i].default for i in columns]
+    return columns, np.array([np.nan if default is None else default for default in defaults], np.float32)

@@ -5,15 +5,34 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from freshrank.config import MixupConfig, ResidualConfig, RunConfig, ScoreRegConfig, TechniquesConfig
+from freshrank.config import (
+    AldiConfig,
+    FeatureDropoutConfig,
+    MixupConfig,
+    ResidualConfig,
+    RunConfig,
+    ScoreRegConfig,
+    TechniquesConfig,
+)
 from freshrank.errors import ConfigError
 
-PAPER_TECHNIQUES = TechniquesConfig(residual=ResidualConfig(), score_reg=ScoreRegConfig(), mixup=MixupConfig())
-
-RECIPES = {
-    "warmer-for-less": RunConfig(recipe="warmer-for-less", techniques=PAPER_TECHNIQUES),
-    "baseline": RunConfig(recipe="baseline"),
+RESIDUAL, SCORE_REG, MIXUP = ResidualConfig(), ScoreRegConfig(), MixupConfig()
+TECHNIQUES = {
+    "warmer-for-less": TechniquesConfig(residual=RESIDUAL, score_reg=SCORE_REG, mixup=MIXUP),
+    "baseline": TechniquesConfig(),
+    "residual": TechniquesConfig(residual=RESIDUAL),
+    "score-reg": TechniquesConfig(score_reg=SCORE_REG),
+    "mixup": TechniquesConfig(mixup=MIXUP),
+    "residual-score-reg": TechniquesConfig(residual=RESIDUAL, score_reg=SCORE_REG),
+    "residual-mixup": TechniquesConfig(residual=RESIDUAL, mixup=MIXUP),
+    "score-reg-mixup": TechniquesConfig(score_reg=SCORE_REG, mixup=MIXUP),
+    "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
+    "aldi": TechniquesConfig(aldi=AldiConfig()),
+    "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
 }
+"""The rows of the paper's table 1, and ALDI with a student that knows the user."""
+
+RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"
 
 

@@ -254,7 +254,7 @@ class Schema(BaseModel):
     def _counters(self, entity: Entity) -> list[Feature]:
         counts, rates = [], []
         for window in self.history.windows:
-            names = [f"{entity}_impressions_{window}d", *(f"{entity}_{a}_{window}d" for a in self.actions)]
+            names = [impressions_of(entity, window), *(f"{entity}_{a}_{window}d" for a in self.actions)]
             counts += [_historical(name, entity, default=0.0, transform="log1p") for name in names]
             rates += [_historical(f"{entity}_{a}_rate_{window}d", entity) for a in self.actions]
         return counts + rates
@@ -284,6 +284,11 @@ class Schema(BaseModel):
                 for action in self.actions
             ]
         return crosses
+
+
+def impressions_of(entity: Entity, window: int) -> str:
+    """Name of the counter of an entity's impressions in the last ``window`` days."""
+    return f"{entity}_impressions_{window}d"
 
 
 def affinity_lists(column: str, actions: list[str]) -> list[str]:

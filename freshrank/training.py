@@ -4,6 +4,7 @@ Rows of the same user and day stand together in a batch, so the user block and i
 per user and day and not once per impression; users are shuffled within the whole training range.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -20,16 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from freshrank.config import ModelConfig, ResidualConfig, TechniquesConfig, TrainingConfig
+from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import Blocks, Catalog, Encoder
 from freshrank.errors import DataError
 from freshrank.frames import Frame
-from freshrank.models.inputs import ItemIds
-from freshrank.models.ranker import Inputs, Ranker, count_parameters
+from freshrank.models.ranker import Ranker, Representation, count_parameters
 from freshrank.schema import ITEM_AGE, Schema
 from freshrank.storage import atomic_write, read_json, write_json
+from freshrank.techniques import aldi
 from freshrank.techniques.mixup import mixup
 from freshrank.techniques.score_reg import score_reg
+from freshrank.transforms import Batch as Batch
+from freshrank.transforms import batch_transforms
 
 log = logging.getLogger(__name__)
 WEIGHTS = "ranker.safetensors"
@@ -57,15 +60,6 @@ class Device:
         model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
         compiled = "on" if self.compiled else "off"
         return f"{self.name} ({model}), {str(self.dtype).removeprefix('torch.')}, compile={compiled}"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """inputs as the ranker takes them; labels [B, A] with NaN = not observed; cold bool [B]."""
-
-    inputs: Inputs
-    labels: Tensor
-    cold: Tensor
 
 
 class TensorFrame:
@@ -129,7 +123,7 @@ class Trained:
     ranker: Ranker
     encoder: Encoder
     model: ModelConfig
-    residual: ResidualConfig | None
+    techniques: TechniquesConfig
     facts: dict[str, object]
 
     def save(self, directory: Path) -> None:
@@ -137,20 +131,20 @@ class Trained:
         with atomic_write(directory / WEIGHTS) as path:
             save_file({n: t.contiguous() for n, t in self.ranker.state_dict().items()}, path)
         self.encoder.save(directory)
-        residual = self.residual.model_dump() if self.residual else None
-        write_json(
-            directory / DESCRIPTION, {"model": self.model.model_dump(), "residual": residual, "facts": self.facts}
-        )
+        sections = {"model": self.model.model_dump(), "techniques": self.techniques.model_dump()}
+        write_json(directory / DESCRIPTION, sections | {"facts": self.facts})
 
     @classmethod
     def load(cls, directory: Path) -> "Trained":
         description = read_json(directory / DESCRIPTION)
         encoder = Encoder.load(directory)
         model = ModelConfig.model_validate(description["model"])
-        residual = ResidualConfig.model_validate(description["residual"]) if description["residual"] else None
-        ranker = Ranker(encoder, model, residual)
+        # Older files name the residual alone, the only technique with weights then.
+        techniques = description.get("techniques") or {"residual": description["residual"]}
+        techniques = TechniquesConfig.model_validate(techniques)
+        ranker = Ranker(encoder, model, techniques)
         ranker.load_state_dict(load_file(directory / WEIGHTS))
-        return cls(ranker.eval(), encoder, model, residual, description["facts"])
+        return cls(ranker.eval(), encoder, model, techniques, description["facts"])
 
 
 def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,19 +158,38 @@ def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
 def objective(
     ranker: Ranker, batch: Batch, techniques: TechniquesConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_BCE + lambda_1 L_BCE(mixed) + lambda_2 L_MMD (eq. 11), and its parts before weighting."""
-    z_bar = ranker.represent(batch.inputs).z_bar
-    logits = ranker.prediction(z_bar).float()
-    parts = {"bce": masked_bce(logits, batch.labels)}
-    loss = parts["bce"]
+    """L_BCE + lambda_1 L_BCE(mixed) + lambda_2 L_MMD (eq. 11) + the student's losses, and its parts before weighting.
+
+    ``generator`` is mixup's. A further technique is a further part with its weight.
+    """
+    representation = ranker.represent(batch.inputs)
+    logits = ranker.prediction(representation.z_bar).float()
+    parts = {"bce": (1.0, masked_bce(logits, batch.labels))}
     if techniques.mixup:
-        z_mix, y_mix = mixup(z_bar, batch.labels, techniques.mixup.alpha, generator)
-        parts["mixup"] = masked_bce(ranker.prediction(z_mix).float(), y_mix)
-        loss = loss + techniques.mixup.weight * parts["mixup"]
+        z_mix, y_mix = mixup(representation.z_bar, batch.labels, techniques.mixup.alpha, generator)
+        parts["mixup"] = techniques.mixup.weight, masked_bce(ranker.prediction(z_mix).float(), y_mix)
     if techniques.score_reg:
-        parts["score_reg"] = score_reg(torch.sigmoid(logits), batch.cold)
-        loss = loss + techniques.score_reg.weight * parts["score_reg"]
-    return loss, parts
+        parts["score_reg"] = techniques.score_reg.weight, score_reg(torch.sigmoid(logits), batch.cold)
+    if techniques.aldi:
+        parts |= _student_parts(ranker, batch, representation, logits, techniques.aldi)
+    loss = functools.reduce(torch.add, (weight * part for weight, part in parts.values()))
+    return loss, {name: part for name, (_, part) in parts.items()}
+
+
+def _student_parts(
+    ranker: Ranker, batch: Batch, representation: Representation, teacher: Tensor, config: AldiConfig
+) -> dict[str, tuple[float, Tensor]]:
+    assert ranker.student is not None
+    student = ranker.student(representation.x_student).float()
+    impressions = batch.inputs["item_numeric"][:, ranker.impressions_column]
+    weight = aldi.teacher_weight(impressions, batch.cold, config.half_known)
+    rating = aldi.rating_alignment(student, teacher, weight)
+    ranking = aldi.ranking_alignment(student, teacher, weight, batch.inputs["user_index"])
+    return {
+        "student": (config.student_weight, masked_bce(student, batch.labels)),
+        "rating": (config.rating_weight, rating),
+        "ranking": (config.ranking_weight, ranking),
+    }
 
 
 def train_ranker(
@@ -198,23 +211,29 @@ def train_ranker(
     encoder = Encoder.fit(frame, schema, model.min_count)
     data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device.name)
     torch.manual_seed(training.seed)
-    ranker = Ranker(encoder, model, techniques.residual).to(device.name)
+    ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
-    curve = _fit(ranker, data, techniques, training, device)
+    curve = _fit(ranker, data, encoder, techniques, training, device)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
     }
-    return Trained(ranker.cpu().eval(), encoder, model, techniques.residual, facts)
+    return Trained(ranker.cpu().eval(), encoder, model, techniques, facts)
 
 
 def _fit(
-    ranker: Ranker, data: TensorFrame, techniques: TechniquesConfig, training: TrainingConfig, device: Device
+    ranker: Ranker,
+    data: TensorFrame,
+    encoder: Encoder,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    device: Device,
 ) -> TrainingCurve:
     size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
-    # Draws of their own: switching one technique on leaves batches, hidden ids and initial weights as they were.
-    hiding, mixing = (torch.Generator().manual_seed(training.seed + k) for k in (1, 2))
+    transforms = batch_transforms(encoder, techniques, training)
+    # Draws of its own: switching mixup on leaves batches, hidden ids and initial weights as they were.
+    mixing = torch.Generator().manual_seed(training.seed + 2)
     steps = training.epochs * -(-len(data) // size)
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
                                   fused=True)  # fmt: skip
@@ -224,8 +243,7 @@ def _fit(
     ranker.train()
     batches = (rows for _ in range(training.epochs) for rows in data.batches(size, order))
     for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
-        batch = data.batch(rows)
-        batch.inputs["item_id"] = ItemIds.hide(batch.inputs["item_id"], training.new_item_probability, hiding)
+        batch = functools.reduce(lambda batch, transform: transform(batch), transforms, data.batch(rows))
         with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
             loss, parts = run(ranker, batch, techniques, mixing)
         optimizer.zero_grad(set_to_none=True)

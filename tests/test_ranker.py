@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import (
+    AldiConfig,
     CalibrationConfig,
+    FeatureDropoutConfig,
     MixupConfig,
     ModelConfig,
     ResidualConfig,
@@ -24,9 +26,11 @@ from freshrank.errors import DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
-from freshrank.schema import Entity
+from freshrank.schema import ITEM_AGE, ITEM_ID, Entity
 from freshrank.serving.bundle import check_bundle
+from freshrank.storage import read_json, write_json
 from freshrank.training import TensorFrame, Trained, batch_size, labels_of, masked_bce, objective, predict, train_ranker
+from freshrank.transforms import absent_of, drop_history
 from tests.worlds import random_frame, tiny_schema
 
 SMALL = ModelConfig(
@@ -34,6 +38,7 @@ SMALL = ModelConfig(
     expert_dim=8, head_dim=4,
 )  # fmt: skip
 TRAINING = TrainingConfig(batch_size=64, epochs=2)
+ALDI = TechniquesConfig(aldi=AldiConfig(hidden=(8,)))
 ALL_THREE = TechniquesConfig(residual=ResidualConfig(dim=2), score_reg=ScoreRegConfig(), mixup=MixupConfig())
 SCHEMA = tiny_schema(query=True)
 FRAME = random_frame(SCHEMA)
@@ -163,10 +168,124 @@ def test_a_technique_that_draws_random_numbers_leaves_batches_and_hidden_ids_alo
     assert all(torch.allclose(plain[name], mixed[name], atol=1e-7) for name in plain)
 
 
+@pytest.mark.parametrize("history", ["item", "user", "all"])
+def test_a_dropped_row_reads_as_the_encoder_reads_a_row_without_history(history: str) -> None:
+    """With probability 1: id NEW, counters 0, rates missing, sequence empty; content, age and context untouched."""
+    encoder, catalog = Encoder.fit(FRAME, SCHEMA, 1), Catalog.build(FRAME.items, Encoder.fit(FRAME, SCHEMA, 1))
+    config = FeatureDropoutConfig(probability=1, history=history)
+    batch = TensorFrame(FRAME, encoder, catalog).batch(torch.arange(64))
+    dropped = drop_history(batch, absent_of(encoder), config, torch.Generator())
+    bare = TensorFrame(_without_history(FRAME, history), encoder, catalog).batch(torch.arange(64))
+    for name, block in bare.inputs.items():
+        assert torch.equal(dropped.inputs[name].nan_to_num(-1), block.nan_to_num(-1)), name
+
+
+def _without_history(frame: Frame, history: str) -> Frame:
+    """What the feature store gives for entities it has no history row of."""
+
+    def emptied(table: pl.DataFrame, entity: Entity) -> pl.DataFrame:
+        if history not in (entity, "all"):
+            return table
+        gone = [f.name for f in SCHEMA.select(entity) if f.group == "historical" and f.stored]
+        return table.with_columns(pl.lit(None, table.schema[name]).alias(name) for name in gone)
+
+    items = emptied(frame.items, Entity.ITEM)
+    unknown = items.with_columns(item_id=pl.lit(-1, pl.Int64))
+    return Frame(emptied(frame.users, Entity.USER), items if history == "user" else unknown, frame.rows)
+
+
+def test_feature_dropout_leaves_the_draws_of_everything_else_alone() -> None:
+    """So improbable that it never drops, it trains the very ranker that knows nothing of it."""
+    never = TechniquesConfig(mixup=MixupConfig(), feature_dropout=FeatureDropoutConfig(probability=1e-12))
+    plain, dropping = (_trained(t).ranker.state_dict() for t in (TechniquesConfig(mixup=MixupConfig()), never))
+    assert all(torch.equal(plain[name], dropping[name]) for name in plain)
+
+
+@pytest.fixture(scope="module")
+def aligned() -> Trained:
+    return _trained(ALDI)
+
+
+def test_aldi_answers_for_warm_items_with_the_very_ranker_that_is_trained_without_it(aligned: Trained) -> None:
+    """The student answers for items younger than 7 days and for ids without a row of their own, and for no others."""
+    rows = FRAME.rows.with_columns(pl.Series(ITEM_AGE, [0.0, 6.9, 7.0, 19.0] * 100, dtype=pl.Float32))
+    items = FRAME.items.with_columns(pl.when(pl.col(ITEM_ID) < 5).then(-9).otherwise(ITEM_ID).alias(ITEM_ID))
+    frame = Frame(FRAME.users, items, rows)
+    served, teacher = predict(aligned, frame, FRAME.items), predict(_trained(TechniquesConfig()), frame, FRAME.items)
+    unknown = frame.items[ITEM_ID].to_numpy()[rows["item_row"].to_numpy()] == -9
+    cold = unknown | (rows[ITEM_AGE].to_numpy() < 7)
+    assert np.array_equal(served[~cold], teacher[~cold])
+    assert (served[cold] != teacher[cold]).all()
+
+
+def test_the_student_sees_no_history(aligned: Trained) -> None:
+    """Its answers for cold items do not move when every counter, rate and sequence is gone."""
+    cold = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(pl.lit(1.0, pl.Float32).alias(ITEM_AGE)))
+    known, bare = (predict(aligned, frame, FRAME.items) for frame in (cold, _without_history(cold, "all")))
+    assert np.allclose(known, bare, atol=1e-6)
+
+
+def test_a_student_of_the_users_history_moves_with_it_and_not_with_the_items() -> None:
+    """ALDI with history = "user": for cold items the user's counters and sequence count, the item's do not."""
+    aligned = _trained(TechniquesConfig(aldi=AldiConfig(hidden=(8,), history="user")))
+    cold = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(pl.lit(1.0, pl.Float32).alias(ITEM_AGE)))
+    known, no_item, no_user = (
+        predict(aligned, frame, FRAME.items)
+        for frame in (cold, _without_history(cold, "item"), _without_history(cold, "user"))
+    )
+    assert np.allclose(known, no_item, atol=1e-6)
+    assert np.abs(known - no_user).max() > 1e-3
+
+
+def test_the_student_ends_nearer_to_the_teacher_where_it_is_aligned_with_it() -> None:
+    """Its predictions and their order, against a student that learns from labels alone."""
+    longer = TRAINING.model_copy(update={"epochs": 10})
+    ends = {}
+    for weight in (0.0, 10.0):
+        config = AldiConfig(hidden=(16,), rating_weight=weight, ranking_weight=weight)
+        losses = _trained(TechniquesConfig(aldi=config), longer).facts["curve"]["losses"]
+        ends[weight] = {name: np.mean(losses[name][-5:]) for name in ("rating", "ranking")}
+    assert all(ends[10.0][name] < 0.9 * ends[0.0][name] for name in ("rating", "ranking")), ends
+
+
+def test_the_exported_graph_chooses_between_teacher_and_student_as_the_torch_model_does(
+    aligned: Trained, tmp_path: Path
+) -> None:
+    """Young, old and unknown items."""
+    export_bundle(
+        aligned, Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)), FRAME, FRAME.items, tmp_path,
+        {"fingerprint": "f", "run_date": "2024-03-11"},
+    )  # fmt: skip
+    for age in (1.0, 10.0):
+        for items in (FRAME.items, FRAME.items.with_columns(item_id=pl.lit(-7, pl.Int64))):
+            rows = FRAME.rows.with_columns(pl.lit(age, pl.Float32).alias(ITEM_AGE))
+            frame = Frame(FRAME.users, items, rows)
+            answers = OnnxRanker(tmp_path).score(frame, FRAME.items)["logits"]
+            assert np.abs(answers - predict(aligned, frame, FRAME.items)).max() < 1e-5
+
+
+def test_a_ranker_saved_with_aldi_is_loaded_with_its_student(aligned: Trained, tmp_path: Path) -> None:
+    """Bit-identical logits after the round trip, for cold items too."""
+    aligned.save(tmp_path)
+    loaded = Trained.load(tmp_path)
+    assert loaded.techniques == ALDI
+    assert np.array_equal(predict(loaded, FRAME, FRAME.items), predict(aligned, FRAME, FRAME.items))
+
+
+def test_a_ranker_saved_before_files_named_all_techniques_is_loaded(trained: Trained, tmp_path: Path) -> None:
+    """Such a file names the residual alone, then the only technique with weights."""
+    trained.save(tmp_path)
+    description = read_json(tmp_path / "ranker.json")
+    del description["techniques"]
+    write_json(tmp_path / "ranker.json", description | {"residual": {"dim": 2}})
+    assert np.array_equal(predict(Trained.load(tmp_path), FRAME, FRAME.items), predict(trained, FRAME, FRAME.items))
+
+
 def test_the_residual_adds_at_most_five_percent_parameters_at_the_default_size() -> None:
     """The paper's bound, on a world with few embedding rows (the worst case for the ratio)."""
     encoder = Encoder.fit(FRAME, SCHEMA, 1)
-    plain, residual = Ranker(encoder, ModelConfig()), Ranker(encoder, ModelConfig(), ResidualConfig())
+    techniques = TechniquesConfig(residual=ResidualConfig())
+    plain, residual = Ranker(encoder, ModelConfig()), Ranker(encoder, ModelConfig(), techniques)
     assert count_parameters(plain) < count_parameters(residual) <= 1.05 * count_parameters(plain)
 
 

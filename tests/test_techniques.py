@@ -1,10 +1,15 @@
-"""Residual, ScoreReg and Mixup as pieces of their own, by hand-computable numbers."""
+"""Every technique as pieces of their own, by hand-computable numbers."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from freshrank.techniques.aldi import Student, answer, ranking_alignment, rating_alignment, teacher_weight
+from freshrank.techniques.feature_dropout import draw_rows, drop_rows
 from freshrank.techniques.mixup import mixup
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.score_reg import score_reg
@@ -89,3 +94,79 @@ def test_mixup_with_its_own_generator_leaves_the_global_random_state_alone() -> 
     before = torch.random.get_rng_state()
     mixup(torch.randn(4, 2, generator=torch.Generator()), torch.zeros(4, 1), 0.2, torch.Generator().manual_seed(3))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_dropped_rows_take_the_missing_values_and_the_others_keep_theirs() -> None:
+    """Row 1 of two: two historical columns become 0 and NaN, the content column between them stays."""
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    dropped = drop_rows(x, torch.tensor([False, True]), torch.tensor([0.0, float("nan")]), columns=[0, 2])
+    assert torch.equal(dropped.nan_to_num(-1), torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, -1.0]]))
+    assert x[1, 0] == 4
+
+
+def test_dropped_ids_become_one_id_and_keep_their_type() -> None:
+    """Ids and padded sequences are dropped whole."""
+    dropped = torch.tensor([True, False])
+    assert drop_rows(torch.tensor([7, 8]), dropped, 1).tolist() == [1, 8]
+    assert drop_rows(torch.tensor([[7, 8], [9, 10]]), dropped, 0).tolist() == [[0, 0], [9, 10]]
+
+
+def test_the_share_of_dropped_rows_is_the_probability_and_the_generator_its_own() -> None:
+    """10,000 draws at 0.3; the global random state does not move."""
+    before = torch.random.get_rng_state()
+    assert draw_rows(10_000, 0.3, torch.Generator().manual_seed(0)).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_student_passes_no_gradient_to_what_made_its_inputs() -> None:
+    """The teacher's embeddings learn from the teacher alone."""
+    x_nh = torch.randn(4, 3, requires_grad=True)
+    student = Student(3, 2, (5,))
+    student(x_nh).sum().backward()
+    assert x_nh.grad is None
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_the_student_answers_for_cold_rows_only() -> None:
+    """Row 1 is cold."""
+    served = answer(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([False, True]))
+    assert served.tolist() == [[0], [1]]
+
+
+def test_the_teacher_is_believed_by_half_after_half_impressions_and_never_about_cold_items() -> None:
+    """n / (n + 10) for n = 0, 10, 30; the last item is cold."""
+    weight = teacher_weight(torch.tensor([0.0, 10, 30, 30]), torch.tensor([False, False, False, True]), half=10)
+    assert weight.tolist() == [0, 0.5, 0.75, 0]
+
+
+def test_rating_alignment_is_the_divergence_from_the_teachers_probabilities() -> None:
+    """Teacher 1/2, student 1/4: KL = 1/2 log(1/2 / 1/4) + 1/2 log(1/2 / 3/4) = 1/2 log 4/3; row 1 has no weight."""
+    student = torch.tensor([[-float(torch.log(torch.tensor(3.0)))], [5.0]])
+    loss = rating_alignment(student, torch.zeros(2, 1), torch.tensor([0.7, 0.0]))
+    assert loss.item() == pytest.approx(0.5 * torch.log(torch.tensor(4 / 3)).item(), abs=1e-6)
+
+
+def test_ranking_alignment_cares_about_differences_only() -> None:
+    """A student that is 3 too high everywhere orders as the teacher does; one that orders backwards does not."""
+    teacher, weight = torch.randn(6, 2), torch.ones(6)
+    assert ranking_alignment(teacher + 3, teacher, weight).item() == pytest.approx(0, abs=1e-6)
+    assert ranking_alignment(-teacher, teacher, weight).item() > 0.01
+
+
+def test_ranking_alignment_compares_neighbours_of_one_list_only() -> None:
+    """Two lists of two: a student that lifts the second list as a whole loses nothing."""
+    teacher, lists = torch.randn(4, 1), torch.tensor([0, 0, 1, 1])
+    student = teacher + lists.unsqueeze(1) * 5
+    assert ranking_alignment(student, teacher, torch.ones(4), lists).item() == pytest.approx(0, abs=1e-6)
+    assert ranking_alignment(student, teacher, torch.ones(4)).item() > 0.01
+
+
+@pytest.mark.parametrize("alignment", [rating_alignment, ranking_alignment])
+def test_alignment_of_a_batch_without_warm_rows_is_zero_with_a_zero_gradient(alignment: Callable[..., Tensor]) -> None:
+    """Nobody to learn from: neither the loss nor the gradient moves; nor does the teacher's, ever."""
+    student, teacher = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    loss = alignment(student, teacher, torch.zeros(3))
+    (10 * loss).backward()
+    assert loss.item() == 0
+    assert torch.equal(student.grad, torch.zeros(3, 2))
+    assert teacher.grad is None

@@ -10,25 +10,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from freshrank.config import ModelConfig, ResidualConfig
-from freshrank.encoding import Encoder
+from freshrank.config import PLAIN, ModelConfig, TechniquesConfig
+from freshrank.encoding import FIRST_KNOWN, Encoder
 from freshrank.models.inputs import EntityInputs, ItemIds, SequenceEncoder
-from freshrank.schema import Entity
+from freshrank.schema import ITEM_AGE, Entity, impressions_of
+from freshrank.techniques.aldi import Student, answer
 from freshrank.techniques.residual import Residual
 
 Inputs = dict[str, Tensor]
 Groups = dict[str, Tensor]
 _SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
+_USER_HISTORY = ("user_history", "sequence", "row_history")
 _LENGTHS = (4, 8, 16, 28)
 """Longest sequence of each group that is encoded together in training; the last group has the full length."""
 
 
 class Representation(NamedTuple):
-    """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual."""
+    """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual; the student
+    takes x_student [N, d_s], without a student x_nh itself."""
 
     z_bar: Tensor
     z: Tensor
     x_nh: Tensor
+    x_student: Tensor
 
 
 class LowRankCross(nn.Module):
@@ -107,7 +111,7 @@ class Prediction(nn.Module):
 class Ranker(nn.Module):
     """Logits per action for N candidates of U users; see :class:`freshrank.encoding.Encoder` for the inputs."""
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, residual: ResidualConfig | None = None) -> None:
+    def __init__(self, encoder: Encoder, config: ModelConfig, techniques: TechniquesConfig = PLAIN) -> None:
         super().__init__()
         schema = encoder.schema
         self.user = EntityInputs(Entity.USER, encoder, config)
@@ -122,9 +126,17 @@ class Ranker(nn.Module):
         dims = self._group_dims(config, lookup_dim)
         self.interaction = Interaction(dims, config)
         self.x_nh_dim = sum(d for name, d in dims.items() if name.endswith("_content"))
+        residual, aldi = techniques.residual, techniques.aldi
         self.residual = Residual(self.x_nh_dim, residual.dim) if residual else None
         d = self.interaction.out_dim + (residual.dim if residual else 0)
         self.prediction = Prediction(d, len(schema.actions), config)
+        # Last, so that all other weights start as they would without it.
+        self.student_groups = _USER_HISTORY if aldi and aldi.history == "user" else ()
+        x_student_dim = self.x_nh_dim + sum(dims.get(name, 0) for name in self.student_groups)
+        self.student = Student(x_student_dim, len(schema.actions), aldi.hidden) if aldi else None
+        self.fresh_days = schema.fresh_days
+        self.age_column = _column(encoder, Entity.ROW, ITEM_AGE)
+        self.impressions_column = _column(encoder, Entity.ITEM, impressions_of(Entity.ITEM, schema.lookback_days))
 
     def _group_dims(self, config: ModelConfig, lookup_dim: int) -> dict[str, int]:
         entities = {"user": self.user, "item": self.item, "row": self.row}
@@ -134,14 +146,24 @@ class Ranker(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits [N, A]."""
-        logits: Tensor = self.prediction(self.represent(inputs).z_bar)
-        return logits
+        representation = self.represent(inputs)
+        logits: Tensor = self.prediction(representation.z_bar)
+        if self.student is None:
+            return logits
+        return answer(logits, self.student(representation.x_student), self.cold(inputs))
+
+    def cold(self, inputs: Inputs) -> Tensor:
+        """Whom the student answers for, bool [N]: items younger than ``fresh_days``, and all without an id of their
+        own (new, rare, unknown), whatever their age."""
+        young = inputs["row_numeric"][:, self.age_column] < self.fresh_days
+        return young | (inputs["item_id"] < FIRST_KNOWN)
 
     def represent(self, inputs: Inputs) -> Representation:
         groups = self.groups(inputs)
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
-        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh)
+        x_student = torch.cat([x_nh, *(groups[name] for name in self.student_groups if name in groups)], dim=-1)
+        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh, x_student)
 
     def groups(self, inputs: Inputs) -> Groups:
         """Dense vectors per feature group, [N, ..] each: what the analyses switch off and differentiate by."""
@@ -178,6 +200,10 @@ class Ranker(nn.Module):
         if categories is not None:
             vectors.append(self.item.blocks["categorical"](categories).flatten(-2))
         return torch.cat(vectors, dim=-1)
+
+
+def _column(encoder: Encoder, entity: Entity, name: str) -> int:
+    return [feature.name for feature in encoder.numeric(entity)].index(name)
 
 
 def _named(prefix: str, dense: dict[str, Tensor]) -> Groups:

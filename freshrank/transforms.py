@@ -1,0 +1,92 @@
+"""What is done to a batch before the ranker learns from it: functions from a batch to a batch, applied in order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from freshrank.config import FeatureDropoutConfig, TechniquesConfig, TrainingConfig
+from freshrank.encoding import MISSING, NEW, Encoder, absent_history
+from freshrank.models.inputs import ItemIds
+from freshrank.models.ranker import Inputs
+from freshrank.schema import Entity
+from freshrank.techniques.feature_dropout import draw_rows, drop_rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs as the ranker takes them; labels [B, A] with NaN = not observed; cold bool [B]."""
+
+    inputs: Inputs
+    labels: Tensor
+    cold: Tensor
+
+
+Transform = Callable[[Batch], Batch]
+Absent = dict[Entity, tuple[list[int], Tensor]]
+"""Per entity: positions of the historical columns of its numeric block, and what they hold without history."""
+
+
+def batch_transforms(encoder: Encoder, techniques: TechniquesConfig, training: TrainingConfig) -> list[Transform]:
+    """The transforms of one training run.
+
+    Each draws from a generator of its own, so switching one on leaves batches, hidden ids and all else as they were.
+    """
+
+    def generator(stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(training.seed + stream)
+
+    transforms: list[Transform] = [partial(hide_ids, probability=training.new_item_probability, generator=generator(1))]
+    if techniques.feature_dropout:
+        dropout = techniques.feature_dropout
+        transforms.append(partial(drop_history, absent=absent_of(encoder), config=dropout, generator=generator(3)))
+    return transforms
+
+
+def hide_ids(batch: Batch, probability: float, generator: torch.Generator) -> Batch:
+    """Some item ids become the new-item row, so that the row is trained."""
+    return _with(batch, item_id=ItemIds.hide(batch.inputs["item_id"], probability, generator))
+
+
+def absent_of(encoder: Encoder) -> Absent:
+    """What the numeric blocks hold for an entity without history."""
+    absent = {entity: absent_history(encoder.numeric(entity)) for entity in Entity}
+    return {entity: (columns, torch.from_numpy(values)) for entity, (columns, values) in absent.items() if columns}
+
+
+def drop_history(batch: Batch, absent: Absent, config: FeatureDropoutConfig, generator: torch.Generator) -> Batch:
+    """Feature dropout: per row the item's history, per user of the batch the user's, or both independently.
+
+    A user's history is the counters, the sequence and the crosses with the candidates' categories.
+    """
+    if config.history in ("item", "all"):
+        dropped = draw_rows(len(batch.inputs["item_id"]), config.probability, generator)
+        batch = _with(batch, **without_item_history(batch.inputs, dropped, absent))
+    if config.history in ("user", "all"):
+        dropped = draw_rows(len(batch.inputs["sequence_actions"]), config.probability, generator)
+        batch = _with(batch, **without_user_history(batch.inputs, dropped, absent))
+    return batch
+
+
+def without_item_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
+    return {"item_id": drop_rows(inputs["item_id"], dropped, NEW)} | _numeric(Entity.ITEM, inputs, dropped, absent)
+
+
+def without_user_history(inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
+    sequences = {name: drop_rows(x, dropped, MISSING) for name, x in inputs.items() if name.startswith("sequence_")}
+    rows = dropped.to(inputs["user_index"].device)[inputs["user_index"]]
+    return sequences | _numeric(Entity.USER, inputs, dropped, absent) | _numeric(Entity.ROW, inputs, rows, absent)
+
+
+def _numeric(entity: Entity, inputs: Inputs, dropped: Tensor, absent: Absent) -> Inputs:
+    if entity not in absent:
+        return {}
+    columns, values = absent[entity]
+    name = f"{entity}_numeric"
+    return {name: drop_rows(inputs[name], dropped, values, columns)}
+
+
+def _with(batch: Batch, **blocks: Tensor) -> Batch:
+    return replace(batch, inputs=batch.inputs | blocks)

@@ -1,0 +1,282 @@
+"""The rankers every technique is tried on: ours, a plain MLP, torch-rechub's MMOE, deepctr-torch's DCN.
+
+Each is told how to run (logits, z_bar and x_nh of one pass), how to predict from another z_bar, and what its inputs
+look like without the item's history. Nothing else of a technique depends on the ranker.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from freshrank.config import PLAIN, ModelConfig, ResidualConfig, TechniquesConfig
+from freshrank.encoding import Catalog, Encoder
+from freshrank.models.ranker import Ranker
+from freshrank.schema import Entity
+from freshrank.techniques.feature_dropout import drop_rows
+from freshrank.techniques.residual import Residual
+from freshrank.techniques.seam import Seam
+from freshrank.training import TensorFrame
+from freshrank.transforms import absent_of, without_item_history
+from tests.worlds import random_frame, tiny_schema
+
+ITEMS, GENRES, DIM = 30, 4, 6
+REDUCED = 3
+"""Width the residual reduces x_nh to."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """inputs as the ranker takes them; labels [B, A]; cold bool [B]; impressions of the item [B]."""
+
+    inputs: Any
+    labels: Tensor
+    cold: Tensor
+    impressions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Pass(NamedTuple):
+    logits: Tensor
+    z_bar: Tensor
+    x_nh: Tensor
+
+
+class Subject:
+    """A ranker under test; ``residual`` is None where it was built without."""
+
+    model: nn.Module
+    residual: Residual | None
+
+    def example(self, rows: int, seed: int = 0) -> Example:
+        raise NotImplementedError
+
+    def own(self, example: Example) -> Tensor:
+        """Logits [B, A] as somebody gets them who has never heard of techniques."""
+        raise NotImplementedError
+
+    def run(self, example: Example) -> Pass:
+        raise NotImplementedError
+
+    def predict(self, example: Example, z_bar: Tensor) -> Tensor:
+        """Logits [B, A] of F(z_bar)."""
+        raise NotImplementedError
+
+    def drop(self, example: Example, dropped: Tensor) -> Example:
+        """The item's history reads as missing in the dropped rows."""
+        raise NotImplementedError
+
+    def other_history(self, example: Example) -> Example:
+        """Every row with the id and the counters of another row's item, and the content of its own."""
+        raise NotImplementedError
+
+
+def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Items of four genres; a click goes with an odd genre, a save with a high one; a third of the items are cold.
+
+    Row 0 uses id 0 for an unknown item. Counters come with the id: cold items have none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    item = torch.randint(1, ITEMS, (rows,), generator=generator)
+    genre, cold = item % GENRES, item % 3 == 0
+    seen = torch.where(cold, 0, 20.0 + item)
+    labels = torch.stack([genre % 2, genre // 2], dim=1)[:, :actions].float()
+    return {"item_id": item, "genre": genre, "seen": seen.log1p()}, labels, cold
+
+
+class Ours(Subject):
+    """freshrank's ranker on the tiny world."""
+
+    config = ModelConfig(item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4,
+                         mlp=(16, 8), experts=2, expert_dim=8, head_dim=4)  # fmt: skip
+
+    def __init__(self, residual: bool = False) -> None:
+        schema = tiny_schema()
+        frame = random_frame(schema)
+        self.encoder = Encoder.fit(frame, schema, 1)
+        self.data = TensorFrame(frame, self.encoder, Catalog.build(frame.items, self.encoder))
+        techniques = TechniquesConfig(residual=ResidualConfig(dim=REDUCED)) if residual else PLAIN
+        self.model: Ranker = Ranker(self.encoder, self.config, techniques)
+        self.residual = self.model.residual
+
+    def example(self, rows: int, seed: int = 0) -> Example:
+        batch = self.data.batch(torch.arange(rows) + seed)
+        impressions = batch.inputs["item_numeric"][:, self.model.impressions_column]
+        return Example(batch.inputs, batch.labels, batch.cold, impressions)
+
+    def own(self, example: Example) -> Tensor:
+        return self.model(example.inputs)
+
+    def run(self, example: Example) -> Pass:
+        there = self.model.represent(example.inputs)
+        return Pass(self.model.prediction(there.z_bar), there.z_bar, there.x_nh)
+
+    def predict(self, example: Example, z_bar: Tensor) -> Tensor:
+        return self.model.prediction(z_bar)
+
+    def drop(self, example: Example, dropped: Tensor) -> Example:
+        changed = without_item_history(example.inputs, dropped, absent_of(self.encoder))
+        return replace(example, inputs=example.inputs | changed)
+
+    def other_history(self, example: Example) -> Example:
+        columns, _ = absent_of(self.encoder)[Entity.ITEM]
+        numeric = example.inputs["item_numeric"].clone()
+        numeric[:, columns] = numeric[:, columns].roll(1, 0)
+        changed = {"item_id": example.inputs["item_id"].roll(1), "item_numeric": numeric}
+        return replace(example, inputs=example.inputs | changed)
+
+
+class Mlp(nn.Module):
+    """I: two embeddings and a counter through one layer; F: one layer."""
+
+    def __init__(self, extra: int = 0) -> None:
+        super().__init__()
+        self.item, self.genre = nn.Embedding(ITEMS, DIM), nn.Embedding(GENRES, DIM)
+        self.interact = nn.Sequential(nn.Linear(2 * DIM + 1, 16), nn.ReLU())
+        self.head = nn.Linear(16 + extra, 2)
+
+    def z(self, x: dict[str, Tensor]) -> Tensor:
+        return self.interact(torch.cat([self.item(x["item_id"]), self.genre(x["genre"]), x["seen"][:, None]], dim=1))
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return self.head(self.z(x))
+
+
+class PlainMlp(Subject):
+    """A model one writes oneself, taken apart at the seam."""
+
+    def __init__(self, residual: bool = False) -> None:
+        self.model: Mlp = Mlp(REDUCED if residual else 0)
+        self.residual = Residual(DIM, REDUCED) if residual else None
+
+    def example(self, rows: int, seed: int = 0) -> Example:
+        x, labels, cold = _simple(rows, seed, 2)
+        return Example(x, labels, cold, x["seen"].expm1())
+
+    def own(self, example: Example) -> Tensor:
+        return self.model(example.inputs)
+
+    def run(self, example: Example) -> Pass:
+        z, x_nh = self.model.z(example.inputs), self.model.genre(example.inputs["genre"])
+        z_bar = self.residual(z, x_nh) if self.residual else z
+        return Pass(self.model.head(z_bar), z_bar, x_nh)
+
+    def predict(self, example: Example, z_bar: Tensor) -> Tensor:
+        return self.model.head(z_bar)
+
+    def drop(self, example: Example, dropped: Tensor) -> Example:
+        x = example.inputs
+        changed = {"item_id": drop_rows(x["item_id"], dropped, 0), "seen": drop_rows(x["seen"], dropped, 0.0)}
+        return replace(example, inputs=x | changed)
+
+    def other_history(self, example: Example) -> Example:
+        x = example.inputs
+        return replace(example, inputs=x | {name: x[name].roll(1) for name in ("item_id", "seen")})
+
+
+class RechubMmoe(Subject):
+    """torch-rechub's MMOE: I is its embedding layer, F everything behind it."""
+
+    def __init__(self, residual: bool = False) -> None:
+        from torch_rechub.basic.features import DenseFeature, SparseFeature
+        from torch_rechub.models.multi_task import MMOE
+
+        self.content = [SparseFeature("genre", GENRES, DIM)]
+        features = [SparseFeature("item_id", ITEMS, DIM), *self.content, DenseFeature("seen")]
+        # Dense features are appended to the embeddings, and so is the residual: z_bar = [z; r(x_nh)].
+        features += [DenseFeature("residual", REDUCED)] if residual else []
+        tower = {"dims": [8]}
+        self.model = MMOE(features, ["classification"] * 2, 2, {"dims": [16]}, [tower, tower])
+        self.residual = Residual(DIM, REDUCED) if residual else None
+
+    @cached_property
+    def seam(self) -> Seam:
+        return Seam(self.model.embedding, "output")
+
+    example = PlainMlp.example
+    drop = PlainMlp.drop
+    other_history = PlainMlp.other_history
+
+    def own(self, example: Example) -> Tensor:
+        return torch.logit(self.model(example.inputs), eps=1e-6)
+
+    def run(self, example: Example) -> Pass:
+        x = example.inputs
+        x_nh = self.model.embedding(x, self.content, squeeze_dim=True)
+        reduced = {"residual": self.residual.reduce(x_nh)} if self.residual else {}
+        seam = self.seam
+        logits = torch.logit(self.model(x | reduced), eps=1e-6)
+        return Pass(logits, seam.z, x_nh)
+
+    def predict(self, example: Example, z_bar: Tensor) -> Tensor:
+        unused = {"residual": torch.zeros(len(example), REDUCED)} if self.residual else {}
+        with self.seam.through(lambda _: z_bar):
+            return torch.logit(self.model(example.inputs | unused), eps=1e-6)
+
+
+class DeepctrDcn(Subject):
+    """deepctr-torch's DCN: I is its cross and deep network, F its last layer; one action, one matrix of inputs."""
+
+    def __init__(self, residual: bool = False) -> None:
+        from deepctr_torch.inputs import DenseFeat, SparseFeat
+        from deepctr_torch.models import DCN
+
+        self.content = [SparseFeat("genre", GENRES, DIM)]
+        columns = [SparseFeat("item_id", ITEMS, DIM), *self.content, DenseFeat("seen", 1)]
+        with torch.random.fork_rng():
+            # No linear columns: what bypasses the seam could be neither mixed nor widened.
+            self.model = DCN([], columns, dnn_hidden_units=(16,), init_std=0.1, seed=torch.initial_seed() % 2**31)
+        if residual:
+            self.model.dnn_linear = nn.Linear(self.model.dnn_linear.in_features + REDUCED, 1, bias=False)
+        self.residual = Residual(DIM, REDUCED) if residual else None
+
+    @cached_property
+    def seam(self) -> Seam:
+        return Seam(self.model.dnn_linear, "input")
+
+    def example(self, rows: int, seed: int = 0) -> Example:
+        x, labels, cold = _simple(rows, seed, 1)
+        matrix = torch.stack([x[name].float() for name in self.model.feature_index], dim=1)
+        return Example(matrix, labels, cold, x["seen"].expm1())
+
+    def own(self, example: Example) -> Tensor:
+        return torch.logit(self.model(example.inputs), eps=1e-6)
+
+    def run(self, example: Example) -> Pass:
+        x = example.inputs
+        x_nh = torch.cat(self.model.input_from_feature_columns(x, self.content, self.model.embedding_dict)[0], -1)
+        x_nh = x_nh.flatten(1)
+        seam = self.seam
+        if self.residual is None:
+            return Pass(self.own(example), seam.z, x_nh)
+        with seam.through(lambda z: self.residual(z, x_nh)):
+            return Pass(self.own(example), seam.z, x_nh)
+
+    def predict(self, example: Example, z_bar: Tensor) -> Tensor:
+        with self.seam.through(lambda _: z_bar):
+            return self.own(example)
+
+    def drop(self, example: Example, dropped: Tensor) -> Example:
+        return replace(example, inputs=drop_rows(example.inputs, dropped, 0.0, self._history))
+
+    def other_history(self, example: Example) -> Example:
+        x = example.inputs.clone()
+        x[:, self._history] = x[:, self._history].roll(1, 0)
+        return replace(example, inputs=x)
+
+    @property
+    def _history(self) -> list[int]:
+        return [self.model.feature_index[name][0] for name in ("item_id", "seen")]
+
+
+SUBJECTS: dict[str, Callable[[bool], Subject]] = {
+    "freshrank": Ours,
+    "plain MLP": PlainMlp,
+    "torch-rechub MMOE": RechubMmoe,
+    "deepctr-torch DCN": DeepctrDcn,
+}
