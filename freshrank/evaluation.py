@@ -114,7 +114,7 @@ class Support(BaseModel):
     lists: int = 0
     positives: int = 0
     items: int = 0
-    """Distinct items of the rows the metric reads; counted where it is weighted per item."""
+    """Distinct items of the rows the metric reads; counted for row metrics and for Hits@k per item."""
 
 
 class Metric(BaseModel):
@@ -167,6 +167,10 @@ class WarmUpCurve(BaseModel):
     points: list[WarmUpPoint]
     warm_from: str | None = None
     """The bucket from which on no interval lies wholly on the worse side of the warmest bucket's."""
+
+    @property
+    def key(self) -> tuple[MetricName, str, Weighting]:
+        return self.metric, self.action, self.weighting
 
 
 class Evaluation(BaseModel):

@@ -103,13 +103,16 @@ class _Bucket:
     def mean(self, items: Ints, values: Floats, weighting: Weighting, support: Support) -> WarmUpPoint:
         """Of ``values`` [m], whose rows are of ``items`` [m]."""
         weights = statistics.item_weights(items) if weighting is Weighting.ITEM else np.ones(len(items))
-        value = float(np.average(values, weights=weights)) if len(items) else 0.0
-        return self.point(value, statistics.drawn_means(self.drawn, items, values, weights), support, support.items)
+        value = float(np.average(values, weights=weights)) if len(items) else np.nan
+        draws = statistics.drawn_means(self.drawn, items, values, weights)
+        return self.point(value, draws, support)
 
-    def point(self, value: float, draws: Floats, support: Support, drawn: int) -> WarmUpPoint:
-        """One whose ``draws`` [B] were of ``drawn`` items or lists."""
-        if drawn < _MIN_DRAWN or np.isnan(draws).all():
-            note = f"rests on {drawn} items or lists with and without the action; {_MIN_DRAWN} are needed"
+    def point(self, value: float, draws: Floats, support: Support, unit: str = "items") -> WarmUpPoint:
+        """``draws`` [B] were of the ``unit`` of ``support``; a NaN ``value`` says that one class has no row."""
+        drawn = getattr(support, unit)
+        if drawn < _MIN_DRAWN or np.isnan(value):
+            few = f"rests on {drawn} {unit}; {_MIN_DRAWN} are needed"
+            note = few if drawn < _MIN_DRAWN else "every row has the action, or none has"
             return WarmUpPoint(bucket=self.name, note=note, support=support)
         found = interval(value, draws, self.table.config.confidence)
         return WarmUpPoint(bucket=self.name, interval=found, support=support)
@@ -125,7 +128,7 @@ def _hits(bucket: _Bucket, action: int) -> Iterator[_Found]:
     rate = float((np.bincount(list_of, hit, len(lists)) > 0).mean()) if len(lists) else 0.0
     rng = np.random.default_rng(table.config.seed)
     draws = rng.binomial(len(lists), rate, table.config.warm_up_draws) / max(1, len(lists))
-    yield MetricName.HITS, Weighting.IMPRESSION, bucket.point(rate, draws, support, len(lists))
+    yield MetricName.HITS, Weighting.IMPRESSION, bucket.point(rate, draws, support, "lists")
     by_item = bucket.mean(items, hit.astype(np.float64), Weighting.ITEM, support)
     yield MetricName.HITS, Weighting.ITEM, by_item
 
@@ -142,7 +145,7 @@ def _rows(bucket: _Bucket, action: int) -> Iterator[_Found]:
     for weighting in Weighting:
         yield MetricName.LOG_LOSS, weighting, bucket.mean(items, losses, weighting, support)
     for metric, value, draws in _areas(bucket, items, probabilities, labels):
-        yield metric, Weighting.IMPRESSION, bucket.point(value, draws, support, support.items)
+        yield metric, Weighting.IMPRESSION, bucket.point(value, draws, support)
 
 
 def _areas(
