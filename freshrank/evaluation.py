@@ -267,7 +267,7 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
     """Name -> row mask [N]; age buckets hold their lower end, exposure buckets their upper end."""
     named = {ALL: np.ones(len(age_days), np.bool_), FRESH: age_days < fresh_days, WARM: age_days >= fresh_days}
     age_of = np.searchsorted(config.age_buckets, age_days, side="right")
-    for bucket, name in enumerate(age_names(config.age_buckets)):
+    for bucket, name in enumerate(_age_names(config.age_buckets)):
         named[f"age:{name}"] = age_of == bucket
     exposed = np.searchsorted(config.exposure_buckets, exposures, side="left")
     for bucket, name in enumerate(exposure_names(config.exposure_buckets)):
@@ -275,12 +275,13 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
     return named
 
 
-def age_names(edges: tuple[float, ...]) -> list[str]:
+def _age_names(edges: tuple[float, ...]) -> list[str]:
     inner = [f"{low:g}-{high:g}" for low, high in zip((0.0, *edges), edges, strict=False)]
     return [*inner, f"{edges[-1]:g}+" if edges else "0+"]
 
 
 def exposure_names(edges: tuple[int, ...]) -> list[str]:
+    """``0``, ``1-10``, ``11+`` for the upper ends (0, 10)."""
     lows = [0, *(edge + 1 for edge in edges)]
     inner = [f"{low}" if low == high else f"{low}-{high}" for low, high in zip(lows, edges, strict=False)]
     return [*inner, f"{lows[-1]}+"]

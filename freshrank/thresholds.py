@@ -18,19 +18,12 @@ def with_thresholds(
     """
     if comparison.invalid:
         return comparison
-    swept = [
-        _threshold(
-            comparison
-            if days == schema.fresh_days
-            else compare(challenger, baseline, schema.model_copy(update={"fresh_days": days}), config),
-            (challenger, baseline),
-            days,
-            schema.actions,
-            config,
-        )
-        for days in ages(schema, config)
-    ]
-    return comparison.model_copy(update={"thresholds": swept})
+    thresholds = []
+    for days in ages(schema, config):
+        moved = schema.model_copy(update={"fresh_days": days})
+        at = comparison if days == schema.fresh_days else compare(challenger, baseline, moved, config)
+        thresholds.append(_threshold(at, (challenger, baseline), moved, config))
+    return comparison.model_copy(update={"thresholds": thresholds})
 
 
 def ages(schema: Schema, config: EvaluationConfig) -> list[float]:
@@ -42,12 +35,12 @@ def ages(schema: Schema, config: EvaluationConfig) -> list[float]:
 
 
 def _threshold(
-    comparison: Comparison, models: tuple[Judged, Judged], days: float, actions: list[str], config: EvaluationConfig
+    comparison: Comparison, models: tuple[Judged, Judged], schema: Schema, config: EvaluationConfig
 ) -> Threshold:
-    fresh = models[0].age_days < days
-    losses = [_log_loss(models, fresh, action, label, config) for action, label in enumerate(actions)]
+    fresh = models[0].age_days < schema.fresh_days
+    losses = [_log_loss(models, fresh, action, label, config) for action, label in enumerate(schema.actions)]
     return Threshold(
-        fresh_days=days,
+        fresh_days=schema.fresh_days,
         rows=int(fresh.sum()),
         items=len(np.unique(models[0].item_id[fresh])),
         fresh_share=comparison.fresh_share,

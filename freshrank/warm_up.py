@@ -122,12 +122,13 @@ def _hits(bucket: _Bucket, action: int) -> Iterator[_Found]:
     table, listed = bucket.table, bucket.table.listed
     positive = (table.judged.labels[listed, action] == 1) & bucket.rows[listed]
     hit = table.rank[positive] < table.config.k
-    lists, list_of = np.unique(table.lists[positive], return_inverse=True)
+    holds, on_top = statistics.list_hits(positive, table.rank, table.lists, table.list_count, table.config.k)
+    lists = int(holds.sum())
     items = bucket.items[(listed & (table.judged.labels[:, action] == 1))[bucket.rows]]
-    support = Support(rows=len(hit), lists=len(lists), positives=len(hit), items=len(np.unique(items)))
-    rate = float((np.bincount(list_of, hit, len(lists)) > 0).mean()) if len(lists) else 0.0
-    rng = np.random.default_rng(table.config.seed)
-    draws = rng.binomial(len(lists), rate, table.config.warm_up_draws) / max(1, len(lists))
+    support = Support(rows=len(hit), lists=lists, positives=len(hit), items=len(np.unique(items)))
+    rate = float(on_top.sum() / max(1, lists))
+    # lists are alike but for the hit, so the hits among as many drawn lists are binomial
+    draws = np.random.default_rng(table.config.seed).binomial(lists, rate, table.config.warm_up_draws) / max(1, lists)
     yield MetricName.HITS, Weighting.IMPRESSION, bucket.point(rate, draws, support, "lists")
     by_item = bucket.mean(items, hit.astype(np.float64), Weighting.ITEM, support)
     yield MetricName.HITS, Weighting.ITEM, by_item

@@ -90,6 +90,15 @@ def test_an_item_is_warm_from_the_bucket_on_that_is_not_clearly_worse() -> None:
         assert curve(judged, metric).warm_from == "0"
 
 
+def test_a_good_start_does_not_make_an_item_warm_while_worse_buckets_follow() -> None:
+    """Only those of 1-19 impressions are blurred: warm from the bucket after them, not from the first."""
+    judged = world(lists=600)
+    middle = (judged.exposures >= 1) & (judged.exposures <= 19)
+    noise = 3 * np.random.default_rng(0).normal(size=judged.labels.shape) * middle[:, None]
+    blurred = with_logits(judged, logit(judged.probabilities) + noise, TWO.utilities)
+    assert curve(blurred, MetricName.AUC).warm_from == "20-1000"
+
+
 def test_a_bucket_of_few_items_has_no_point_but_says_how_few() -> None:
     """Nine items do not make an interval; a bucket nobody reached has none either."""
     judged = replace(world(lists=20), exposures=np.full(200, 5))
