@@ -1,14 +1,24 @@
 """What is trained, judged and shipped: one typed tree, serialised as JSON, one pipeline parameter per section."""
 
 from datetime import date, timedelta
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from freshrank.clock import days
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _ascending(edges: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in pairwise(edges)):
+        raise ValueError("expected bucket edges in ascending order, each once")
+    return edges
+
+
+Ascending = AfterValidator(_ascending)
 
 
 class Section(BaseModel):
@@ -147,8 +157,17 @@ class EvaluationConfig(Section):
     lists: Literal["request", "user"] = "request"
     """What is ranked together: a request, or all a user saw on the evaluation days (logs without request ids)."""
     min_candidates: Positive = 4
-    age_buckets: tuple[float, ...] = (1.0, 7.0, 28.0)
-    exposure_buckets: tuple[int, ...] = (0, 10, 100, 1000)
+    age_buckets: Annotated[tuple[float, ...], Ascending] = (1.0, 7.0, 28.0)
+    exposure_buckets: Annotated[tuple[int, ...], Ascending] = (0, 10, 100, 1000)
+    warm_up_buckets: Annotated[tuple[int, ...], Ascending] = (0, 3, 10, 30, 100, 300, 1000)
+    """Upper ends, in impressions since birth, of the buckets of the warm-up curve; one more holds the rest."""
+    warm_up_draws: Annotated[int, Field(ge=20)] = 200
+    """Draws of items behind every interval of the warm-up curve and of the log loss of the threshold sweep."""
+    fresh_thresholds: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Further ages in days below which an item counts as fresh, swept beside the schema's ``fresh_days``.
+
+    None: half and double of it; an empty list: no further one.
+    """
     bootstrap: Annotated[int, Field(ge=20)] = 1000
     """Draws of lists behind every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95

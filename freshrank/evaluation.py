@@ -7,6 +7,9 @@ why; it is never NaN, and never counts as good.
 Hits@k of an action on a slice: over the lists of at least ``min_candidates`` rows that hold a row of the slice with
 that action, the share that have such a row among their first k by score. With ``action`` None it is the average over
 the actions weighted by utility, left out those without utility or support.
+
+Per item: the same metrics once more with every item counting the same (:class:`Weighting`), because a few often shown
+items decide every average over rows or lists, whatever happens to the many others.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +30,17 @@ from freshrank.statistics import Bools, Floats, Ints
 ALL, FRESH, WARM = "all", "fresh", "warm"
 
 
+class Weighting(StrEnum):
+    IMPRESSION = "impression"
+    """Every row counts the same; where lists are ranked, every list."""
+    ITEM = "item"
+    """Every item counts the same: a row weighs 1 / (rows of its item that the metric reads in this slice).
+
+    For Hits@k those are the item's rows with the action in lists long enough, so it is the mean over items of the
+    share of them that are among the first k. NDCG, the score gap and the exposure shares have no such form.
+    """
+
+
 class MetricName(StrEnum):
     HITS = "hits_at_k"
     MATCHED_HITS = "exposure_matched_hits_at_k"
@@ -35,6 +49,9 @@ class MetricName(StrEnum):
     """That constant: above 0 the model scores fresh items too low as a group."""
     NDCG = "ndcg_at_k"
     PR_AUC = "pr_auc"
+    """Average precision; it moves with the rate of the action, so slices cannot be compared by it."""
+    AUC = "auc"
+    """Chance that a row with the action is predicted above one without; it does not move with the rate."""
     LOG_LOSS = "log_loss"
     ECE = "ece"
     """Expected calibration error over equal-mass bins (statistics.reliability)."""
@@ -43,7 +60,8 @@ class MetricName(StrEnum):
     SCORE_GAP_POSITIVE = "score_gap_positive"
     """(mean warm - mean fresh prediction) / mean warm, among rows with the action (paper, fig. 2c and 6c).
 
-    Its support counts the positives of the smaller side.
+    On a bucket of age or exposures the bucket's rows stand in for the fresh ones. Its support counts the positives of
+    the smaller side.
     """
     SCORE_GAP_NEGATIVE = "score_gap_negative"
     """The same among rows without the action."""
@@ -90,11 +108,13 @@ class Judged:
 
 
 class Support(BaseModel):
-    """What a value rests on: observed rows, the lists that count, rows with the action."""
+    """What a value rests on: observed rows, the lists that count, rows with the action, items."""
 
     rows: int = 0
     lists: int = 0
     positives: int = 0
+    items: int = 0
+    """Distinct items of the rows the metric reads; counted for row metrics and for Hits@k per item."""
 
 
 class Metric(BaseModel):
@@ -105,6 +125,7 @@ class Metric(BaseModel):
     slice: str
     metric: MetricName
     action: str | None = None
+    weighting: Weighting = Weighting.IMPRESSION
     value: float | None = None
     note: str | None = None
     support: Support = Support()
@@ -116,6 +137,40 @@ class ReliabilityBin(BaseModel):
     predicted: float
     observed: float
     rows: int
+
+
+class Interval(BaseModel):
+    """Point estimate with the ends of its bootstrap percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class WarmUpPoint(BaseModel):
+    """One bucket of a warm-up curve."""
+
+    bucket: str
+    """Impressions since birth: ``0``, ``1-3``, ``1001+``."""
+    interval: Interval | None = None
+    note: str | None = None
+    """Why the interval is missing."""
+    support: Support = Support()
+
+
+class WarmUpCurve(BaseModel):
+    """Quality against the number of impressions an item had since birth; warm_up.py says how it is drawn."""
+
+    metric: MetricName
+    action: str
+    weighting: Weighting = Weighting.IMPRESSION
+    points: list[WarmUpPoint]
+    warm_from: str | None = None
+    """The bucket from which on no interval lies wholly on the worse side of the warmest bucket's."""
+
+    @property
+    def key(self) -> tuple[MetricName, str, Weighting]:
+        return self.metric, self.action, self.weighting
 
 
 class Evaluation(BaseModel):
@@ -131,29 +186,30 @@ class Evaluation(BaseModel):
     """Set where no metric could be computed: the sentence that says why."""
     metrics: list[Metric]
     reliability: list[ReliabilityBin] = []
+    warm_up: list[WarmUpCurve] = []
+    """Filled by :func:`freshrank.warm_up.with_warm_up`."""
 
-    def get(self, metric: MetricName, slice: str, action: str | None = None) -> Metric:
+    def get(
+        self,
+        metric: MetricName,
+        slice: str,
+        action: str | None = None,
+        weighting: Weighting = Weighting.IMPRESSION,
+    ) -> Metric:
         """The row asked for; one without value where it was never computed."""
         for row in self.metrics:
-            if (row.metric, row.slice, row.action) == (metric, slice, action):
+            if (row.metric, row.slice, row.action, row.weighting) == (metric, slice, action, weighting):
                 return row
-        return Metric(slice=slice, metric=metric, action=action, note=self.invalid or "was not computed")
+        return Metric(slice=slice, metric=metric, action=action, weighting=weighting,
+                      note=self.invalid or "was not computed")  # fmt: skip
 
     @property
     def slices(self) -> list[str]:
         return list(dict.fromkeys(row.slice for row in self.metrics))
 
 
-class Interval(BaseModel):
-    """Point estimate with the ends of its bootstrap percentile interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class Difference(BaseModel):
-    """Hits@k of both models on the same lists, and challenger minus baseline."""
+    """Hits@k (in a threshold sweep log loss too) of both models on the same rows, and challenger minus baseline."""
 
     slice: str
     metric: MetricName
@@ -162,7 +218,28 @@ class Difference(BaseModel):
     challenger: Interval | None = None
     difference: Interval | None = None
     lists: int = 0
+    items: int = 0
+    """Items that were drawn; 0 where lists were."""
     note: str | None = None
+
+
+class Threshold(BaseModel):
+    """What the two models differ by on fresh items, had an item been fresh below another age."""
+
+    fresh_days: float
+    rows: int
+    """Rows of items younger than that."""
+    items: int
+    fresh_share: float | None = None
+    """As in :class:`Comparison`."""
+    differences: list[Difference]
+    """Hits@k, exposure-matched Hits@k (per action, and None: weighted by utility) and log loss per action."""
+
+    def get(self, metric: MetricName, action: str | None = None) -> Difference:
+        for row in self.differences:
+            if (row.metric, row.action) == (metric, action):
+                return row
+        return Difference(slice=FRESH, metric=metric, action=action, note="was not computed")
 
 
 class Comparison(BaseModel):
@@ -176,6 +253,8 @@ class Comparison(BaseModel):
     """Share of top-k slots that exposure matching gave the fresh rows of both models."""
     invalid: str | None = None
     rows: list[Difference]
+    thresholds: list[Threshold] = []
+    """In ascending order of age; filled by :func:`freshrank.thresholds.with_thresholds`."""
 
     def get(self, metric: MetricName, slice: str, action: str | None = None) -> Difference:
         for row in self.rows:
@@ -191,7 +270,7 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
     for bucket, name in enumerate(_age_names(config.age_buckets)):
         named[f"age:{name}"] = age_of == bucket
     exposed = np.searchsorted(config.exposure_buckets, exposures, side="left")
-    for bucket, name in enumerate(_exposure_names(config.exposure_buckets)):
+    for bucket, name in enumerate(exposure_names(config.exposure_buckets)):
         named[f"exposures:{name}"] = exposed == bucket
     return named
 
@@ -201,14 +280,15 @@ def _age_names(edges: tuple[float, ...]) -> list[str]:
     return [*inner, f"{edges[-1]:g}+" if edges else "0+"]
 
 
-def _exposure_names(edges: tuple[int, ...]) -> list[str]:
+def exposure_names(edges: tuple[int, ...]) -> list[str]:
+    """``0``, ``1-10``, ``11+`` for the upper ends (0, 10)."""
     lows = [0, *(edge + 1 for edge in edges)]
     inner = [f"{low}" if low == high else f"{low}-{high}" for low, high in zip(lows, edges, strict=False)]
     return [*inner, f"{lows[-1]}+"]
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """One model's rows, with the lists long enough to be ranked; arrays named ``listed_*`` hold only their E rows."""
 
     judged: Judged
@@ -222,6 +302,16 @@ class _Table:
     @cached_property
     def slices(self) -> dict[str, Bools]:
         return slices(self.judged.age_days, self.judged.exposures, self.schema.fresh_days, self.config)
+
+    @cached_property
+    def buckets(self) -> list[str]:
+        """Names of the slices by age and by exposures."""
+        return [name for name in self.slices if name not in (ALL, FRESH, WARM)]
+
+    @cached_property
+    def items(self) -> Ints:
+        """[N] dense item numbers."""
+        return np.unique(self.judged.item_id, return_inverse=True)[1].astype(np.int64)
 
     @cached_property
     def listed(self) -> Bools:
@@ -283,7 +373,7 @@ def evaluate(judged: Judged, schema: Schema, config: EvaluationConfig, fresh_sha
     ``fresh_share`` of all top-k slots goes to fresh rows in the exposure-matched metrics; by default as large as
     their share of the candidates.
     """
-    table = _Table(judged, schema, config)
+    table = Table(judged, schema, config)
     invalid = judged.invalid
     metrics = [] if invalid else [*_metrics(table, fresh_share)]
     return Evaluation(
@@ -298,19 +388,26 @@ def evaluate(judged: Judged, schema: Schema, config: EvaluationConfig, fresh_sha
     )
 
 
-def _metrics(table: _Table, fresh_share: float | None) -> Iterator[Metric]:
+def _metrics(table: Table, fresh_share: float | None) -> Iterator[Metric]:
     for name in table.slices:
         yield from _hits(table, name, MetricName.HITS, table.rank)
         for action in range(len(table.utilities)):
             yield _ndcg(table, name, action)
-            yield from _row_metrics(table, name, action)
-    for action in range(len(table.utilities)):
-        yield _gap(table, action, 1, MetricName.SCORE_GAP_POSITIVE)
-        yield _gap(table, action, 0, MetricName.SCORE_GAP_NEGATIVE)
+            for weighting in Weighting:
+                yield from _row_metrics(table, name, action, weighting)
+    for name in (FRESH, *table.buckets):
+        for action in range(len(table.utilities)):
+            yield _gap(table, name, action, 1, MetricName.SCORE_GAP_POSITIVE)
+            yield _gap(table, name, action, 0, MetricName.SCORE_GAP_NEGATIVE)
     yield from _exposure(table, fresh_share)
 
 
-def _hits(table: _Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+def _hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+    yield from _list_hits(table, name, metric, rank)
+    yield from _item_hits(table, name, metric, rank)
+
+
+def _list_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
     holds, hit = table.hits(name, rank)
     rows = table.slices[name][table.listed]
     for action, label in enumerate(table.schema.actions):
@@ -328,7 +425,25 @@ def _hits(table: _Table, name: str, metric: MetricName, rank: Ints) -> Iterator[
     yield Metric(slice=name, metric=metric, value=value, note=note, support=Support(rows=rows.sum(), lists=counted))
 
 
-def _no_list(table: _Table, name: str, action: str) -> str:
+def _item_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+    rates, counted = np.zeros(len(table.utilities)), np.zeros(len(table.utilities), np.bool_)
+    for action, label in enumerate(table.schema.actions):
+        positive = table.positive(name, action)
+        items = table.items[table.listed][positive]
+        support = Support(rows=len(items), lists=len(np.unique(table.lists[positive])), positives=len(items),
+                          items=len(np.unique(items)))  # fmt: skip
+        counted[action] = len(items) > 0
+        if len(items):
+            rates[action] = np.average(rank[positive] < table.config.k, weights=statistics.item_weights(items))
+        yield Metric(slice=name, metric=metric, action=label, weighting=Weighting.ITEM, support=support,
+                     value=float(rates[action]) if len(items) else None,
+                     note=None if len(items) else _no_list(table, name, label))  # fmt: skip
+    weights, note = _weights(table, name, counted[None])
+    yield Metric(slice=name, metric=metric, weighting=Weighting.ITEM, note=note,
+                 value=float(rates @ weights) if weights.any() else None)  # fmt: skip
+
+
+def _no_list(table: Table, name: str, action: str) -> str:
     return f"no list of at least {table.config.min_candidates} candidates holds '{action}' on {_item_of(name)}"
 
 
@@ -342,7 +457,7 @@ def _rates(holds: Bools, hit: Bools) -> NDArray[np.float64]:
     return rates
 
 
-def _weights(table: _Table, name: str, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
+def _weights(table: Table, name: str, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
     """[A] weights of the utility-weighted average over the actions that have lists, and a note on the others."""
     supported = holds.any(axis=0) & (table.utilities != 0)
     absent = [a for a, u, s in zip(table.schema.actions, table.utilities, supported, strict=True) if u and not s]
@@ -352,7 +467,7 @@ def _weights(table: _Table, name: str, holds: Bools) -> tuple[NDArray[np.float64
     return weights / np.abs(weights).sum(), f"without {', '.join(absent)}: no list holds it" if absent else None
 
 
-def _ndcg(table: _Table, name: str, action: int) -> Metric:
+def _ndcg(table: Table, name: str, action: int) -> Metric:
     positive = table.positive(name, action)
     value = statistics.ndcg(positive, table.rank, table.lists, table.list_count, table.config.k)
     label = table.schema.actions[action]
@@ -362,51 +477,63 @@ def _ndcg(table: _Table, name: str, action: int) -> Metric:
     return Metric(slice=name, metric=MetricName.NDCG, action=label, value=value, support=support, note=note)
 
 
-def _observed(table: _Table, name: str, action: int) -> tuple[Floats, Floats, Bools]:
+def _observed(table: Table, name: str, action: int) -> tuple[Floats, Floats, Bools]:
     rows = table.slices[name] & ~np.isnan(table.judged.labels[:, action])
     return table.judged.probabilities[rows, action].astype(np.float64), table.judged.labels[rows, action], rows
 
 
-def _row_metrics(table: _Table, name: str, action: int) -> Iterator[Metric]:
-    from sklearn.metrics import average_precision_score  # 1 s to import; not needed to read a finished evaluation
-
+def _row_metrics(table: Table, name: str, action: int, weighting: Weighting) -> Iterator[Metric]:
     probabilities, labels, rows = _observed(table, name, action)
-    label = table.schema.actions[action]
-    positives = int(labels.sum())
-    support = Support(rows=len(labels), lists=len(np.unique(table.judged.list_id[rows])), positives=positives)
-    empty = None if len(labels) else f"no row of slice '{name}' has '{label}' observed"
-    none_positive = empty or (None if positives else f"no row of slice '{name}' has '{label}'")
-    one_class = none_positive or (None if positives < len(labels) else f"every row of slice '{name}' has '{label}'")
-    bins = table.config.ece_bins
+    label, bins = table.schema.actions[action], table.config.ece_bins
+    weights = statistics.item_weights(table.items[rows]) if weighting is Weighting.ITEM else None
+    empty, none_positive, one_class = _lacking(labels, name, label)
+    areas = [] if one_class else statistics.areas(probabilities, labels, _one_row(labels, weights))
     computed: list[tuple[MetricName, str | None, Callable[[], float]]] = [
-        (MetricName.PR_AUC, one_class, lambda: float(average_precision_score(labels, probabilities))),
-        (MetricName.LOG_LOSS, empty, lambda: statistics.log_loss(probabilities, labels)),
-        (MetricName.ECE, empty, lambda: statistics.expected_calibration_error(probabilities, labels, bins)),
-        (MetricName.CALIBRATION_RATIO, none_positive, lambda: float(probabilities.mean() / labels.mean())),
-    ]
+        (MetricName.PR_AUC, one_class, lambda: float(areas[0][0])),
+        (MetricName.AUC, one_class, lambda: float(areas[1][0])),
+        (MetricName.LOG_LOSS, empty, lambda: statistics.log_loss(probabilities, labels, weights)),
+        (MetricName.ECE, empty, lambda: statistics.expected_calibration_error(probabilities, labels, bins, weights)),
+        (MetricName.CALIBRATION_RATIO, none_positive,
+         lambda: float(np.average(probabilities, weights=weights) / np.average(labels, weights=weights))),
+    ]  # fmt: skip
+    support = Support(rows=len(labels), lists=len(np.unique(table.judged.list_id[rows])), positives=int(labels.sum()),
+                      items=len(np.unique(table.items[rows])))  # fmt: skip
     for metric, note, compute in computed:
-        yield Metric(slice=name, metric=metric, action=label, value=None if note else compute(), note=note,
-                     support=support)  # fmt: skip
+        yield Metric(slice=name, metric=metric, action=label, weighting=weighting, value=None if note else compute(),
+                     note=note, support=support)  # fmt: skip
 
 
-def _gap(table: _Table, action: int, wanted: int, metric: MetricName) -> Metric:
+def _one_row(labels: Floats, weights: Floats | None) -> Floats:
+    return (np.ones(len(labels)) if weights is None else weights)[None]
+
+
+def _lacking(labels: Floats, name: str, action: str) -> tuple[str | None, str | None, str | None]:
+    """Why there is no metric of observed rows, none of positives, and none of two classes; None where there is."""
+    positives = int(labels.sum())
+    empty = None if len(labels) else f"no row of slice '{name}' has '{action}' observed"
+    none_positive = empty or (None if positives else f"no row of slice '{name}' has '{action}'")
+    one_class = none_positive or (None if positives < len(labels) else f"every row of slice '{name}' has '{action}'")
+    return empty, none_positive, one_class
+
+
+def _gap(table: Table, name: str, action: int, wanted: int, metric: MetricName) -> Metric:
     label = table.schema.actions[action]
     means, counts = [], []
-    for name in (WARM, FRESH):
-        probabilities, labels, _ = _observed(table, name, action)
+    for side in (WARM, name):
+        probabilities, labels, _ = _observed(table, side, action)
         chosen = probabilities[labels == wanted]
         counts.append(len(chosen))
         means.append(float(chosen.mean()) if len(chosen) else 0.0)
     support = Support(rows=sum(counts), positives=min(counts) if wanted else 0)
     note = None
     if not min(counts) or means[0] == 0:
-        kind = "with" if wanted else "without"
-        note = f"{counts[0]} warm and {counts[1]} fresh rows {kind} '{label}'; both need predictions above 0"
+        kind, what = "with" if wanted else "without", name if name == FRESH else f"'{name}'"
+        note = f"{counts[0]} warm and {counts[1]} {what} rows {kind} '{label}'; both need predictions above 0"
     value = None if note else (means[0] - means[1]) / means[0]
-    return Metric(slice=FRESH, metric=metric, action=label, value=value, note=note, support=support)
+    return Metric(slice=name, metric=metric, action=label, value=value, note=note, support=support)
 
 
-def _exposure(table: _Table, fresh_share: float | None) -> Iterator[Metric]:
+def _exposure(table: Table, fresh_share: float | None) -> Iterator[Metric]:
     support = Support(rows=int(table.listed.sum()), lists=table.list_count)
     share = table.fresh_share
     if share is None:
@@ -416,22 +543,25 @@ def _exposure(table: _Table, fresh_share: float | None) -> Iterator[Metric]:
     top = float(table.listed_fresh[table.rank < table.config.k].mean())
     yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_TOP, value=top, support=support)
     yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_CANDIDATES, value=share, support=support)
+    cold = (FRESH, *table.buckets)
     matched = table.matched(share if fresh_share is None else fresh_share)
     if isinstance(matched, str):
-        yield Metric(slice=FRESH, metric=MetricName.MATCHED_HITS, note=matched)
+        yield from (Metric(slice=name, metric=MetricName.MATCHED_HITS, note=matched) for name in cold)
         return
-    yield from _hits(table, FRESH, MetricName.MATCHED_HITS, matched[0])
+    for name in cold:
+        yield from _hits(table, name, MetricName.MATCHED_HITS, matched[0])
     yield Metric(slice=FRESH, metric=MetricName.MATCHED_SHIFT, value=matched[1], support=support)
 
 
-def _reliability(table: _Table) -> Iterator[ReliabilityBin]:
+def _reliability(table: Table) -> Iterator[ReliabilityBin]:
     for name in (FRESH, WARM):
         for action, label in enumerate(table.schema.actions):
             probabilities, labels, _ = _observed(table, name, action)
             if len(labels):
                 bins = statistics.reliability(probabilities, labels, table.config.ece_bins)
                 for predicted, observed, rows in zip(*bins, strict=True):
-                    yield ReliabilityBin(slice=name, action=label, predicted=predicted, observed=observed, rows=rows)
+                    yield ReliabilityBin(slice=name, action=label, predicted=predicted, observed=observed,
+                                         rows=int(rows))  # fmt: skip
 
 
 def compare(
@@ -446,7 +576,7 @@ def compare(
     Both must have been judged on the same rows in the same order; a :class:`DataError` says where they differ.
     """
     _check_same_rows(challenger, baseline)
-    ours, theirs = _Table(challenger, schema, config), _Table(baseline, schema, config)
+    ours, theirs = Table(challenger, schema, config), Table(baseline, schema, config)
     invalid = _invalid(challenger, baseline) or (None if ours.list_count else
               f"no list of at least {config.min_candidates} candidates")  # fmt: skip
     share = ours.fresh_share if fresh_share is None else fresh_share
@@ -474,7 +604,7 @@ def _invalid(challenger: Judged, baseline: Judged) -> str | None:
     return None
 
 
-def _differences(ours: _Table, theirs: _Table, share: float) -> Iterator[Difference]:
+def _differences(ours: Table, theirs: Table, share: float) -> Iterator[Difference]:
     groups = [(FRESH, MetricName.HITS, ours.rank, theirs.rank)]
     matched, matched_theirs = ours.matched(share), theirs.matched(share)
     refusal = next((why for why in (matched, matched_theirs) if isinstance(why, str)), None)
@@ -504,7 +634,7 @@ class _Group:
     challenger: Bools
     baseline: Bools
 
-    def differences(self, table: _Table, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
+    def differences(self, table: Table, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
         """The weighted average and one row per action, from bootstrap draws [B, A]."""
         weights, note = _weights(table, self.name, self.holds)
         yield self._difference(table.config, None, weights, note, challenger, baseline)
@@ -531,14 +661,14 @@ class _Group:
         drawn = [draws[:, chosen] @ weights[chosen] for draws in (challenger, baseline)]
         return row.model_copy(
             update={
-                "challenger": _interval(points[0], drawn[0], config.confidence),
-                "baseline": _interval(points[1], drawn[1], config.confidence),
-                "difference": _interval(points[0] - points[1], drawn[0] - drawn[1], config.confidence),
+                "challenger": interval(points[0], drawn[0], config.confidence),
+                "baseline": interval(points[1], drawn[1], config.confidence),
+                "difference": interval(points[0] - points[1], drawn[0] - drawn[1], config.confidence),
             }
         )
 
 
-def _interval(value: float, draws: Floats, confidence: float) -> Interval:
+def interval(value: float, draws: Floats, confidence: float) -> Interval:
     """Percentile interval; draws without any supporting list are left out."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws[~np.isnan(draws)], (tail, 1 - tail))

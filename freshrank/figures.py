@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from freshrank.evaluation import FRESH, WARM, Comparison, Difference, Evaluation, MetricName
+from freshrank.evaluation import (
+    FRESH,
+    WARM,
+    Comparison,
+    Difference,
+    Evaluation,
+    MetricName,
+    WarmUpCurve,
+    WarmUpPoint,
+    Weighting,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +44,8 @@ _STYLE: Any = {
 }
 _CHAMPION: dict[str, Any] = {"color": GREY, "marker": "s", "linestyle": "--"}
 _CHALLENGER: dict[str, Any] = {"color": BLUE, "marker": "o", "linestyle": "-"}
+_COMPARABLE = ((MetricName.HITS, Weighting.ITEM), (MetricName.AUC, Weighting.IMPRESSION))
+"""Warm-up curves by which one bucket may be compared with another."""
 
 
 class Picture(BaseModel):
@@ -67,6 +79,7 @@ def pictures(
     if not challenger.invalid and not baseline.invalid:
         drawn += [
             _hits_by_clock(challenger, baseline),
+            *_warm_ups(challenger, baseline),
             _rows_by_age(challenger, baseline),
             _reliability(challenger),
             _score_gap(challenger, baseline),
@@ -75,7 +88,9 @@ def pictures(
 
 
 def row_name(row: Difference, k: int) -> str:
-    """``fresh Hits@3, click`` or, for the utility-weighted average, ``fresh Hits@3``."""
+    """``fresh Hits@3, click`` or, for the utility-weighted average, ``fresh Hits@3``; ``fresh log loss, click``."""
+    if row.metric is MetricName.LOG_LOSS:
+        return f"{row.slice} log loss, {row.action}"
     matched = " at equal exposure" if row.metric is MetricName.MATCHED_HITS else ""
     return f"{row.slice} Hits@{k}{matched}" + (f", {row.action}" if row.action else "")
 
@@ -163,6 +178,61 @@ def _spoken(challenger: Evaluation, baseline: Evaluation, metric: MetricName, ac
     parts = [f"{n.removeprefix(prefix)}: baseline {said(baseline, n)}, challenger {said(challenger, n)}"
              for n in buckets]  # fmt: skip
     return f"By {prefix.removesuffix(':')}, {'; '.join(parts)}."
+
+
+def _warm_ups(challenger: Evaluation, baseline: Evaluation) -> list[Picture]:
+    """One picture per action that both models have curves of."""
+    curves = {curve.key: curve for curve in baseline.warm_up}
+    pairs = [(curve, curves[curve.key]) for curve in challenger.warm_up if curve.key in curves]
+    return [
+        _warm_up([pair for pair in pairs if pair[0].action == action], action, challenger.k)
+        for action in dict.fromkeys(curve.action for curve, _ in pairs)
+    ]
+
+
+def _warm_up(pairs: list[tuple[WarmUpCurve, WarmUpCurve]], action: str, k: int) -> Picture:
+    def paint(axes: list["Axes"]) -> None:
+        for one, (ours, theirs) in zip(axes, pairs, strict=True):
+            _band(one, theirs, _CHAMPION, "baseline")
+            _band(one, ours, _CHALLENGER, "challenger")
+            one.set_title(_curve_name(ours, k))
+            labels = [f"{point.bucket} ({point.support.items:,})" for point in ours.points]
+            one.set_xticks(range(len(labels)), labels, fontsize=7, rotation=50, ha="right", rotation_mode="anchor")
+        axes[0].legend()
+
+    said = [f"{_curve_name(ours, k)} challenger {ours.warm_from or 'unknown'}, baseline {theirs.warm_from or 'unknown'}"
+            for ours, theirs in pairs if (ours.metric, ours.weighting) in _COMPARABLE]  # fmt: skip
+    spoken = [f"{_curve_name(ours, k)} of the challenger {_points(ours)}; of the baseline {_points(theirs)}."
+              for ours, theirs in pairs]  # fmt: skip
+    return Picture(
+        title=f"Warm-up of {action}",
+        caption="Against the impressions an item had since its birth (in brackets: items), with bootstrap intervals. "
+        f"First bucket from which on a model is not clearly worse than in its warmest one: {'; '.join(said)}. The "
+        "other curves also move with the rate of the action and with how many engaged items a list holds.",
+        alt=" ".join(spoken),
+        svg=draw(-(-len(pairs) // 3), 3, (9.2, 2.6 * -(-len(pairs) // 3)), paint),
+    )
+
+
+def _band(axes: "Axes", curve: WarmUpCurve, style: dict[str, Any], label: str) -> None:
+    known = [(place, point.interval) for place, point in enumerate(curve.points) if point.interval]
+    places = [place for place, _ in known]
+    axes.fill_between(places, [found.low for _, found in known], [found.high for _, found in known],
+                      color=style["color"], alpha=0.16, linewidth=0)  # fmt: skip
+    axes.plot(places, [found.value for _, found in known], label=label, markersize=3.5, linewidth=1.3, **style)
+
+
+def _curve_name(curve: WarmUpCurve, k: int) -> str:
+    name = {MetricName.HITS: f"Hits@{k}", MetricName.LOG_LOSS: "log loss", MetricName.PR_AUC: "PR-AUC"}
+    per_item = " per item" if curve.weighting is Weighting.ITEM else ""
+    return name.get(curve.metric, curve.metric.value.upper()) + per_item
+
+
+def _points(curve: WarmUpCurve) -> str:
+    def said(point: WarmUpPoint) -> str:
+        return f"{point.bucket}: {f'{point.interval.value:.3f}' if point.interval else 'no value'}"
+
+    return ", ".join(said(point) for point in curve.points)
 
 
 def _rows_by_age(challenger: Evaluation, baseline: Evaluation) -> Picture:

@@ -128,7 +128,7 @@ class Judgement:
         return str(self.champion or "popularity (nothing served yet)")
 
     def write(self, directory: Path, run: "Run") -> None:
-        """``report.html``, ``evaluation.json``, ``comparison.json``, ``verdict.json`` and ``headline.json``."""
+        """``report.html``, and as JSON ``challenger``, ``baseline``, ``comparison``, ``verdict`` and ``headline``."""
         for name in ("challenger", "baseline", "comparison", "verdict"):
             write_json(directory / f"{name}.json", getattr(self, name).model_dump(mode="json"))
         write_json(directory / "headline.json", self._headline())

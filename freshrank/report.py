@@ -13,7 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freshrank.evaluation import ALL, FRESH, WARM, Comparison, Difference, Evaluation, Interval, MetricName
+from freshrank.evaluation import (
+    ALL,
+    FRESH,
+    WARM,
+    Comparison,
+    Difference,
+    Evaluation,
+    Interval,
+    Metric,
+    MetricName,
+    Threshold,
+    Weighting,
+)
 from freshrank.figures import pictures, row_name
 from freshrank.gate import Decision, Verdict
 from freshrank.storage import atomic_write
@@ -33,9 +45,12 @@ _LIBRARIES = ("freshrank", "torch", "numpy", "polars", "duckdb", "feast", "kfp",
 _ROW_METRICS = (
     (MetricName.LOG_LOSS, "log loss"),
     (MetricName.PR_AUC, "PR-AUC"),
+    (MetricName.AUC, "AUC"),
     (MetricName.ECE, "calibration error (ECE)"),
     (MetricName.CALIBRATION_RATIO, "prediction / observed rate"),
 )
+_CLOCK_METRICS = (MetricName.HITS, MetricName.LOG_LOSS, MetricName.PR_AUC, MetricName.AUC, MetricName.CALIBRATION_RATIO)
+_CLOCKS = (("", "items"), ("age:", "days since creation"), ("exposures:", "impressions since birth"))
 
 
 class ReportInput(BaseModel):
@@ -99,7 +114,8 @@ def write_report(path: Path, report: ReportInput) -> None:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, signed=_signed)
+    environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, short=_short,
+                               signed=_signed)  # fmt: skip
     page = environment.get_template("report.html.j2").render(
         report=report,
         headline=HEADLINES[report.verdict.verdict],
@@ -107,6 +123,9 @@ def write_report(path: Path, report: ReportInput) -> None:
         pictures=pictures(report.comparison, report.challenger, report.baseline, report.training_curve),
         differences=[(row_name(row, report.comparison.k), row) for row in report.comparison.rows],
         row_metrics=_row_metrics(report),
+        clock_tables=_clock_tables(report),
+        thresholds=[(row, _threshold_rows(row)) for row in report.comparison.thresholds],
+        row_name=row_name,
         config=json.dumps(report.config, indent=2, sort_keys=True, default=str),
         names=MetricName,
         ALL=ALL,
@@ -131,6 +150,10 @@ def _number(value: float | None) -> str:
     return "—" if value is None else f"{value:,.4f}"
 
 
+def _short(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.3f}"
+
+
 def _row_metrics(report: ReportInput) -> list[dict[str, Any]]:
     return [
         {
@@ -145,6 +168,35 @@ def _row_metrics(report: ReportInput) -> list[dict[str, Any]]:
         for action in report.challenger.utilities
         for metric, label in _ROW_METRICS
     ]
+
+
+def _clock_tables(report: ReportInput) -> list[dict[str, Any]]:
+    """Per action, per clock, per bucket: the metrics of both models, per impression and per item."""
+    return [
+        {"action": action, "clocks": [(label, _clock_rows(report, action, prefix)) for prefix, label in _CLOCKS]}
+        for action in report.challenger.utilities
+    ]
+
+
+def _clock_rows(report: ReportInput, action: str, prefix: str) -> list[dict[str, Any]]:
+    names = [n for n in report.challenger.slices if (n.startswith(prefix) if prefix else ":" not in n)]
+    return [
+        {
+            "name": name.removeprefix(prefix),
+            "support": report.challenger.get(MetricName.LOG_LOSS, name, action).support,
+            "cells": [_both(report, metric, name, action, by) for metric in _CLOCK_METRICS for by in Weighting],
+        }
+        for name in names
+    ]
+
+
+def _both(report: ReportInput, metric: MetricName, name: str, action: str, by: Weighting) -> tuple[Metric, Metric]:
+    return report.challenger.get(metric, name, action, by), report.baseline.get(metric, name, action, by)
+
+
+def _threshold_rows(threshold: Threshold) -> list[Difference]:
+    """The averages of Hits@k and the log loss of every action; Hits@k per action is in ``comparison.json`` only."""
+    return [row for row in threshold.differences if row.action is None or row.metric is MetricName.LOG_LOSS]
 
 
 def summary_lines(summary: RunSummary) -> list[str]:

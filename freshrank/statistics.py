@@ -1,7 +1,7 @@
 """Ranking, calibration and resampling arithmetic on plain arrays; what the numbers are called is in evaluation.py.
 
-Shapes: N rows (candidates), A actions, L lists, M measures, B bootstrap draws. ``lists`` holds the dense list number
-0 .. L-1 of each row.
+Shapes: N rows (candidates), A actions, L lists, I items, M measures, B bootstrap draws. ``lists`` holds the dense list
+number 0 .. L-1 of each row, ``items`` its dense item number. ``weights`` [N] are positive; None weighs rows alike.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ Bools = NDArray[np.bool_]
 _MIN_ROWS_PER_BIN = 50
 _LOGIT_CLIP = 1e-9
 _MAX_SHIFT = 25.0
-_BISECTIONS = 40
+_BISECTIONS = 30
+_CELLS_AT_ONCE = 200_000
+"""Draws x rows handled together: what fits into a processor's cache."""
 
 
 def tie_key(seed: int, *columns: NDArray[Any]) -> NDArray[np.uint64]:
@@ -39,9 +41,12 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def ranks(score: Floats, lists: Ints, ties: NDArray[np.uint64]) -> Ints:
-    """Place of each row in its list, 0 = highest score; [N]."""
-    order = np.lexsort((ties, -score, lists))
+def ranks(score: Floats, lists: Ints, ties: NDArray[np.uint64] | None) -> Ints:
+    """Place of each row in its list, 0 = highest score; [N]. None: equal scores keep the order of the rows."""
+    order = np.arange(len(score)) if ties is None else np.argsort(ties, kind="stable")
+    order = order[np.argsort(-score[order], kind="stable")]
+    numbers = lists.astype(np.min_scalar_type(lists.max(initial=0)))  # 16 bits are sorted by radix
+    order = order[np.argsort(numbers[order], kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(lists))])
     places = np.empty(len(score), np.int64)
     places[order] = np.arange(len(score)) - starts[lists[order]]
@@ -68,32 +73,83 @@ def ndcg(positive: Bools, rank: Ints, lists: Ints, count: int, k: int) -> float 
     return float(achieved.mean())
 
 
-def log_loss(probabilities: Floats, labels: Floats) -> float:
-    """Mean negative log likelihood in nats; probabilities are clipped to [1e-7, 1 - 1e-7]."""
+def item_weights(items: Ints) -> Floats:
+    """[N] 1 / (rows of the row's item): every item weighs 1 in all, so the head cannot hide the tail."""
+    _, inverse, counts = np.unique(items, return_inverse=True, return_counts=True)
+    weights: Floats = 1 / counts[inverse]
+    return weights
+
+
+def row_losses(probabilities: Floats, labels: Floats) -> Floats:
+    """[N] negative log likelihood in nats; probabilities are clipped to [1e-7, 1 - 1e-7]."""
     p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-    return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
+    losses: Floats = -(labels * np.log(p) + (1 - labels) * np.log1p(-p))
+    return losses
 
 
-def reliability(probabilities: Floats, labels: Floats, bins: int) -> tuple[Floats, Floats, Ints]:
-    """Mean prediction, observed rate and rows of at most ``bins`` equal-mass bins.
+def log_loss(probabilities: Floats, labels: Floats, weights: Floats | None = None) -> float:
+    """(Weighted) mean of :func:`row_losses`."""
+    return float(np.average(row_losses(probabilities, labels), weights=weights))
+
+
+def areas(probabilities: Floats, labels: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """([B], [B]): areas under the precision-recall and the ROC curve for each of the [B, N] row weights.
+
+    The first is average precision: sum over thresholds of (gain in recall) * precision. The second is the chance that
+    a row with the action is predicted above one without, equal predictions counting half. Weights may be 0; an area
+    is NaN where only one class has weight. One sort serves all B, which is what makes resampling cheap.
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    ordered, labels = probabilities[order], labels[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    weights = weights[:, order]
+    gained = weights * labels
+    lost = weights - gained
+    if len(starts) < len(ordered):
+        gained, lost = (np.add.reduceat(part, starts, axis=1) for part in (gained, lost))
+    positive = np.cumsum(gained, axis=1)
+    negative = np.cumsum(lost, axis=1)
+    seen = positive + negative
+    precision = np.divide(positive, seen, out=np.zeros_like(seen), where=seen > 0)
+    of_positive, of_negative = (np.where(part[:, -1] > 0, part[:, -1], np.nan) for part in (positive, negative))
+    precision_recall = np.einsum("bn,bn->b", gained, precision) / of_positive
+    above = np.einsum("bn,bn->b", lost, positive) - np.einsum("bn,bn->b", lost, gained) / 2
+    return np.where(np.isnan(of_negative), np.nan, precision_recall), above / (of_positive * of_negative)
+
+
+def reliability(
+    probabilities: Floats, labels: Floats, bins: int, weights: Floats | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """Mean prediction, observed rate and mass (rows, or their weights) of at most ``bins`` bins of equal mass.
 
     Every bin gets 50 rows or more (a slice of 120 rows has 2 bins), else the noise of small bins would read as
-    miscalibration. Equal predictions share a bin, so the order of the rows does not matter.
+    miscalibration; of weighted rows the effective number counts, (sum of weights)^2 / (sum of squares). Equal
+    predictions share a bin, so the order of the rows does not matter.
     """
-    bins = max(1, min(bins, len(labels) // _MIN_ROWS_PER_BIN))
-    edges = np.unique(np.quantile(probabilities, np.arange(1, bins) / bins))
+    mass = np.ones(len(labels)) if weights is None else weights
+    effective = int(mass.sum() ** 2 / (mass**2).sum())
+    bins = max(1, min(bins, effective // _MIN_ROWS_PER_BIN))
+    edges = np.unique(_quantiles(probabilities, np.arange(1, bins) / bins, weights))
     bin_of = np.searchsorted(edges, probabilities, side="right")
-    rows = np.bincount(bin_of, minlength=len(edges) + 1)
-    kept = rows > 0
-    predicted = np.bincount(bin_of, probabilities, len(rows))[kept] / rows[kept]
-    observed = np.bincount(bin_of, labels, len(rows))[kept] / rows[kept]
-    return predicted, observed, rows[kept]
+    masses = np.bincount(bin_of, mass, len(edges) + 1).astype(np.float64)
+    kept = masses > 0
+    predicted = np.bincount(bin_of, mass * probabilities, len(masses))[kept] / masses[kept]
+    observed = np.bincount(bin_of, mass * labels, len(masses))[kept] / masses[kept]
+    return predicted, observed, masses[kept]
 
 
-def expected_calibration_error(probabilities: Floats, labels: Floats, bins: int) -> float:
-    """Mean over rows of |mean prediction - observed rate| of the row's :func:`reliability` bin."""
-    predicted, observed, rows = reliability(probabilities, labels, bins)
-    return float(np.average(np.abs(predicted - observed), weights=rows))
+def _quantiles(values: Floats, shares: Floats, weights: Floats | None) -> Floats:
+    if weights is None:
+        return np.asarray(np.quantile(values, shares))
+    return np.asarray(np.quantile(values, shares, weights=weights, method="inverted_cdf"))
+
+
+def expected_calibration_error(
+    probabilities: Floats, labels: Floats, bins: int, weights: Floats | None = None
+) -> float:
+    """(Weighted) mean over rows of |mean prediction - observed rate| of the row's :func:`reliability` bin."""
+    predicted, observed, mass = reliability(probabilities, labels, bins, weights)
+    return float(np.average(np.abs(predicted - observed), weights=mass))
 
 
 def matched_ranks(
@@ -110,13 +166,15 @@ def matched_ranks(
     Every action's logit of every fresh row is moved by one constant (towards a higher score: against the sign of the
     utility), scores are formed anew. The share is a step function of the constant: the step nearest ``share`` wins.
     """
-    clipped = np.clip(probabilities.astype(np.float64), _LOGIT_CLIP, 1 - _LOGIT_CLIP)
+    by_tie = np.lexsort((ties, lists))  # once, so that each of the many sorts below has a key less
+    lists, fresh = lists[by_tie], fresh[by_tie]
+    clipped = np.clip(probabilities[by_tie].astype(np.float64), _LOGIT_CLIP, 1 - _LOGIT_CLIP)
     logits = np.log(clipped) - np.log1p(-clipped)
     direction = np.sign(utilities)
 
     def ranked(shift: float) -> tuple[Ints, float]:
         moved = logits + shift * fresh[:, None] * direction
-        rank = ranks((1 / (1 + np.exp(-moved))) @ utilities, lists, ties)
+        rank = ranks((1 / (1 + np.exp(-moved))) @ utilities, lists, None)
         return rank, float(fresh[rank < k].mean())
 
     low, high = -_MAX_SHIFT, _MAX_SHIFT
@@ -127,7 +185,9 @@ def matched_ranks(
         else:
             high = middle
     shift = min((high, low), key=lambda candidate: abs(ranked(candidate)[1] - share))
-    return ranked(shift)[0], shift
+    rank = np.empty(len(lists), np.int64)
+    rank[by_tie] = ranked(shift)[0]
+    return rank, shift
 
 
 @dataclass(frozen=True)
@@ -150,3 +210,30 @@ def paired_bootstrap(holds: Bools, challenger: Bools, baseline: Bools, draws: in
     sums = drawn.astype(np.float64) @ patterns.astype(np.float64)
     support = np.where(sums[:, :measures] > 0, sums[:, :measures], np.nan)
     return Draws(sums[:, measures : 2 * measures] / support, sums[:, 2 * measures :] / support)
+
+
+def item_draws(items: int, draws: int, seed: int) -> Ints:
+    """[B, I] how often each item is drawn when ``items`` items are drawn with replacement."""
+    drawn: Ints = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=draws)
+    return drawn
+
+
+def drawn_means(drawn: Ints, items: Ints, values: Floats, weights: Floats) -> Floats:
+    """[B] weighted means of ``values`` [N] when an item is drawn with all its rows; NaN where no row is drawn."""
+    total = np.bincount(items, weights * values, drawn.shape[1])
+    mass = np.bincount(items, weights, drawn.shape[1])
+    support = drawn @ mass
+    means: Floats = drawn @ total / np.where(support > 0, support, np.nan)
+    return means
+
+
+def drawn_areas(
+    drawn: Ints, items: Ints, probabilities: Floats, labels: Floats, weights: Floats
+) -> tuple[Floats, Floats]:
+    """:func:`areas` for each of the B draws of items, an item drawn with all its rows."""
+    at_once = max(1, _CELLS_AT_ONCE // max(1, len(items)))
+    parts = [
+        areas(probabilities, labels, drawn[start : start + at_once, items] * weights)
+        for start in range(0, len(drawn), at_once)
+    ]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

@@ -234,30 +234,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge the bundle on the evaluation days against what serves; write evaluation, verdict and report to ``out``."""
     from freshrank import evaluation as judging
+    from freshrank import figures, judged, popularity, report, statistics, thresholds, warm_up
     from freshrank import gate as gate_module
-    from freshrank import judged, popularity, report
 
     run = Run(data, run_date)
     facts = read_json(_existing(Path(bundle) / "bundle.json", "freshrank calibrate"))
     wanted = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION)
     champion = judged.champion(run)
-    code = _code(judging, gate_module, judged, popularity, report)
+    code = _code(judging, statistics, warm_up, thresholds, gate_module, judged, popularity, figures, report)
     key = {"bundle": facts["fingerprint"], "data": run.read(wanted), "days": wanted, "sections": [evaluation, gate],
            "champion": champion.fingerprint if champion else None, "code": code}  # fmt: skip
 
     def compute(directory: Path) -> None:
-        config = _config(EvaluationConfig, evaluation)
+        config, schema = _config(EvaluationConfig, evaluation), run.dataset.schema
         rows = judged.JudgedRows.load(run, wanted, config)
         ours, theirs = rows.of_bundle(Path(bundle)), rows.of_champion(champion)
-        comparison = judging.compare(ours, theirs, run.dataset.schema, config)
-        challenger = judging.evaluate(ours, run.dataset.schema, config)
+        comparison = judging.compare(ours, theirs, schema, config)
+        comparison = thresholds.with_thresholds(comparison, ours, theirs, schema, config)
+        challenger, baseline = (
+            warm_up.with_warm_up(judging.evaluate(model, schema, config), model, schema, config)
+            for model in (ours, theirs)
+        )
         increase = facts["training"]["parameter_increase"]
         verdict = gate_module.judge(comparison, challenger, _config(GateConfig, gate), increase)
         log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
         for reason in verdict.obstacles:
             log.info("step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed,
                      reason.sentence)  # fmt: skip
-        baseline = judging.evaluate(theirs, run.dataset.schema, config)
         sections = {"evaluation": json.loads(evaluation), "gate": json.loads(gate)}
         judgement = judged.Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
         judgement.write(directory, run)
@@ -270,7 +273,8 @@ def evaluate(
 
 def _publish_evidence(run: Run, evidence: Path) -> None:
     """Put what a person opens into the run's folder, and start its record."""
-    for name in ("report.html", "challenger.json", "comparison.json", "verdict.json", "headline.json"):
+    names = ("report.html", "challenger.json", "baseline.json", "comparison.json", "verdict.json", "headline.json")
+    for name in names:
         with atomic_write(run.directory / name) as path:
             shutil.copyfile(evidence / name, path)
     _record(run)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from freshrank import statistics
 from freshrank.config import EvaluationConfig
 from freshrank.errors import DataError
-from freshrank.evaluation import ALL, FRESH, WARM, Judged, MetricName, compare, evaluate, slices
+from freshrank.evaluation import ALL, FRESH, WARM, Judged, MetricName, Weighting, compare, evaluate, slices
 from tests.judging import Lists, judged_of, logit, schema_of, shuffled, sigmoid, with_logits, world
 
 ONE = schema_of({"click": 1.0})
@@ -73,6 +73,138 @@ def test_score_gap_is_relative_to_warm_predictions() -> None:
     evaluation = evaluate(judged_of([rows]), ONE, CONFIG)
     assert evaluation.get(MetricName.SCORE_GAP_POSITIVE, FRESH, "click").value == pytest.approx(0.25)
     assert evaluation.get(MetricName.SCORE_GAP_NEGATIVE, FRESH, "click").value == pytest.approx(0.0)
+
+
+def test_the_score_gap_of_a_bucket_is_against_the_warm_rows() -> None:
+    """Warm positives predicted 0.8, those of never shown items 0.4: half lower."""
+    judged = replace(
+        judged_of([[(0.8, 1, OLD), (0.8, 1, OLD), (0.4, 1, OLD), (0.1, 0, NEW)]]),
+        exposures=np.array([500, 500, 0, 0]),
+    )
+    warm = (0.8 + 0.8 + 0.4) / 3
+    evaluation = evaluate(judged, ONE, CONFIG)
+    gap = evaluation.get(MetricName.SCORE_GAP_POSITIVE, "exposures:0", "click")
+    assert gap.value == pytest.approx((warm - 0.4) / warm)
+    assert evaluation.get(MetricName.SCORE_GAP_POSITIVE, "age:0-1", "click").note == (
+        "3 warm and 0 'age:0-1' rows with 'click'; both need predictions above 0"
+    )
+
+
+def per_item(judged: Judged, metric: MetricName, slice: str = ALL) -> tuple[float | None, float | None]:
+    """The value per impression and the value per item."""
+    schema = ONE if judged.labels.shape[1] == 1 else TWO
+    evaluation = evaluate(judged, schema, CONFIG)
+    first, second = (evaluation.get(metric, slice, "click", weighting).value for weighting in Weighting)
+    return first, second
+
+
+def test_the_head_hides_the_tail_per_list_and_not_per_item() -> None:
+    """Nine lists put the clicked hit on top, one buries a clicked newcomer: 0.9 of the lists, half of the items."""
+    hit: Rows = [(0.9, 1, OLD), (0.8, 0, OLD), (0.7, 0, OLD), (0.1, 0, OLD)]
+    buried: Rows = [(0.9, 0, OLD), (0.8, 0, OLD), (0.7, 0, OLD), (0.1, 1, NEW)]
+    judged = judged_of([*[hit] * 9, buried])
+    head, tail = 1, 2
+    items = np.where(judged.labels[:, 0] == 0, 0, np.where(judged.age_days < 7, tail, head))
+    assert per_item(replace(judged, item_id=items), MetricName.HITS) == (0.9, 0.5)
+
+
+def test_hits_per_item_are_the_mean_over_items_of_the_share_on_top() -> None:
+    """Item 1 is clicked at places 1 and 4 (a half), item 2 at place 2 of the second list (whole): 0.75."""
+    rows: list[Rows] = [[(0.9, 1, OLD), (0.8, 0, OLD), (0.7, 0, OLD), (0.1, 0, OLD)],
+                        [(0.9, 0, OLD), (0.8, 1, OLD), (0.7, 0, OLD), (0.1, 1, OLD)]]  # fmt: skip
+    judged = replace(judged_of(rows), item_id=np.array([1, 3, 4, 5, 3, 2, 4, 1]))
+    row = evaluate(judged, ONE, CONFIG).get(MetricName.HITS, ALL, "click", Weighting.ITEM)
+    assert (row.value, row.support.items, row.support.positives) == (0.75, 2, 3)
+    assert hits(judged) == 1.0
+
+
+HEAD_AND_TAIL = replace(
+    judged_of([[(0.5, 1, OLD), (0.5, 1, OLD), (0.5, 0, OLD), (0.5, 0, OLD), (0.9, 0, NEW)]]),
+    item_id=np.array([1, 1, 1, 1, 2]),
+)
+"""Item 1 has four rows and is predicted rightly; item 2 has one and is predicted far too high."""
+
+
+@pytest.mark.parametrize(
+    "metric, per_impression, by_item",
+    [
+        (MetricName.LOG_LOSS, (4 * np.log(2) + np.log(10)) / 5, (np.log(2) + np.log(10)) / 2),
+        (MetricName.CALIBRATION_RATIO, (4 * 0.5 + 0.9) / 2, (0.5 + 0.9) / 0.5),
+        (MetricName.ECE, 0.58 - 0.4, 0.7 - 0.25),
+        (MetricName.AUC, (1 / 2 + 1 / 2 + 0) / 3, (0.5 * 0.5) / 1.5),
+        (MetricName.PR_AUC, 2 / 5, 0.5 / 2),
+    ],
+)
+def test_rows_weigh_one_over_the_rows_of_their_item(metric: MetricName, per_impression: float, by_item: float) -> None:
+    """The tail item is one row of five per impression, and one item of two per item."""
+    assert per_item(HEAD_AND_TAIL, metric) == (pytest.approx(per_impression), pytest.approx(by_item))
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), copies=st.integers(2, 5))
+def test_showing_one_item_more_often_moves_nothing_that_is_per_item(seed: int, copies: int) -> None:
+    """Every row of one item is repeated: rows of the head weigh less, the head as a whole does not."""
+    judged = world(lists=9, seed=seed)
+    repeats = np.where(judged.item_id == judged.item_id[0], copies, 1)
+    often = replace(judged, **{name: np.repeat(value, repeats, axis=0) for name, value in vars(judged).items()})
+    for metric in (MetricName.LOG_LOSS, MetricName.CALIBRATION_RATIO, MetricName.PR_AUC, MetricName.AUC):
+        (_, before), (_, after) = per_item(judged, metric), per_item(often, metric)
+        assert after == pytest.approx(before)
+    (before, _), (after, _) = per_item(judged, MetricName.LOG_LOSS), per_item(often, MetricName.LOG_LOSS)
+    assert after != pytest.approx(before)
+
+
+def test_every_slice_has_every_metric_per_impression_and_per_item() -> None:
+    """Ages and exposures are not second-class: whatever all items have, each bucket has."""
+    evaluation = evaluate(world(lists=300), TWO, CONFIG)
+    buckets = [name for name in evaluation.slices if ":" in name]
+    assert len(buckets) == 9
+    both = (MetricName.HITS, MetricName.LOG_LOSS, MetricName.PR_AUC, MetricName.AUC, MetricName.ECE,
+            MetricName.CALIBRATION_RATIO)  # fmt: skip
+    expected = {(metric, weighting) for metric in both for weighting in Weighting}
+    expected |= {(MetricName.NDCG, Weighting.IMPRESSION)}
+    cold = {(MetricName.MATCHED_HITS, weighting) for weighting in Weighting}
+    cold |= {(gap, Weighting.IMPRESSION) for gap in (MetricName.SCORE_GAP_POSITIVE, MetricName.SCORE_GAP_NEGATIVE)}
+    for name in (ALL, FRESH, WARM, *buckets):
+        for action in TWO.actions:
+            rows = [row for row in evaluation.metrics if (row.slice, row.action) == (name, action)]
+            assert {(row.metric, row.weighting) for row in rows} == expected | (set() if name in (ALL, WARM) else cold)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), digits=st.integers(1, 6))
+def test_both_areas_are_those_of_scikit_learn(seed: int, digits: int) -> None:
+    """With ties and with weights."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    p, labels, weights = rng.random(60).round(digits), (np.arange(60) % 3 == 0) * 1.0, rng.uniform(0.01, 3, (2, 60))
+    precision_recall, roc = statistics.areas(p, labels, weights)
+    for place in range(2):
+        known = {"sample_weight": weights[place]}
+        assert precision_recall[place] == pytest.approx(average_precision_score(labels, p, **known))
+        assert roc[place] == pytest.approx(roc_auc_score(labels, p, **known))
+
+
+def test_an_area_needs_weight_on_both_classes() -> None:
+    """A draw that holds clicks only has none."""
+    found = statistics.areas(np.array([0.2, 0.8]), np.array([0.0, 1.0]), np.array([[1.0, 1.0], [0.0, 1.0]]))
+    assert [area.tolist()[0] for area in found] == [1.0, 1.0]
+    assert all(np.isnan(area[1]) for area in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), lists=st.sampled_from([3, 300, 70_000]))
+def test_places_are_by_list_then_score_then_tie_key(seed: int, lists: int) -> None:
+    """As sorting tuples gives them, with many equal scores and with list numbers of any width."""
+    rng = np.random.default_rng(seed)
+    list_of, score = rng.integers(0, lists, 80), rng.integers(0, 4, 80) / 4
+    ties = rng.integers(0, 2**60, 80).astype(np.uint64)
+    ordered = sorted(range(80), key=lambda row: (list_of[row], -score[row], ties[row]))
+    expected = np.empty(80, np.int64)
+    for place, row in enumerate(ordered):
+        expected[row] = place - next(i for i, other in enumerate(ordered) if list_of[other] == list_of[row])
+    assert statistics.ranks(score, list_of, ties).tolist() == expected.tolist()
 
 
 def test_fresh_share_of_top_k_counts_slots() -> None:

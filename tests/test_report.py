@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from freshrank.config import EvaluationConfig, GateConfig, RunConfig
-from freshrank.evaluation import Judged, compare, evaluate
+from freshrank.evaluation import Judged, MetricName, compare, evaluate
 from freshrank.gate import Decision, judge
 from freshrank.report import ReportInput, RunSummary, library_versions, print_summary, summary_lines, write_report
+from freshrank.thresholds import with_thresholds
+from freshrank.warm_up import with_warm_up
 from tests.judging import logit, schema_of, with_logits, world
 
 SCHEMA = schema_of()
@@ -25,7 +27,11 @@ CHAMPION = with_logits(CHALLENGER, logit(CHALLENGER.probabilities) + NOISE, SCHE
 
 
 def report_of(challenger: Judged = CHALLENGER, champion: Judged = CHAMPION) -> ReportInput:
-    comparison, evaluation = compare(challenger, champion, SCHEMA, CONFIG), evaluate(challenger, SCHEMA, CONFIG)
+    comparison = compare(challenger, champion, SCHEMA, CONFIG)
+    comparison = with_thresholds(comparison, challenger, champion, SCHEMA, CONFIG)
+    evaluation, baseline = (
+        with_warm_up(evaluate(judged, SCHEMA, CONFIG), judged, SCHEMA, CONFIG) for judged in (challenger, champion)
+    )
     return ReportInput(
         dataset="tiny",
         run_date=date(2026, 1, 7),
@@ -33,7 +39,7 @@ def report_of(challenger: Judged = CHALLENGER, champion: Judged = CHAMPION) -> R
         verdict=judge(comparison, evaluation, GateConfig(), 0.0496),
         comparison=comparison,
         challenger=evaluation,
-        baseline=evaluate(champion, SCHEMA, CONFIG),
+        baseline=baseline,
         baseline_name="version 4 of 2026-01-06",
         parameters=546_000,
         parameter_increase=0.0496,
@@ -83,10 +89,10 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_the_markup_is_balanced_and_every_picture_has_words(page: str) -> None:
-    """Screen readers get the numbers of each of the six pictures."""
+    """Screen readers get the numbers of each of the eight pictures: the warm-up has one per action."""
     parsed = _Page(page)
     assert parsed.open == []
-    assert len(parsed.alts) == 6
+    assert len(parsed.alts) == 8
     assert all(alt and re.search(r"\d", alt) and "nan" not in alt for alt in parsed.alts)
 
 
@@ -104,6 +110,33 @@ def test_every_reason_and_every_difference_is_on_the_page(page: str) -> None:
     text = page.replace("&#39;", "'").replace("&gt;", ">")
     assert all(reason.sentence in text for reason in report.verdict.reasons)
     assert all(f"{row.difference.value:+.4f}" in page for row in report.comparison.rows if row.difference)
+
+
+def test_every_bucket_is_given_per_impression_and_per_item(page: str) -> None:
+    """A table per action; the numbers stand side by side."""
+    section = page[page.index("per impression and per item</h2>") : page.index("<h2>Pictures")]
+    assert [re.sub(r"\s+", "", name) for name in re.findall(r"<summary>(.*?)</summary>", section)] == ["click", "save"]
+    evaluation = report_of().challenger
+    for row in evaluation.metrics:
+        if row.action and row.metric in (MetricName.HITS, MetricName.LOG_LOSS, MetricName.AUC):
+            assert f">{row.value:,.3f}<small>" in section
+
+
+def test_every_threshold_of_fresh_is_on_the_page(page: str) -> None:
+    """Half, the schema's own, and double, each with its differences."""
+    places = [page.index(f"younger than {days} days") for days in ("3.5", "7", "14")]
+    assert places == sorted(places)
+    for threshold in report_of().comparison.thresholds:
+        for row in (threshold.get(MetricName.MATCHED_HITS), threshold.get(MetricName.LOG_LOSS, "save")):
+            assert row.difference is not None
+            assert f"{row.difference.value:+.4f} ({row.difference.low:+.4f}" in page
+
+
+def test_the_warm_up_names_the_bucket_from_which_an_item_is_warm(page: str) -> None:
+    """For the curves whose buckets can be compared."""
+    curves = [c for c in report_of().challenger.warm_up if c.metric is MetricName.AUC]
+    assert len(curves) == 2
+    assert all(f"AUC challenger {c.warm_from}, baseline" in page for c in curves)
 
 
 def test_the_same_input_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
