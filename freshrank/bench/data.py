@@ -14,11 +14,11 @@ from freshrank.config import Split, WindowConfig
 from freshrank.datasets.contract import MANIFEST, Dataset
 from freshrank.datasets.kuairand import Protocol, import_kuairand
 from freshrank.errors import DataError
-from freshrank.evaluation import Floats, Ints
 from freshrank.frames import JUDGED_AGE, Frame, load_frame
-from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_ID, REQUEST_ID, USER_ID, Schema
+from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_ID, REQUEST_ID, USER_ID, Schema, Usage
 from freshrank.settings import settings
-from freshrank.storage import fingerprint
+from freshrank.statistics import Bools, Floats, Ints
+from freshrank.storage import fingerprint, read_json, sha256_of, write_json
 from freshrank.training import Encoded, TensorFrame, labels_of
 
 
@@ -58,7 +58,7 @@ class Judgeable:
     frame: Frame
     labels: Floats
     list_id: Ints
-    fresh: np.ndarray
+    fresh: Bools
 
     @classmethod
     def of(cls, frame: Frame, schema: Schema, lists: str) -> "Judgeable":
@@ -69,7 +69,7 @@ class Judgeable:
 
     def fingerprint(self, actions: list[str]) -> str:
         """Of which rows these are: models may be compared where it agrees."""
-        hashes = self.frame.rows.select(USER_ID, ITEM_ID, EVENT_TIMESTAMP, *actions).hash_rows(seed=0)
+        hashes = self.frame.rows.select(USER_ID, ITEM_ID, EVENT_TIMESTAMP, JUDGED_AGE, *actions).hash_rows(seed=0)
         return fingerprint([len(hashes), int(np.bitwise_xor.reduce(hashes.to_numpy())), _order(hashes)])
 
 
@@ -122,7 +122,7 @@ def load_evidence(source: Source) -> Evidence:
     run = steps.Run(source.path, source.run_date.isoformat())
     split = source.split
 
-    def frame(part: tuple[date, ...], what: str, usages: tuple) -> Frame:  # type: ignore[type-arg]
+    def frame(part: tuple[date, ...], what: str, usages: tuple[Usage, ...]) -> Frame:
         return load_frame(run.dataset, run.workspace, run.days(part, what, usages), usages)
 
     return Evidence(
@@ -171,15 +171,18 @@ def locate(data: Path, protocol: Protocol, windows: WindowConfig, run_date: date
 
 
 def _imported(data: Path, protocol: Protocol) -> Dataset:
-    """The import under the workspace, made anew only where a file of ``data`` is younger than it."""
+    """The import under the workspace, made anew unless it is the one made of these very files."""
     if not data.is_dir():
         raise DataError(f"data: {data} is not a directory; expected KuaiRand's files or an imported dataset")
     out = settings().home / "data" / f"kuairand_{protocol}"
-    manifest = out / MANIFEST
-    newest = max((path.stat().st_mtime for path in data.iterdir()), default=0.0)
-    if manifest.exists() and manifest.stat().st_mtime > newest:
+    stamp, manifest = out.with_suffix(".source.json"), out / MANIFEST
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(data.resolve().iterdir())}
+    made_of = {"from": str(data.resolve()), "files": files}
+    if stamp.exists() and manifest.exists() and read_json(stamp) == made_of | {"manifest": sha256_of(manifest)}:
         return Dataset.open(out)
-    return import_kuairand(data, out, protocol)
+    dataset = import_kuairand(data, out, protocol)
+    write_json(stamp, made_of | {"manifest": sha256_of(manifest)})
+    return dataset
 
 
 def prepare(prepared: Prepared) -> None:
@@ -198,8 +201,7 @@ def _check_same_rows(prepared: Prepared) -> None:
     found = [load_evidence(source) for source in prepared.sources]
     prints = {Judgeable.of(e.evaluation, e.schema, "user").fingerprint(e.schema.actions) for e in found}
     if len(prints) > 1:
-        raise DataError(
-            f"oracle: {prepared.oracle and prepared.oracle.path} and {prepared.source.path} do not hold the same "
-            f"{len(found[1].evaluation.rows):,} and {len(found[0].evaluation.rows):,} evaluation rows (user, item, time "
-            "and labels, in this order); import both from the same files"
-        )
+        counts = " and ".join(f"{source.path} with {len(evidence.evaluation.rows):,} evaluation rows"
+                              for source, evidence in zip(prepared.sources, found, strict=True))  # fmt: skip
+        raise DataError(f"oracle: {counts} differ in user, item, time, age or a label, or in the order; "
+                        "import both from the same files")  # fmt: skip

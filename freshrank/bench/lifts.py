@@ -59,14 +59,17 @@ class Rates:
             p = p_value(float(value - other), drawn - others, self.seeds)
             return Estimate(value=float(100 * (value / other - 1)), low=low, high=high, p=p)
 
-    def gap_closed(self, name: str, base: str, oracle: str, column: int) -> Estimate | None:
-        """(row - base) / (oracle - base); None where the draws do not agree on the sign of the denominator."""
+    def gap_closed(self, name: str, base: str, oracle: str, column: int, better: int = 1) -> Estimate | None:
+        """(row - base) / (oracle - base); None where the oracle is not better than the base in 97.5% of the draws.
+
+        ``better`` is -1 for a measure that is good when low. Draws without a gap are left out of the interval.
+        """
         value, other, best = (self.observed[self.row(one), column] for one in (name, base, oracle))
         drawn, others, bests = (self.drawn[:, self.row(one), column] for one in (name, base, oracle))
-        agreeing = np.sign(bests - others) == np.sign(best - other)
-        if best == other or agreeing.mean() < CONFIDENCE + (1 - CONFIDENCE) / 2:
+        with_gap = better * (bests - others) > 0
+        if better * (best - other) <= 0 or with_gap.mean() < (1 + CONFIDENCE) / 2:
             return None
-        low, high = _interval((drawn - others)[agreeing] / (bests - others)[agreeing])
+        low, high = _interval((drawn - others)[with_gap] / (bests - others)[with_gap])
         return Estimate(value=float((value - other) / (best - other)), low=low, high=high)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from freshrank.bench.lifts import Estimate
 from freshrank.bench.rows import BASELINE, BOOST, ORACLE
-from freshrank.bench.table1 import GAPS, RowOfTable, Table
+from freshrank.bench.table1 import GAPS, RowOfTable, Table, better
 from freshrank.datasets.kuairand import PROTOCOLS
 from freshrank.evaluation import ALL, FRESH, WARM, MetricName
 from freshrank.storage import atomic_write, read_json
@@ -20,7 +20,6 @@ NAMES = {
 }
 _LIFTS = (f"{MetricName.HITS}/{FRESH}", f"{MetricName.HITS}/{ALL}", f"{MetricName.MATCHED_HITS}/{FRESH}",
           f"{MetricName.LOG_LOSS}/{FRESH}")  # fmt: skip
-_LOWER_IS_BETTER = (MetricName.LOG_LOSS.value, MetricName.ECE.value)
 _HEAD = """# Evidence
 
 Written by `freshrank bench table1`; do not edit. What people concluded stands in `{folder}/findings.md`, which is
@@ -29,8 +28,8 @@ copied to the end of this page. Seed-level numbers: `{folder}/table1-PROTOCOL.cs
 _DEFINITIONS = """## What the numbers mean
 
 - **Lift**: difference to the baseline in % of the baseline's value, mean over seeds, with a {confidence:.0%} interval.
-  Rows are paired: the same seeds, the same evaluation rows. The interval comes from {draws:,} bootstrap draws of seeds and of
-  lists together, the same lists for both models. **Bold**: p < 0.05 after Holm's correction for the number of
+  Rows are paired: the same seeds, the same evaluation rows. The interval comes from {draws:,} bootstrap draws of seeds
+  and of lists together, the same lists for both models. **Bold**: p < 0.05 after Holm's correction for the number of
   rows, column by column (p from the bootstrap's standard error and Student's t with seeds - 1 degrees of freedom).
 - **Hits@3** of an action on fresh items: over the lists of at least 4 candidates that hold a fresh item with that
   action, the share that have such an item among their top 3. On all items: likewise without "fresh". A list is
@@ -39,11 +38,12 @@ _DEFINITIONS = """## What the numbers mean
   the candidates; only telling fresh items apart is left.
 - **Cold gap closed**: (row - baseline) / (oracle - baseline); the oracle is the baseline trained where nothing was
   dropped, judged on the same rows. 1 means that new items are ranked as well as if they were old. No value: the
-  oracle is not surely apart from the baseline.
+  oracle is not surely better than the baseline, so there is no gap to close on that figure.
 - **Constant boost** learns nothing: one constant is added to all fresh logits of the baseline, the one with the highest
   fresh Hits@3 on the calibration days that costs at most 0.5% of overall Hits@3 there.
-- **Cost**: parameters exactly; training as CPU time over the same rows, baseline and row in turn in one process; latency as the exported ONNX
-  model answering one user with 500 candidates, likewise in turn. Both are ratios of medians.
+- **Cost**: parameters exactly; training as CPU time over the same rows, baseline and row in turn in one process;
+  latency as the exported ONNX model answering one user with 500 candidates, likewise in turn. Both are ratios of
+  medians.
 - **PR-AUC, ECE, score gap**: means over seeds; bold by a paired t-test over seeds, so for these very evaluation rows.
   The score gap is (mean warm - mean fresh prediction) / mean warm, among rows with or without the action.
 """
@@ -80,8 +80,8 @@ def _section(table: Table, folder: str) -> str:
     return "\n".join(
         [
             f"## Protocol {table.protocol}\n",
-            f"{table.seeds} seeds, {settings}. Trained on {days['train']}, calibrated on {days['calibration']}, judged on "
-            f"{days['evaluation']}: {table.judged_rows:,} impressions, {table.lists:,} lists with an action.\n",
+            f"{table.seeds} seeds, {settings}. Trained on {days['train']}, calibrated on {days['calibration']}, judged "
+            f"on {days['evaluation']}: {table.judged_rows:,} impressions, {table.lists:,} lists with an action.\n",
             f"![Lifts and cold gap closed, with intervals]({folder}/table1-{table.protocol}.png)\n",
             *_failures(table),
             *(_lifts(table, action) for action in table.actions),
@@ -146,8 +146,7 @@ def _costs(table: Table) -> str:
     if table.noise is None:
         return text
     return (
-        text
-        + "\nThe line of the baseline is the baseline measured against itself: how far the measurement can be trusted.\n"
+        text + "\nThe baseline's line is the baseline measured against itself: how far a measurement can be trusted.\n"
     )
 
 
@@ -199,17 +198,17 @@ def reading(table: Table) -> list[str]:
 def _by_measure(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
     for key in _LIFTS:
         for action in table.actions:
-            better, worse = _significant(tested, f"{key}/{action}", key.startswith(_LOWER_IS_BETTER))
-            neutral = len(tested) - len(better) - len(worse)
-            parts = [f"significantly {word}: {', '.join(names)}" for word, names in (("better", better), ("worse", worse))
+            good, bad = _significant(tested, f"{key}/{action}")
+            neutral = len(tested) - len(good) - len(bad)
+            parts = [f"significantly {word}: {', '.join(names)}" for word, names in (("better", good), ("worse", bad))
                      if names]  # fmt: skip
             rest = f"{neutral} of {len(tested)} rows cannot be told from the baseline"
             yield f"{NAMES[key]}, {action}: {'; '.join([*parts, rest])}."
 
 
-def _significant(tested: list[RowOfTable], key: str, lower: bool) -> tuple[list[str], list[str]]:
+def _significant(tested: list[RowOfTable], key: str) -> tuple[list[str], list[str]]:
     found = [(row, row.lift.get(key)) for row in tested]
-    sure = [(row, e.value < 0 if lower else e.value > 0) for row, e in found if e is not None and e.significant]
+    sure = [(row, better(key) * e.value > 0) for row, e in found if e is not None and e.significant]
     return [row.label for row, good in sure if good], [row.label for row, good in sure if not good]
 
 
@@ -229,9 +228,10 @@ def _on_the_boost(table: Table) -> Iterable[str]:
     if row is None:
         return
     for action in table.actions:
-        hits, matched = (
-            row.lift.get(f"{metric}/{FRESH}/{action}") for metric in (MetricName.HITS, MetricName.MATCHED_HITS)
-        )
-        if hits and matched:
-            yield (f"A constant of {row.boost:+.2f} on fresh logits changes fresh Hits@3 on {action} by {percent(hits.value)}% "
-                   f"and, at equal exposure, by {percent(matched.value)}%: a lift no larger than that needs no learning.")  # fmt: skip
+        keys = [f"{metric}/{FRESH}/{action}" for metric in (MetricName.HITS, MetricName.MATCHED_HITS)]
+        raw, matched = (row.lift.get(key) for key in keys)
+        if raw and matched:
+            yield (
+                f"A constant of {row.boost:+.2f} on all fresh logits, which learns nothing, changes fresh Hits@3 on "
+                f"{action} by {percent(raw.value)}% and, at equal exposure, by {percent(matched.value)}%."
+            )

@@ -66,6 +66,9 @@ def _panel(axes: "Axes", table: Table, shown: list[RowOfTable], kind: str, measu
     axes.set_yticks(range(len(shown)), [row.label for row in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("lift over the baseline, %" if kind == "lift" else "cold gap closed (1 = oracle)")
+    if not axes.lines[1 + (kind == "gap") :]:
+        axes.text(0.5, 0.5, "no gap: the oracle is not surely\nbetter than the baseline", transform=axes.transAxes,
+                  ha="center", va="center", color=GREY)  # fmt: skip
     _within_reach(axes, [e for row in shown for key, e in getattr(row, kind).items() if key.startswith(measure + "/")])
     _separate(axes, shown)
 

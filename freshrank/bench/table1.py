@@ -25,8 +25,10 @@ COLUMNS = ("row", "seed", "metric", "slice", "action", "value")
 LIFTED = tuple(f"{metric}/{name}" for metric, name in MEASURES)
 GAPS = (f"{MetricName.HITS}/{FRESH}", f"{MetricName.MATCHED_HITS}/{FRESH}", f"{MetricName.LOG_LOSS}/{FRESH}")
 """What the cold gap is read on; one figure alone deceives."""
-OTHERS = tuple((metric, name) for metric in (MetricName.PR_AUC, MetricName.ECE) for name in (FRESH, WARM)) + (
-    (MetricName.SCORE_GAP_POSITIVE, FRESH), (MetricName.SCORE_GAP_NEGATIVE, FRESH))  # fmt: skip
+OTHERS = (
+    *((metric, name) for metric in (MetricName.PR_AUC, MetricName.ECE) for name in (FRESH, WARM)),
+    *((metric, FRESH) for metric in (MetricName.SCORE_GAP_POSITIVE, MetricName.SCORE_GAP_NEGATIVE)),
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def table1(prepared: Prepared, options: Options, console: Console) -> list[Failu
     return failures
 
 
+def better(key: str) -> int:
+    """-1 for a measure that is good when low, else 1."""
+    return -1 if key.startswith((MetricName.LOG_LOSS.value, MetricName.ECE.value)) else 1
+
+
 def tasks_of(
     prepared: Prepared, rows: Sequence[Row], winners: dict[str, Any], options: Options
 ) -> dict[str, list[Task]]:
@@ -182,7 +189,9 @@ def assembled(
         actions=actions,
         judged_rows=len(evidence.evaluation.rows),
         lists=int((counts[:, len(actions)] > 0).sum()),
-        days={name: f"{part[0]} .. {part[-1]}" for name, part in parts.items()},
+        days={
+            name: " .. ".join(dict.fromkeys(str(day) for day in (part[0], part[-1]))) for name, part in parts.items()
+        },
         tuned=tuned,
         noise=spent.get(BASELINE),
         rows=_with_corrections(lines),
@@ -219,7 +228,7 @@ def _line(
     lift = {key: rates.lift(name, BASELINE, column) for key, column in columns.items() if name != BASELINE}
     gap = {}
     if ORACLE in whole and name not in (BASELINE, ORACLE):
-        found = {key: rates.gap_closed(name, BASELINE, ORACLE, column) for key, column in columns.items()
+        found = {key: rates.gap_closed(name, BASELINE, ORACLE, column, better(key)) for key, column in columns.items()
                  if key.rpartition("/")[0] in GAPS}  # fmt: skip
         gap = {key: estimate for key, estimate in found.items() if estimate}
     return RowOfTable(

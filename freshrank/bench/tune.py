@@ -55,10 +55,11 @@ class Reference:
         the gap closed. Raw fresh Hits@3 has no part in it: a constant would raise it.
         """
         parts = [self._gained(results, metric, name, action) for metric, name in _JUDGED_ON for action in self.actions]
-        ours, base = (
-            np.mean([mean_of(r, MetricName.HITS, ALL, a) for a in self.actions]) for r in (results, self.baseline)
-        )
-        return float(np.mean(parts) - PENALTY * max(0.0, 1 - ours / base - GUARD))
+        ours, base = (self._overall(found) for found in (results, self.baseline))
+        return float(np.mean(parts)) - PENALTY * max(0.0, 1 - ours / base - GUARD)
+
+    def _overall(self, results: list[Result]) -> float:
+        return float(np.mean([mean_of(results, MetricName.HITS, ALL, action) for action in self.actions]))
 
     def _gained(self, results: list[Result], metric: MetricName, name: str, action: str) -> float:
         sign = -1 if metric is MetricName.LOG_LOSS else 1
@@ -118,7 +119,8 @@ def _tasks(
     source = prepared.source
     configs = (config_of(row, seed, base or {}, layer, windows=source.windows, lists=options.lists)
                for seed in range(options.seeds))  # fmt: skip
-    return [Task(row.name, seed, config, source) for seed, config in enumerate(configs)]
+    note = f" candidate {row.candidates.index(layer)}"
+    return [Task(row.name, seed, config, source, note=note) for seed, config in enumerate(configs)]
 
 
 def _oracle(task: Task, prepared: Prepared) -> Task:

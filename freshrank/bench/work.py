@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 from freshrank import calibration, evaluation, statistics, training
 from freshrank.bench.data import Evidence, Judgeable, Source, load_evidence
 from freshrank.bench.rows import BOOST
 from freshrank.calibration import Platt, fit_platt
-from freshrank.config import RunConfig
+from freshrank.config import EvaluationConfig, RunConfig
 from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName
+from freshrank.schema import Schema
 from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
 
@@ -44,10 +44,12 @@ class Task:
     source: Source
     boosted: bool = False
     """Judge the predictions with one constant added to all fresh logits."""
+    note: str = ""
+    """Shown while it runs."""
 
     @property
     def label(self) -> str:
-        return f"{BOOST if self.boosted else self.row} seed {self.seed}"
+        return f"{BOOST if self.boosted else self.row}{self.note} seed {self.seed}"
 
     @property
     def directory(self) -> Path:
@@ -133,7 +135,8 @@ def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
 
 def scaled(platt: Platt, logits: np.ndarray) -> np.ndarray:
     """Calibrated logits [N, A]."""
-    return np.asarray(platt.slope) * logits.astype(np.float64) + np.asarray(platt.intercept)
+    calibrated: np.ndarray = np.asarray(platt.slope) * logits.astype(np.float64) + np.asarray(platt.intercept)
+    return calibrated
 
 
 def judged_of(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, boost: float = 0.0) -> Judged:
@@ -152,7 +155,9 @@ def judged_of(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, boost:
     )
 
 
-def chosen_boost(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, schema: Any, config: Any) -> float:
+def chosen_boost(
+    rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, schema: Schema, config: EvaluationConfig
+) -> float:
     """The constant that anybody could add: highest fresh Hits@k on the calibration rows, the smallest such one.
 
     Only constants that cost overall Hits@k at most ``BOOST_GUARD`` (relative, same rows) are allowed; without a
@@ -164,11 +169,12 @@ def chosen_boost(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, sch
     return BOOSTS[int(np.argmax(np.where(allowed, fresh, -1.0)))]
 
 
-def _hit_rates(judged: Judged, schema: Any, config: Any) -> tuple[float, float]:
+def _hit_rates(judged: Judged, schema: Schema, config: EvaluationConfig) -> tuple[float, float]:
     """Mean over the actions of fresh and of overall Hits@k; 0 where nothing supports it."""
-    hits = evaluation.indicators(judged, schema, config).hits
-    return tuple(float((hit.sum(0) / np.maximum(holds.sum(0), 1)).mean())
-                 for holds, hit in (hits[FRESH, MetricName.HITS], hits[ALL, MetricName.HITS]))  # type: ignore[return-value]  # fmt: skip
+    found = evaluation.indicators(judged, schema, config).hits
+    fresh, overall = (hit.sum(0) / np.maximum(holds.sum(0), 1)
+                      for holds, hit in (found[name, MetricName.HITS] for name in (FRESH, ALL)))  # fmt: skip
+    return float(fresh.mean()), float(overall.mean())
 
 
 def _flat(found: Evaluation) -> list[dict[str, Any]]:
@@ -177,7 +183,7 @@ def _flat(found: Evaluation) -> list[dict[str, Any]]:
             for m in found.metrics if m.slice in kept and m.value is not None]  # fmt: skip
 
 
-def list_sums(judged: Judged, schema: Any, config: Any) -> dict[str, np.ndarray]:
+def list_sums(judged: Judged, schema: Schema, config: EvaluationConfig) -> dict[str, np.ndarray]:
     """``sums`` and ``counts`` float32 [U, M * A]: each list's share of every measure of :data:`MEASURES`.
 
     A measure over a set of lists is the sum of its sums divided by that of its counts, so lists can be resampled.
@@ -239,7 +245,3 @@ class Result:
 def boosted(task: Task) -> Task:
     """The constant-boost row of a baseline's task."""
     return replace(task, boosted=True)
-
-
-def single_threaded() -> None:
-    torch.set_num_threads(1)
