@@ -10,16 +10,17 @@ import polars as pl
 
 from freshrank import steps
 from freshrank.clock import days
-from freshrank.config import Split, WindowConfig
+from freshrank.config import Split, TrainingConfig, WindowConfig
 from freshrank.datasets.contract import MANIFEST, Dataset
 from freshrank.datasets.kuairand import Protocol, import_kuairand
+from freshrank.encoding import Catalog
 from freshrank.errors import DataError
 from freshrank.frames import JUDGED_AGE, Frame, load_frame
 from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_ID, REQUEST_ID, USER_ID, Schema, Usage
 from freshrank.settings import settings
 from freshrank.statistics import Bools, Floats, Ints
 from freshrank.storage import fingerprint, read_json, sha256_of, write_json
-from freshrank.training import Encoded, TensorFrame, labels_of
+from freshrank.training import Device, Encoded, TensorFrame, labels_of
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ class EncodedEvidence:
 
     @classmethod
     def of(cls, evidence: Evidence, min_count: int) -> "EncodedEvidence":
-        from freshrank.encoding import Catalog
-
-        train = Encoded.of(evidence.train, evidence.items, evidence.schema, min_count)
+        device = Device.choose(TrainingConfig()).name
+        train = Encoded.of(evidence.train, evidence.items, evidence.schema, min_count, device)
         catalog = Catalog.build(evidence.items, train.encoder)
         others = (TensorFrame(frame, train.encoder, catalog) for frame in (evidence.calibration, evidence.evaluation))
         return cls(train, *others)

@@ -40,7 +40,8 @@ _DEFINITIONS = """## What the numbers mean
   dropped, judged on the same rows. 1 means that new items are ranked as well as if they were old. No value: the
   oracle is not surely better than the baseline, so there is no gap to close on that figure.
 - **Constant boost** learns nothing: one constant is added to all fresh logits of the baseline, the one with the highest
-  fresh Hits@3 on the calibration days that costs at most 0.5% of overall Hits@3 there.
+  fresh Hits@3 on the calibration days that costs at most 0.5% of overall Hits@3 there; 0 where those days show no
+  fresh item.
 - **Cost**: parameters exactly; training as CPU time over the same rows, baseline and row in turn in one process;
   latency as the exported ONNX model answering one user with 500 candidates, likewise in turn. Both are ratios of
   medians.

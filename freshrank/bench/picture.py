@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from freshrank.bench.lifts import Estimate
 from freshrank.bench.rows import BASELINE, BOOST, ORACLE
 from freshrank.bench.table1 import GAPS, RowOfTable, Table
@@ -69,8 +71,21 @@ def _panel(axes: "Axes", table: Table, shown: list[RowOfTable], kind: str, measu
     if not axes.lines[1 + (kind == "gap") :]:
         axes.text(0.5, 0.5, "no gap: the oracle is not surely\nbetter than the baseline", transform=axes.transAxes,
                   ha="center", va="center", color=GREY)  # fmt: skip
-    _within_reach(axes, [e for row in shown for key, e in getattr(row, kind).items() if key.startswith(measure + "/")])
+    _within_reach(axes, [e for row in shown if row.name != BOOST or len(shown) == 1
+                         for key, e in getattr(row, kind).items() if key.startswith(measure + "/")])  # fmt: skip
+    _beyond(axes)
     _separate(axes, shown)
+
+
+def _beyond(axes: "Axes") -> None:
+    """A point that lies outside the panel (the boost may) is written at its edge."""
+    low, high = axes.get_xlim()
+    for line in list(axes.lines):
+        x, y = float(np.ravel(line.get_xdata())[0]), float(np.ravel(line.get_ydata())[0])
+        if line.get_marker() != "None" and not low <= x <= high:
+            edge, side, text = (high, "right", f"{x:+.3g} ▸") if x > high else (low, "left", f"◂ {x:+.3g}")
+            axes.text(edge, y, text, ha=side, va="center", fontsize=7, color=line.get_markeredgecolor(),
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
 
 
 def _interval(axes: "Axes", estimate: Estimate, place: float, marker: str, colour: str, filled: bool,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from freshrank.bench.work import Task, perform
@@ -72,7 +73,7 @@ class _Watch:
         self.done, self.fresh = self.done + 1, self.fresh + 1
         self.progress.advance(self.bar)
         if failure:
-            self.console.print(f"[red]{task.label} failed:[/] {failure}", highlight=False)
+            self.console.print(f"[red]{task.label} failed:[/] {escape(failure)}", highlight=False)
         elif not self.console.is_terminal:
             left = (self.total - self.done) * (time.monotonic() - self.started) / self.fresh / 60
             self.console.print(f"{self.done}/{self.total} {task.label}, about {left:.0f} min left", highlight=False)
@@ -97,7 +98,7 @@ def _attempt(task: Task) -> str | None:
     try:
         perform(task)
     except Exception as error:
-        log.warning("%s failed", task.label, exc_info=True)
+        log.info("%s failed", task.label, exc_info=True)
         return f"{type(error).__name__}: {error}"
     return None
 

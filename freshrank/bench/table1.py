@@ -188,7 +188,7 @@ def assembled(
         seeds=rates.seeds,
         actions=actions,
         judged_rows=len(evidence.evaluation.rows),
-        lists=int((counts[:, len(actions)] > 0).sum()),
+        lists=int(counts[:, len(actions) : 2 * len(actions)].any(axis=1).sum()),
         days={
             name: " .. ".join(dict.fromkeys(str(day) for day in (part[0], part[-1]))) for name, part in parts.items()
         },

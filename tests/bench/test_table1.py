@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,8 +161,8 @@ def test_a_failing_baseline_leaves_nothing_to_compare_with(written: tuple[Prepar
 
 
 @pytest.fixture
-def command(world: Prepared, home: Path) -> Iterator[list[str]]:
-    yield [sys.executable, "-m", "freshrank", "bench", "table1", "--data", str(world.source.path), "--date",
+def command(world: Prepared, home: Path) -> list[str]:
+    return [sys.executable, "-m", "freshrank", "bench", "table1", "--data", str(world.source.path), "--date",
            RUN_DATE.isoformat(), "--train-days", "3", "--evaluation-days", "1", "--rows", "score-reg", "--seeds", "3",
            "--jobs", "2", "--timing-repeats", "0", "--untuned", "--out", str(home / "killed")]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from freshrank.bench.data import Prepared, load_evidence
@@ -23,6 +24,7 @@ def test_only_the_first_rows_of_an_epoch_are_timed(world: Prepared) -> None:
     assert len(few) == len(whole)
 
 
+@pytest.mark.slow
 def test_a_row_is_timed_once_against_the_baseline(world: Prepared, home: Path) -> None:
     """The second call reads what the first one measured."""
     tasks = {name: by_seed[0] for name, by_seed in

@@ -85,7 +85,7 @@ def test_a_tie_goes_to_the_earlier_candidate() -> None:
 
 def test_a_metric_without_support_is_an_error_and_not_a_zero() -> None:
     """Too few tuning days to hold a fresh positive."""
-    with pytest.raises(DataError, match="has no value on the tuning days"):
+    with pytest.raises(DataError, match="has no value in the tuning days"):
         tune.mean_of([BASE], MetricName.PR_AUC, FRESH, "click")
 
 
