@@ -160,31 +160,39 @@ def test_a_failing_baseline_leaves_nothing_to_compare_with(written: tuple[Prepar
         ROWS[BASELINE] = good
 
 
-@pytest.fixture
-def command(world: Prepared, home: Path) -> list[str]:
+def command(world: Prepared, row: str, out: Path) -> list[str]:
     return [sys.executable, "-m", "freshrank", "bench", "table1", "--data", str(world.source.path), "--date",
-           RUN_DATE.isoformat(), "--train-days", "3", "--evaluation-days", "1", "--rows", "score-reg", "--seeds", "3",
-           "--jobs", "2", "--timing-repeats", "0", "--untuned", "--out", str(home / "killed")]  # fmt: skip
+            RUN_DATE.isoformat(), "--train-days", "3", "--evaluation-days", "1", "--rows", row, "--seeds", "4",
+            "--jobs", "2", "--timing-repeats", "0", "--untuned", "--out", str(out)]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_kill_9_loses_at_most_what_was_running(command: list[str], world: Prepared, home: Path) -> None:
-    """Killed after the first training of a worker; the next call does only the others, and no worker outlives it."""
+@pytest.mark.parametrize("row, how", [("score-reg", signal.SIGKILL), ("residual", signal.SIGINT)])
+def test_stopping_it_loses_at_most_what_was_running(row: str, how: int, world: Prepared, home: Path) -> None:
+    """kill -9 or Ctrl-C after a training: the next call does only the others, and no worker outlives the first.
+
+    Workers hold the pipe that is read here: were one left, the loop would not end.
+    """
     environment = os.environ | {"FRESHRANK_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(world, row, home / "stopped"), env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
         assert process.stdout is not None
+        said = ""
         for line in process.stdout:
-            if "score-reg seed 0" in line:
-                process.send_signal(signal.SIGKILL)
-    options = Options(3, ["score-reg"], 2, home / "killed", untuned=True)
-    tasks = [task for by_seed in tasks_of(world, chosen(["score-reg"]), {}, options).values() for task in by_seed]
-    done = [task for task in tasks if task.done]
-    assert 1 <= len(done) < len(tasks)
-    kept = {task.measures: (task.measures / "metrics.json").stat().st_mtime_ns for task in done}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert f"{len(tasks)}/{len(tasks)}" in result.stdout
-    assert result.stdout.count(" seed ") == len(tasks) - len(done)
+            said += line
+            if f"{row} seed 0" in line:
+                process.send_signal(how)
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    tasks = [task for by_seed in tasks_of(world, chosen([row]), {}, Options(4, [row], 2, home, True)).values()
+             for task in by_seed]  # fmt: skip
+    kept = {task.measures: (task.measures / "metrics.json").stat().st_mtime_ns for task in tasks if task.done}
+    assert 1 <= len(kept) < len(tasks)
+    result = subprocess.run(command(world, row, home / "stopped"), env=environment, capture_output=True, text=True,
+                            check=True)  # fmt: skip
+    assert result.stdout.count(" seed ") == len(tasks) - len(kept)
     assert {path: (path / "metrics.json").stat().st_mtime_ns for path in kept} == kept
+    assert all(task.done for task in tasks)
     assert not list((home / "bench").rglob("*.tmp"))
 
 
