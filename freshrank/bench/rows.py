@@ -64,6 +64,11 @@ def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
 
 _TRAINING = [{"training": change} for change in ({}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 2},
              {"epochs": 2, "learning_rate": 1e-3}, {"batch_size": 512, "learning_rate": 1e-3})]  # fmt: skip
+_DROPOUT = [techniques(feature_dropout={"probability": probability, "history": history})
+            for probability, history in ((0.1, "item"), (0.5, "item"), (0.7, "item"), (0.3, "all"), (0.5, "all"))]  # fmt: skip
+_ALDI = [techniques(aldi=change) for change in (
+    {"history": "user"}, {"rating_weight": 0.3, "ranking_weight": 0.3}, {"rating_weight": 3.0, "ranking_weight": 3.0},
+    {"half_known": 100.0}, {"history": "user", "rating_weight": 0.3, "ranking_weight": 0.3})]  # fmt: skip
 _RESIDUAL = _grid(residual={"dim": [4, 8, 24, 32, 48]})
 _SCORE_REG = _grid(score_reg={"weight": [0.01, 0.03, 0.3, 1.0, 3.0]})
 _MIXUP = [techniques(mixup={"alpha": alpha, "weight": weight})
@@ -84,6 +89,8 @@ def _row(name: str, label: str, overrides: Overrides, candidates: Iterable[Overr
 
 _EVERY = (
     _row(BASELINE, "Baseline", {}, _TRAINING[1:]),
+    _row("feature-dropout", "Feature Dropout", techniques(feature_dropout={}), _DROPOUT),
+    _row("aldi", "ALDI", techniques(aldi={}), _ALDI),
     _row("residual", "Residual (1)", techniques(residual={}), _RESIDUAL),
     _row("score-reg", "ScoreReg (2)", techniques(score_reg={}), _SCORE_REG),
     _row("mixup", "Mixup (3)", techniques(mixup={}), _MIXUP),

@@ -25,7 +25,8 @@ from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_o
 from freshrank.workspace import Workspace
 
 PACKAGE = Path(training.__file__).parent
-_TRAINED_BY = ("training.py", "encoding.py", "frames.py", "history.py", "feature_store.py", "models", "techniques")
+_TRAINED_BY = ("training.py", "transforms.py", "encoding.py", "frames.py", "history.py", "feature_store.py",
+               "models/*.py", "techniques/*.py")  # fmt: skip
 _JUDGED_BY = (calibration, evaluation, statistics)
 MEASURES = ((MetricName.HITS, FRESH), (MetricName.HITS, ALL), (MetricName.MATCHED_HITS, FRESH),
             (MetricName.LOG_LOSS, FRESH), (MetricName.LOG_LOSS, WARM))  # fmt: skip
@@ -57,8 +58,7 @@ class Task:
         sections = {name: getattr(self.config, name).model_dump(mode="json")
                     for name in ("model", "techniques", "training")}  # fmt: skip
         key = fingerprint({"data": _data_fingerprint(self.source), "sections": sections, "code": _training_code()})
-        workspace = Workspace.of(self.source.dataset().schema.name)
-        return workspace.bench / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
+        return _folder(self.source) / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
 
     @property
     def measures(self) -> Path:
@@ -73,14 +73,18 @@ class Task:
 
 
 @cache
+def _folder(source: Source) -> Path:
+    return Workspace.of(source.dataset().schema.name).bench
+
+
+@cache
 def _data_fingerprint(source: Source) -> str:
     return source.fingerprint()
 
 
 @cache
 def _training_code() -> str:
-    paths = [PACKAGE / name for name in _TRAINED_BY]
-    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    files = [file for pattern in _TRAINED_BY for file in sorted(PACKAGE.glob(pattern))]
     return fingerprint([sha256_of(file) for file in files])
 
 
