@@ -65,7 +65,7 @@ def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
 _TRAINING = [{"training": change} for change in ({}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 2},
              {"epochs": 2, "learning_rate": 1e-3}, {"batch_size": 512, "learning_rate": 1e-3})]  # fmt: skip
 _DROPOUT = [techniques(feature_dropout={"probability": share, "history": history})
-            for share, history in ((0.1, "item"), (0.5, "item"), (0.7, "item"), (0.3, "all"), (0.5, "all"))]  # fmt: skip
+            for share, history in ((.1, "item"), (.5, "item"), (.7, "item"), (.3, "all"), (.5, "all"))]  # fmt: skip
 _ALDI = [techniques(aldi=change) for change in (
     {"history": "user"}, {"rating_weight": 0.3, "ranking_weight": 0.3}, {"rating_weight": 3.0, "ranking_weight": 3.0},
     {"half_known": 100.0}, {"history": "user", "rating_weight": 0.3, "ranking_weight": 0.3})]  # fmt: skip
