@@ -63,7 +63,7 @@ def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
 
 
 _TRAINING = [{"training": change} for change in ({}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 2},
-             {"epochs": 2, "learning_rate": 1e-3}, {"batch_size": 512, "learning_rate": 1e-3})]  # fmt: skip
+             {"epochs": 2, "learning_rate": 1e-3}, {"epochs": 3})]  # fmt: skip
 _DROPOUT = [techniques(feature_dropout={"probability": share, "history": history})
             for share, history in ((.1, "item"), (.5, "item"), (.7, "item"), (.3, "all"), (.5, "all"))]  # fmt: skip
 _ALDI = [techniques(aldi=change) for change in (
