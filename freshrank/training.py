@@ -205,11 +205,30 @@ def train_ranker(
     Raises:
         DataError: no row with an observed label, or an action without a single positive.
     """
-    _check_labels(frame, schema)
-    device = Device.choose(training)
-    log.info("training on %s, %d rows, %d user-days", device, len(frame.rows), len(frame.users))
-    encoder = Encoder.fit(frame, schema, model.min_count)
-    data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device.name)
+    encoded = Encoded.of(frame, items, schema, model.min_count, Device.choose(training).name)
+    return train_encoded(encoded, model, techniques, training)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A training frame under the encoder fitted on it: what all rankers of one ``min_count`` can share."""
+
+    encoder: Encoder
+    data: TensorFrame
+
+    @classmethod
+    def of(cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu") -> "Encoded":
+        _check_labels(frame, schema)
+        encoder = Encoder.fit(frame, schema, min_count)
+        return cls(encoder, TensorFrame(frame, encoder, Catalog.build(items, encoder), device))
+
+
+def train_encoded(
+    encoded: Encoded, model: ModelConfig, techniques: TechniquesConfig, training: TrainingConfig
+) -> Trained:
+    """Fit a ranker on a frame that is encoded already, with the encoder's ``min_count`` that of ``model``."""
+    encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
+    log.info("training on %s, %d rows, %d user-days", device, len(data), data.users["places"].shape[0])
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
@@ -284,8 +303,12 @@ class _RunningMean:
 
 def predict(trained: Trained, frame: Frame, items: pl.DataFrame, batch_size: int = 8192) -> np.ndarray:
     """Uncalibrated logits [N, A] float32 for every row of ``frame``, in its order."""
-    catalog = Catalog.build(items, trained.encoder)
-    data = TensorFrame(frame, trained.encoder, catalog)
+    data = TensorFrame(frame, trained.encoder, Catalog.build(items, trained.encoder))
+    return predict_encoded(trained, data, batch_size)
+
+
+def predict_encoded(trained: Trained, data: TensorFrame, batch_size: int = 8192) -> np.ndarray:
+    """:func:`predict` on a frame that is encoded already, on the CPU."""
     logits = torch.empty(len(data), len(trained.encoder.schema.actions))
     with torch.inference_mode():
         for rows in data.batches(batch_size):
