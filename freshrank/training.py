@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +66,9 @@ class Batch:
     inputs: Inputs
     labels: Tensor
     cold: Tensor
+
+
+Watch = Callable[[int, Ranker, Batch], None]
 
 
 class TensorFrame:
@@ -186,8 +189,11 @@ def train_ranker(
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
+    watch: Watch | None = None,
 ) -> Trained:
     """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
+
+    ``watch`` is called before every step with its number (from 1), the ranker and the batch; it may look, not touch.
 
     Raises:
         DataError: no row with an observed label, or an action without a single positive.
@@ -200,7 +206,7 @@ def train_ranker(
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques.residual).to(device.name)
     started = time.perf_counter()
-    curve = _fit(ranker, data, techniques, training, device)
+    curve = _fit(ranker, data, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
@@ -209,8 +215,9 @@ def train_ranker(
 
 
 def _fit(
-    ranker: Ranker, data: TensorFrame, techniques: TechniquesConfig, training: TrainingConfig, device: Device
-) -> TrainingCurve:
+    ranker: Ranker, data: TensorFrame, techniques: TechniquesConfig, training: TrainingConfig, device: Device,
+    watch: Watch | None = None,
+) -> TrainingCurve:  # fmt: skip
     size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
     # Draws of their own: switching one technique on leaves batches, hidden ids and initial weights as they were.
@@ -226,6 +233,8 @@ def _fit(
     for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
         batch = data.batch(rows)
         batch.inputs["item_id"] = ItemIds.hide(batch.inputs["item_id"], training.new_item_probability, hiding)
+        if watch:
+            watch(step, ranker, batch)
         with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
             loss, parts = run(ranker, batch, techniques, mixing)
         optimizer.zero_grad(set_to_none=True)

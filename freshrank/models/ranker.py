@@ -138,7 +138,10 @@ class Ranker(nn.Module):
         return logits
 
     def represent(self, inputs: Inputs) -> Representation:
-        groups = self.groups(inputs)
+        return self.combine(self.groups(inputs))
+
+    def combine(self, groups: Groups) -> Representation:
+        """What F takes, from the dense vectors of :meth:`groups`."""
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
         return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh)
