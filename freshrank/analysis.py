@@ -240,7 +240,7 @@ def one_by_one(features: list[Removal]) -> dict[str, list[Removal]]:
 
 
 class GradientNorms(BaseModel):
-    """Mean over a batch's rows of the l2 norm of d loss / d (dense vector), at one training step."""
+    """Mean over a batch's rows of the l2 norm of d (the row's loss) / d (its dense vector), at one training step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -276,7 +276,8 @@ def gradient_norms(ranker: Ranker, batch: Batch, step: int = 0) -> GradientNorms
     with torch.no_grad():
         dense = ranker.groups(batch.inputs)
     groups = {name: x.detach().float().requires_grad_() for name, x in dense.items()}
-    loss = masked_bce(ranker.prediction(ranker.combine(groups).z_bar), batch.labels)
+    # The loss is a mean over rows; times their number, the gradient is that of each row's own loss.
+    loss = masked_bce(ranker.prediction(ranker.combine(groups).z_bar), batch.labels) * len(batch.labels)
     gradients = dict(zip(groups, torch.autograd.grad(loss, list(groups.values())), strict=True))
     sides = {side: [g for name, g in gradients.items() if is_historical(name) is side] for side in (True, False)}
     return GradientNorms(
@@ -367,7 +368,7 @@ def explained_variance(z: Floats) -> NDArray[np.float64]:
     return shares
 
 
-def components_for(shares: Floats, wanted: float) -> float:
-    """How many leading components explain the share ``wanted``, linearly between whole numbers."""
-    cumulative = np.concatenate([[0.0], np.cumsum(shares)])
-    return float(np.interp(wanted, cumulative, np.arange(len(cumulative))))
+def effective_rank(shares: Floats) -> float:
+    """exp(entropy) of the shares: d for d equal components, 1 when one explains everything (Roy and Vetterli 2007)."""
+    positive = shares[shares > 0]
+    return float(np.exp(-(positive * np.log(positive)).sum()))

@@ -27,6 +27,8 @@ imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data cont
 features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
 app.add_typer(imports, name="import")
 app.add_typer(features, name="features")
+bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes its evidence.")
+app.add_typer(bench, name="bench")
 out = Console()
 err = Console(stderr=True, log_path=False)
 
@@ -370,6 +372,30 @@ def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
             sys.stdout.write(json.dumps(row) + "\n")
     else:
         out.print(ranking_table(answer, top))
+
+
+# ---------------------------------------------------------------- measurements
+
+
+@bench.command("figures")
+def bench_figures(
+    data: Annotated[Path, typer.Option("--data", help="Imported dataset, or KuaiRand's files.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per recipe; those made before are reused.")] = 5,
+    protocol: Protocol = "sparse",
+    target: Annotated[Path, typer.Option("--out", help="Where figure-*.csv, .png and figures.md go.")] = Path(
+        "docs/evidence"
+    ),
+    ablation: Annotated[
+        Literal["missing", "permuted"], typer.Option(help="How a feature is taken away at inference.")
+    ] = "missing",
+) -> None:
+    """Draw the paper's figures 2, 6 and 7 from trained models, with their numbers and whether its findings hold."""
+    from freshrank.bench import figures
+
+    page, found = figures.run(data, protocol, seeds, target, ablation)
+    for figure in found:
+        out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
+    out.print(f"{page}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------- shared

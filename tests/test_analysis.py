@@ -14,8 +14,8 @@ from freshrank.analysis import (
     Probe,
     Removal,
     by_group,
-    components_for,
     drops,
+    effective_rank,
     explained_variance,
     gradient_norms,
     one_by_one,
@@ -294,8 +294,8 @@ def test_a_representation_that_never_changes_has_no_components(z: np.ndarray) ->
         explained_variance(z)
 
 
-def test_components_are_counted_linearly_between_whole_numbers() -> None:
-    """Cumulative 0.6, 0.9, 1.0: half of the second component lies between 0.6 and 0.9."""
-    shares = np.array([0.6, 0.3, 0.1])
-    assert components_for(shares, 0.75) == pytest.approx(1.5)
-    assert components_for(shares, 0.9) == pytest.approx(2)
+def test_effective_rank_counts_equal_components_and_ignores_unused_ones() -> None:
+    """Four equal shares count as 4; one that explains everything as 1; unequal shares as something between."""
+    assert effective_rank(np.array([0.25] * 4 + [0.0] * 3)) == pytest.approx(4)
+    assert effective_rank(np.array([1.0, 0.0])) == pytest.approx(1)
+    assert 1 < effective_rank(np.array([0.9, 0.1])) < 2

@@ -1,0 +1,1 @@
+"""Side-by-side measurements on several seeds; each writes its evidence."""
