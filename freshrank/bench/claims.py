@@ -60,7 +60,7 @@ class Expectation(BaseModel):
     side: Literal["below", "above"]
     bound: float = 0.0
     form: Literal["number", "change", "percent", "points"] = "number"
-    """How it is written: 0.62, +0.62, 62.0% (of a share), +62.0 percentage points (of a difference of shares)."""
+    """How it is written: 0.62, +0.62, 62.0% (a share), +62.0 points (a difference of shares, in percentage points)."""
 
     @property
     def outcome(self) -> Outcome:
@@ -72,18 +72,18 @@ class Expectation(BaseModel):
         return _above(-high, -low, -self.bound)
 
     def __str__(self) -> str:
-        mean, low, high = (self._written(v) for v in (self.estimate.mean, self.estimate.low, self.estimate.high))
+        mean, low, high = self.estimate.mean, self.estimate.low, self.estimate.high
         if mean is None:
             return f"{self.name} has no value"
-        interval = f"{low} to {high}" if low else "one seed, no interval"
-        return f"{self.name} {mean} ({interval})"
+        interval = (
+            "one seed, no interval" if low is None or high is None else f"{self._said(low)} to {self._said(high)}"
+        )
+        return f"{self.name} {self._said(mean)}{' points' if self.form == 'points' else ''} ({interval})"
 
-    def _written(self, value: float | None) -> str | None:
-        if value is None:
-            return None
-        written = {"number": f"{value:.3g}", "change": f"{value:+.2g}", "percent": f"{value:.1%}",
-                   "points": f"{100 * value:+.1f} points"}  # fmt: skip
-        return written[self.form]
+    def _said(self, value: float) -> str:
+        said = {"number": f"{value:.3g}", "change": f"{value:+.2g}", "percent": f"{value:.1%}",
+                "points": f"{100 * value:+.1f}"}  # fmt: skip
+        return said[self.form]
 
 
 def _above(low: float, high: float, bound: float) -> Outcome:

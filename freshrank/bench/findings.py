@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -41,6 +41,9 @@ Value = tuple[dict[str, Any], float | None]
 """Key columns, and the value on one seed."""
 
 
+Quantity = Callable[[Measured], float | None]
+
+
 @dataclass(frozen=True)
 class Results:
     """Measurements of all recipes and seeds."""
@@ -52,14 +55,23 @@ class Results:
         """In the order of seeds."""
         return sorted((m for m in self.measured if m.recipe == recipe), key=lambda m: m.seed)
 
-    def paired(self, recipe: str, quantity: Callable[[Measured], float | None]) -> Estimate:
+    def paired(self, recipe: str, quantity: Quantity) -> Estimate:
         """``recipe`` minus baseline, seed by seed."""
         pairs = zip(self.of(recipe), self.of(BASELINE), strict=True)
         values = [(quantity(ours), quantity(theirs)) for ours, theirs in pairs]
         return Estimate.over([None if a is None or b is None else a - b for a, b in values])
 
-    def estimate(self, recipe: str, quantity: Callable[[Measured], float | None]) -> Estimate:
+    def estimate(self, recipe: str, quantity: Quantity) -> Estimate:
         return Estimate.over([quantity(m) for m in self.of(recipe)])
+
+    def change(
+        self, recipe: str, name: str, quantity: Quantity, side: Literal["below", "above"], percent: bool = False
+    ) -> Expectation:
+        """The paired difference lies on ``side`` of 0; its name also says both means."""
+        means = [self.estimate(each, quantity).mean for each in (BASELINE, recipe)]
+        before, after = ("none" if m is None else f"{m:.1%}" if percent else f"{m:.3g}" for m in means)
+        return Expectation(name=f"{name} {before} -> {after}, change", side=side,
+                           form="points" if percent else "change", estimate=self.paired(recipe, quantity))  # fmt: skip
 
 
 def tabled(values: Iterable[Value]) -> pl.DataFrame:
@@ -99,7 +111,7 @@ def ablation_ratio(found: Sequence[Drop], slice: str, action: str) -> float | No
     return None if history is None or other is None or history >= 0 else other / history
 
 
-def _ratio_of(action: str) -> Callable[[Measured], float | None]:
+def _ratio_of(action: str) -> Quantity:
     return lambda m: ablation_ratio(m.by_group, ALL, action)
 
 
@@ -129,6 +141,15 @@ def ratio_by_part(gradients: Sequence[GradientNorms]) -> list[float]:
     return [float(part.mean()) for part in parts]
 
 
+def extreme(per_seed: Sequence[Sequence[float]], pick: Callable[..., Estimate]) -> Estimate:
+    """The part of training whose mean over seeds is the ``max`` or ``min`` of all parts; [seeds, parts] given.
+
+    Taking each seed's own extreme instead would let noise alone break every "all through training".
+    """
+    estimates = [Estimate.over(part) for part in zip(*per_seed, strict=True)]
+    return pick(estimates, key=lambda estimate: estimate.mean) if estimates else Estimate.over([])
+
+
 def _gradient_values(found: Iterable[Measured]) -> list[Value]:
     values: list[Value] = []
     for m in found:
@@ -149,8 +170,8 @@ def _figure_2b(results: Results) -> FigureData:
     expectations = (
         Expectation(name="mean over training", side="below", bound=1,
                     estimate=results.estimate(BASELINE, _mean_ratio)),
-        Expectation(name="highest tenth of training", side="below", bound=1,
-                    estimate=results.estimate(BASELINE, lambda m: max(ratio_by_part(m.gradients)))),
+        Expectation(name="in the tenth of training where it is highest", side="below", bound=1,
+                    estimate=extreme([ratio_by_part(m.gradients) for m in results.of(BASELINE)], max)),
     )  # fmt: skip
     paper = (
         "the gradient of the non-historical features is smaller than that of the historical ones all through training."
@@ -159,11 +180,11 @@ def _figure_2b(results: Results) -> FigureData:
         results.of(BASELINE))), Claim(paper=paper, expectations=expectations))  # fmt: skip
 
 
-def _gap(action: str, label: int) -> Callable[[Measured], float | None]:
+def _gap(action: str, label: int) -> Quantity:
     return lambda m: analysis.score_gaps(m.scores).get((action, label))
 
 
-def _size_of_gap(action: str, label: int) -> Callable[[Measured], float | None]:
+def _size_of_gap(action: str, label: int) -> Quantity:
     def size(m: Measured) -> float | None:
         gap = _gap(action, label)(m)
         return None if gap is None else abs(gap)
@@ -213,28 +234,25 @@ def _figure_6a(results: Results) -> FigureData:
         for recipe in ABLATED for m in results.of(recipe) for d in m.by_feature
     ]  # fmt: skip
     action = results.actions[0]
-    expectation = Expectation(
-        name=f"mean change of Delta PR-AUC ({action}) over the non-historical features", side="below", form="change",
-        estimate=results.paired(RESIDUAL, lambda m: mean_delta(m, Group.NON_HISTORICAL, action)),
-    )  # fmt: skip
+    expectation = results.change(RESIDUAL, f"mean Delta PR-AUC ({action}) over the non-historical features",
+                                 lambda m: mean_delta(m, Group.NON_HISTORICAL, action), "below")  # fmt: skip
     paper = ("with Residual the distribution of Delta PR-AUC over single non-historical features shifts left: losing "
              "one costs more.")  # fmt: skip
     return FigureData("6a", f"Delta PR-AUC ({action}) when one feature is removed, baseline against Residual",
                       tabled(values), Claim(paper=paper, expectations=(expectation,)))  # fmt: skip
 
 
-def _least_gain(ours: Measured, theirs: Measured) -> float:
+def _gains(ours: Measured, theirs: Measured) -> list[float]:
     parts = zip(ratio_by_part(ours.gradients), ratio_by_part(theirs.gradients), strict=True)
-    return min(a - b for a, b in parts)
+    return [a - b for a, b in parts]
 
 
 def _figure_6b(results: Results) -> FigureData:
     pairs = list(zip(results.of(RESIDUAL), results.of(BASELINE), strict=True))
     expectations = (
-        Expectation(name="Residual minus baseline, mean over training", side="above", form="change",
-                    estimate=results.paired(RESIDUAL, _mean_ratio)),
-        Expectation(name="in the tenth of training where it is least", side="above", form="change",
-                    estimate=Estimate.over([_least_gain(ours, theirs) for ours, theirs in pairs])),
+        results.change(RESIDUAL, "mean over training", _mean_ratio, "above"),
+        Expectation(name="change in the tenth of training where it is least", side="above", form="change",
+                    estimate=extreme([_gains(ours, theirs) for ours, theirs in pairs], min)),
     )  # fmt: skip
     values = _gradient_values([*results.of(BASELINE), *results.of(RESIDUAL)])
     paper = "Residual raises the ratio of non-historical to historical gradients consistently."
@@ -249,8 +267,8 @@ def _figure_6c(results: Results) -> FigureData:
         for recipe in (BASELINE, SCORE_REG) for m in results.of(recipe) for action, label in cells
     ]  # fmt: skip
     expectations = [
-        Expectation(name=f"change of the gap's size, {action} {'positives' if label else 'negatives'}", side="below",
-                    form="points", estimate=results.paired(SCORE_REG, _size_of_gap(action, label)))
+        results.change(SCORE_REG, f"{action} {'positives' if label else 'negatives'}, size of the gap",
+                       _size_of_gap(action, label), "below", percent=True)
         for action, label in cells
     ]  # fmt: skip
     paper = "ScoreReg narrows the score gap for positives and negatives of every action (one from 13.65% to 0.53%)."
@@ -267,8 +285,8 @@ def _variance_values(results: Results, cumulative: bool) -> list[Value]:
 
 
 def _figure_7a(results: Results) -> FigureData:
-    expectation = Expectation(name="share of the first component, Mixup minus baseline", side="below", form="points",
-                              estimate=results.paired(MIXUP, lambda m: m.variance[ALL][0]))  # fmt: skip
+    expectation = results.change(MIXUP, "share of the first component", lambda m: m.variance[ALL][0], "below",
+                                 percent=True)  # fmt: skip
     paper = "with Mixup fewer directions dominate: the leading components of z explain less of its variance."
     return FigureData("7a", "Explained variance of z per principal component, baseline against Mixup",
                       tabled(_variance_values(results, cumulative=False)),
@@ -280,8 +298,7 @@ def _effective_rank(m: Measured) -> float:
 
 
 def _figure_7b(results: Results) -> FigureData:
-    expectation = Expectation(name="effective rank, Mixup minus baseline", side="above", form="change",
-                              estimate=results.paired(MIXUP, _effective_rank))  # fmt: skip
+    expectation = results.change(MIXUP, "effective rank", _effective_rank, "above")
     paper = "with Mixup the cumulative curve rises more slowly: z has a higher rank."
     return FigureData("7b", "Cumulative explained variance of z, baseline against Mixup",
                       tabled(_variance_values(results, cumulative=True)),

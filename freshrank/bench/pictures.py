@@ -186,7 +186,9 @@ def _variance(log: bool) -> Paint:
             one.set_xlabel("principal component of z" if log else "leading components of z")
             one.set_xticks(range(0, _SHOWN_COMPONENTS + 1, 5))
             if log:
+                # Intervals of tiny shares reach 0, which a log axis cannot show: they run out of the picture instead.
                 one.set_yscale("log")
+                one.set_ylim(bottom=50 * float(shown["mean"].to_numpy().clip(min=1e-7).min()), top=130)
         axes[0].set_ylabel("explained variance, %" if log else "cumulative explained variance, %")
         axes[0].legend()
 

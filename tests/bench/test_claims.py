@@ -90,7 +90,7 @@ def test_a_claim_holds_when_all_its_inequalities_do_and_fails_with_any(
         ("number", "gap 0.137 (0.13 to 0.144)"),
         ("change", "gap +0.14 (+0.13 to +0.14)"),
         ("percent", "gap 13.7% (13.0% to 14.4%)"),
-        ("points", "gap +13.7 points (+13.0 points to +14.4 points)"),
+        ("points", "gap +13.7 points (+13.0 to +14.4)"),
     ],
 )
 def test_numbers_are_written_with_their_interval_and_unit(form: str, written: str) -> None:
