@@ -196,11 +196,7 @@ def markdown(found: list[FigureData], evidence: Evidence, seeds: int, ablation: 
     """The page: how it was measured, a table of outcomes, then every figure with its sentence."""
     split, schema = evidence.split, evidence.run.dataset.schema
     outcomes = "\n".join(f"| [{f.name}](#figure-{f.name}) | {f.title} | {f.claim.outcome} |" for f in found)
-    sections = "\n\n".join(
-        f"## Figure {f.name}\n\n{f.title}.\n\n![{f.title}](figure-{f.name}.png)\n\n{f.claim} {f.note}\n\n"
-        f"Numbers: [figure-{f.name}.csv](figure-{f.name}.csv)."
-        for f in found
-    )
+    sections = "\n\n".join(_section(figure) for figure in found)
     trained, judged = (f"{part[0]} .. {part[-1]}" for part in (split.train, split.evaluation))
     fresh = int(evidence.slices[FRESH].sum())
     return f"""# The paper's figures, measured here
@@ -230,3 +226,10 @@ Written by `freshrank bench figures`; do not edit.
 - **Explained variance**: principal components of z (the interaction module's output), centred, not scaled; the
   effective rank is exp(entropy) of their shares.
 """
+
+
+def _section(figure: FigureData) -> str:
+    name, title = figure.name, figure.title
+    sentences = " ".join(filter(None, (str(figure.claim), figure.note)))
+    return (f"## Figure {name}\n\n{title}.\n\n![{title}](figure-{name}.png)\n\n{sentences}\n\n"
+            f"Numbers: [figure-{name}.csv](figure-{name}.csv).")  # fmt: skip
