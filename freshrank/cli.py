@@ -472,6 +472,27 @@ def _end_of_bench(failures: int) -> None:
         raise typer.Exit(1)
 
 
+@bench.command("figures")
+def bench_figures(
+    data: Annotated[Path, typer.Option("--data", help="Imported dataset, or KuaiRand's files.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per recipe; those made before are reused.")] = 5,
+    protocol: Protocol = "sparse",
+    target: Annotated[Path, typer.Option("--out", help="Where figure-*.csv, .png and figures.md go.")] = Path(
+        "docs/evidence"
+    ),
+    ablation: Annotated[
+        Literal["missing", "permuted"], typer.Option(help="How a feature is taken away at inference.")
+    ] = "missing",
+) -> None:
+    """Draw the paper's figures 2, 6 and 7 from trained models, with their numbers and whether its findings hold."""
+    from freshrank.bench import figures
+
+    page, found = figures.run(data, protocol, seeds, target, ablation)
+    for figure in found:
+        out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
+    out.print(f"{page}", soft_wrap=True)
+
+
 # ---------------------------------------------------------------- shared
 
 

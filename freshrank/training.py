@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +60,9 @@ class Device:
         model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
         compiled = "on" if self.compiled else "off"
         return f"{self.name} ({model}), {str(self.dtype).removeprefix('torch.')}, compile={compiled}"
+
+
+Watch = Callable[[int, Ranker, Batch], None]
 
 
 class TensorFrame:
@@ -199,14 +202,17 @@ def train_ranker(
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
+    watch: Watch | None = None,
 ) -> Trained:
     """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
+
+    ``watch`` is called before every step with its number (from 1), the ranker and the batch; it may look, not touch.
 
     Raises:
         DataError: no row with an observed label, or an action without a single positive.
     """
     encoded = Encoded.of(frame, items, schema, model.min_count, Device.choose(training).name)
-    return train_encoded(encoded, model, techniques, training)
+    return train_encoded(encoded, model, techniques, training, watch)
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,11 @@ class Encoded:
 
 
 def train_encoded(
-    encoded: Encoded, model: ModelConfig, techniques: TechniquesConfig, training: TrainingConfig
+    encoded: Encoded,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    watch: Watch | None = None,
 ) -> Trained:
     """Fit a ranker on a frame that is encoded already, with the encoder's ``min_count`` that of ``model``."""
     encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
@@ -232,7 +242,7 @@ def train_encoded(
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
-    curve = _fit(ranker, data, encoder, techniques, training, device)
+    curve = _fit(ranker, data, encoder, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
@@ -247,6 +257,7 @@ def _fit(
     techniques: TechniquesConfig,
     training: TrainingConfig,
     device: Device,
+    watch: Watch | None = None,
 ) -> TrainingCurve:
     size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
@@ -263,6 +274,8 @@ def _fit(
     batches = (rows for _ in range(training.epochs) for rows in data.batches(size, order))
     for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
         batch = functools.reduce(lambda batch, transform: transform(batch), transforms, data.batch(rows))
+        if watch:
+            watch(step, ranker, batch)
         with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
             loss, parts = run(ranker, batch, techniques, mixing)
         optimizer.zero_grad(set_to_none=True)

@@ -159,7 +159,10 @@ class Ranker(nn.Module):
         return young | (inputs["item_id"] < FIRST_KNOWN)
 
     def represent(self, inputs: Inputs) -> Representation:
-        groups = self.groups(inputs)
+        return self.combine(self.groups(inputs))
+
+    def combine(self, groups: Groups) -> Representation:
+        """What F takes, from the dense vectors of :meth:`groups`."""
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
         x_student = torch.cat([x_nh, *(groups[name] for name in self.student_groups if name in groups)], dim=-1)
