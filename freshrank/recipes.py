@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from freshrank.config import (
     AldiConfig,
     FeatureDropoutConfig,
+    HistoryMaskingConfig,
     MixupConfig,
     ResidualConfig,
     RunConfig,
@@ -29,6 +30,7 @@ TECHNIQUES = {
     "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
     "aldi": TechniquesConfig(aldi=AldiConfig()),
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
+    "history-masking": TechniquesConfig(history_masking=HistoryMaskingConfig()),
 }
 """The rows of the paper's table 1, and ALDI with a student that knows the user."""
 
