@@ -112,14 +112,15 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
 
 
 def test_encoding_sequences_in_groups_of_similar_length_gives_what_encoding_them_together_gives() -> None:
-    """Training groups users by sequence length, empty ones among them; serving does not."""
+    """Users are grouped by sequence length, empty ones among them, but for the exported graph."""
     schema = SCHEMA.model_copy(update={"history": SCHEMA.history.model_copy(update={"sequence_length": 40})})
     frame = random_frame(schema, users=90)
     encoder = Encoder.fit(frame, schema, 1)
     ranker = Ranker(encoder, SMALL)
     inputs = TensorFrame(frame, encoder, Catalog.build(frame.items, encoder)).batch(torch.arange(400)).inputs
+    blocks = {name: inputs[name] for name in inputs if name.startswith("sequence_")}
     with torch.inference_mode():
-        grouped, together = ranker.train()(inputs), ranker.eval()(inputs)
+        grouped, together = ranker.groups(inputs)["sequence"], ranker._encoded(blocks)[inputs["user_index"]]
     assert torch.allclose(grouped, together, atol=1e-6)
 
 

@@ -22,7 +22,7 @@ Groups = dict[str, Tensor]
 _SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
 _USER_HISTORY = ("user_history", "sequence", "row_history")
 _LENGTHS = (4, 8, 16, 28)
-"""Longest sequence of each group that is encoded together in training; the last group has the full length."""
+"""Longest sequence of each group that is encoded together; the last group has the full length."""
 
 
 class Representation(NamedTuple):
@@ -181,7 +181,7 @@ class Ranker(nn.Module):
 
     def _sequence(self, inputs: Inputs) -> Tensor:
         blocks = {name: inputs[name] for name in _SEQUENCE if name in inputs}
-        if not self.training:
+        if torch.compiler.is_exporting():  # one user per request there, and a graph without branches
             return self._encoded(blocks)
         # Most sequences are far shorter than the padded length: encode them in groups of similar length.
         lengths = (blocks["sequence_actions"] != 0).sum(1)
