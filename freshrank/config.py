@@ -117,6 +117,14 @@ class AldiConfig(Section):
     """Impressions in the longest window after which the teacher is believed by half."""
 
 
+class SiblingPriorConfig(Section):
+    """An item's siblings (the schema's ``history.siblings``) say what it may be expected to do: their rates, without
+    its own, shrunk to the rate of all, are features that a new item has too."""
+
+    columns: tuple[str, ...] | None = None
+    """Which entries of ``history.siblings`` are read; None: all."""
+
+
 class TechniquesConfig(Section):
     """None means off, and off is bit-identical to the technique never having existed."""
 
@@ -125,6 +133,7 @@ class TechniquesConfig(Section):
     mixup: MixupConfig | None = None
     feature_dropout: FeatureDropoutConfig | None = None
     aldi: AldiConfig | None = None
+    sibling_prior: SiblingPriorConfig | None = None
 
 
 PLAIN = TechniquesConfig()

@@ -12,6 +12,7 @@ from freshrank.config import (
     ResidualConfig,
     RunConfig,
     ScoreRegConfig,
+    SiblingPriorConfig,
     TechniquesConfig,
 )
 from freshrank.errors import ConfigError
@@ -29,8 +30,9 @@ TECHNIQUES = {
     "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
     "aldi": TechniquesConfig(aldi=AldiConfig()),
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
+    "sibling-prior": TechniquesConfig(sibling_prior=SiblingPriorConfig()),
 }
-"""The rows of the paper's table 1, and ALDI with a student that knows the user."""
+"""The rows of the paper's table 1, ALDI with a student that knows the user, and the rates of an item's siblings."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"
