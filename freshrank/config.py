@@ -133,6 +133,14 @@ class HistoryMaskingConfig(Section):
     """Bounds of the log-uniform share of its impressions that a masked item keeps."""
 
 
+class SiblingPriorConfig(Section):
+    """An item's siblings (the schema's ``history.siblings``) say what it may be expected to do: their rates, without
+    its own, shrunk to the rate of all, are features that a new item has too."""
+
+    columns: tuple[str, ...] | None = None
+    """Which entries of ``history.siblings`` are read; None: all."""
+
+
 class TechniquesConfig(Section):
     """None means off, and off is bit-identical to the technique never having existed."""
 
@@ -142,6 +150,7 @@ class TechniquesConfig(Section):
     feature_dropout: FeatureDropoutConfig | None = None
     aldi: AldiConfig | None = None
     history_masking: HistoryMaskingConfig | None = None
+    sibling_prior: SiblingPriorConfig | None = None
 
 
 PLAIN = TechniquesConfig()

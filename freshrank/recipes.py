@@ -13,6 +13,7 @@ from freshrank.config import (
     ResidualConfig,
     RunConfig,
     ScoreRegConfig,
+    SiblingPriorConfig,
     TechniquesConfig,
 )
 from freshrank.errors import ConfigError
@@ -31,8 +32,9 @@ TECHNIQUES = {
     "aldi": TechniquesConfig(aldi=AldiConfig()),
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
     "history-masking": TechniquesConfig(history_masking=HistoryMaskingConfig()),
+    "sibling-prior": TechniquesConfig(sibling_prior=SiblingPriorConfig()),
 }
-"""The rows of the paper's table 1, and ALDI with a student that knows the user."""
+"""The rows of the paper's table 1, ALDI with a student that knows the user, and the rates of an item's siblings."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"

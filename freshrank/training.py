@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import Blocks, Catalog, Encoder
-from freshrank.errors import DataError
+from freshrank.errors import ConfigError, DataError
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, Representation, count_parameters
 from freshrank.schema import ITEM_AGE, Schema
@@ -210,14 +210,16 @@ def train_ranker(
 
     Raises:
         DataError: no row with an observed label, or an action without a single positive.
+        ConfigError: the sibling prior names a column that the schema has no siblings by.
     """
-    encoded = Encoded.of(frame, items, schema, model.min_count, Device.choose(training).name)
+    seen = model_schema(schema, techniques)
+    encoded = Encoded.of(frame, items, seen, model.min_count, Device.choose(training).name)
     return train_encoded(encoded, model, techniques, training, watch)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A training frame under the encoder fitted on it: what all rankers of one ``min_count`` can share."""
+    """A training frame under the encoder fitted on it: what all rankers of one schema and ``min_count`` can share."""
 
     encoder: Encoder
     data: TensorFrame
@@ -248,6 +250,26 @@ def train_encoded(
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
     }
     return Trained(ranker.cpu().eval(), encoder, model, techniques, facts)
+
+
+def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
+    """What a ranker reads of ``schema``: all but the siblings, and with the sibling prior those it is given.
+
+    Raises:
+        ConfigError: it names a column that the schema has no siblings by.
+    """
+    if techniques.sibling_prior is None:
+        return schema.without_siblings()
+    declared = schema.history.siblings
+    wanted = declared if techniques.sibling_prior.columns is None else techniques.sibling_prior.columns
+    if unknown := sorted(set(wanted) - set(declared)):
+        raise ConfigError(
+            f"techniques.sibling_prior.columns: received {unknown}, expected some of history.siblings {list(declared)} "
+            "of the schema; declare them in schema.yaml and import again"
+        )
+    if not wanted:
+        log.warning("the sibling prior has no features: schema.yaml declares no history.siblings, or none was named")
+    return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))
 
 
 def _fit(

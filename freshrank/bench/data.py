@@ -1,4 +1,4 @@
-"""The rows everybody is trained and judged on: loaded once per process, encoded once per ``min_count``."""
+"""The rows everybody is trained and judged on: loaded once per process, encoded once per set of features."""
 
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -10,7 +10,7 @@ import polars as pl
 
 from freshrank import steps
 from freshrank.clock import days
-from freshrank.config import Split, TrainingConfig, WindowConfig
+from freshrank.config import RunConfig, Split, TrainingConfig, WindowConfig
 from freshrank.datasets.contract import MANIFEST, Dataset
 from freshrank.datasets.kuairand import Protocol, import_kuairand
 from freshrank.encoding import Catalog
@@ -20,7 +20,7 @@ from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_I
 from freshrank.settings import settings
 from freshrank.statistics import Bools, Floats, Ints
 from freshrank.storage import fingerprint, read_json, sha256_of, write_json
-from freshrank.training import Device, Encoded, TensorFrame, labels_of
+from freshrank.training import Device, Encoded, TensorFrame, labels_of, model_schema
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,16 @@ class Evidence:
     evaluation: Frame
 
     @cached_property
-    def _encoded(self) -> dict[int, "EncodedEvidence"]:
+    def _encoded(self) -> dict[str, "EncodedEvidence"]:
         return {}
 
-    def encoded(self, min_count: int) -> "EncodedEvidence":
-        """Tensors of all three frames under the encoder fitted on the training rows; kept."""
-        if min_count not in self._encoded:
-            self._encoded[min_count] = EncodedEvidence.of(self, min_count)
-        return self._encoded[min_count]
+    def encoded(self, config: RunConfig) -> "EncodedEvidence":
+        """Tensors of all three frames under the encoder fitted on the training rows; kept for configs that share it."""
+        seen, min_count = model_schema(self.schema, config.techniques), config.model.min_count
+        key = fingerprint([seen.model_dump(mode="json"), min_count])
+        if key not in self._encoded:
+            self._encoded[key] = EncodedEvidence.of(self, seen, min_count)
+        return self._encoded[key]
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class EncodedEvidence:
     evaluation: TensorFrame
 
     @classmethod
-    def of(cls, evidence: Evidence, min_count: int) -> "EncodedEvidence":
+    def of(cls, evidence: Evidence, seen: Schema, min_count: int) -> "EncodedEvidence":
         device = Device.choose(TrainingConfig()).name
-        train = Encoded.of(evidence.train, evidence.items, evidence.schema, min_count, device)
+        train = Encoded.of(evidence.train, evidence.items, seen, min_count, device)
         catalog = Catalog.build(evidence.items, train.encoder)
         others = (TensorFrame(frame, train.encoder, catalog) for frame in (evidence.calibration, evidence.evaluation))
         return cls(train, *others)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from freshrank.bench.lifts import Estimate
-from freshrank.bench.rows import BASELINE, BOOST, ORACLE
+from freshrank.bench.rows import BASELINE, BOOST, BOOSTED, ORACLE
 from freshrank.bench.table1 import GAPS, RowOfTable, Table, better
 from freshrank.datasets.kuairand import PROTOCOLS
 from freshrank.evaluation import ALL, FRESH, WARM, MetricName
@@ -142,7 +142,7 @@ def _gaps(table: Table) -> str:
 def _costs(table: Table) -> str:
     lines = [[row.label, f"{row.parameters:,}", percent(row.parameters_percent),
               percent(row.cost.training, 1) if row.cost else "–", percent(row.cost.latency, 1) if row.cost else "–"]
-             for row in table.rows if row.name not in (BOOST, ORACLE)]  # fmt: skip
+             for row in table.rows if row.name not in (*BOOSTED.values(), ORACLE)]  # fmt: skip
     text = _table("Cost", ["model", "parameters", "parameters, %", "training time, %", "served latency, %"], lines)
     if table.noise is None:
         return text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from freshrank.bench.lifts import Estimate
-from freshrank.bench.rows import BASELINE, BOOST, ORACLE
+from freshrank.bench.rows import BASELINE, BOOST, BOOSTED, ORACLE
 from freshrank.bench.table1 import GAPS, RowOfTable, Table
 from freshrank.evaluation import ALL, FRESH, MetricName
 from freshrank.figures import BLUE, GREY, INK, STYLE, VERMILION
@@ -71,7 +71,7 @@ def _panel(axes: "Axes", table: Table, shown: list[RowOfTable], kind: str, measu
     if not axes.lines[1 + (kind == "gap") :]:
         axes.text(0.5, 0.5, "no gap: the oracle is not surely\nbetter than the baseline", transform=axes.transAxes,
                   ha="center", va="center", color=GREY)  # fmt: skip
-    _within_reach(axes, [e for row in shown if row.name != BOOST or len(shown) == 1
+    _within_reach(axes, [e for row in shown if row.name not in BOOSTED.values() or len(shown) == 1
                          for key, e in getattr(row, kind).items() if key.startswith(measure + "/")])  # fmt: skip
     _beyond(axes)
     _separate(axes, shown)

@@ -15,8 +15,11 @@ from freshrank.errors import ConfigError
 from freshrank.storage import read_json
 
 Overrides = dict[str, Any]
-BASELINE, BOOST, ORACLE = "baseline", "constant-boost", "oracle"
-LABELS = {BOOST: "Baseline + constant boost", ORACLE: "Oracle baseline"}
+BASELINE, COMBINED, ORACLE = "baseline", "masking+siblings", "oracle"
+BOOST, COMBINED_BOOST = "constant-boost", "masking+siblings+boost"
+BOOSTED = {BASELINE: BOOST, COMBINED: COMBINED_BOOST}
+"""The rows whose predictions are also judged with one constant added to all fresh logits, and what they are then."""
+LABELS = {BOOST: "Baseline + constant boost", COMBINED_BOOST: "(4) & (5) + constant boost", ORACLE: "Oracle baseline"}
 """Rows that are not trained under the protocol: predictions of the baseline moved, and the baseline on other rows."""
 CANDIDATES = 6
 """Settings tried per row: as many for the baseline as for everybody else."""
@@ -62,8 +65,9 @@ def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
     return combined
 
 
-_TRAINING = [{"training": change} for change in ({}, {"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 2},
-             {"epochs": 2, "learning_rate": 1e-3}, {"epochs": 3})]  # fmt: skip
+_BASELINE = [{"training": {"batch_size": 512, "learning_rate": rate}, "model": {"item_age": age}}
+             for age, rate in (("raw", 4e-3), ("capped", 4e-3), ("none", 4e-3), ("none", 2e-3),
+                               ("none", 8e-3))]  # fmt: skip
 _DROPOUT = [techniques(feature_dropout={"probability": share, "history": history})
             for share, history in ((.1, "item"), (.5, "item"), (.7, "item"), (.3, "all"), (.5, "all"))]  # fmt: skip
 _ALDI = [techniques(aldi=change) for change in (
@@ -83,12 +87,26 @@ _ALL = [*_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
         *_grid(score_reg={"weight": [0.03, 1.0]}, mixup={"weight": [0.2]})]  # fmt: skip
 
 
+_CAPPED: Overrides = {"model": {"item_age": "capped"}}
+"""For rows that show young items on purpose: their age is then a number the ranker has seen."""
+_MASKING = _grid(history_masking={"share": [0.3, 0.5], "unseen": [0.2, 0.6]})
+_MASKING.append(techniques(history_masking={"share": 0.7}))
+_SIBLINGS = [techniques(sibling_prior={"columns": columns}) for columns in (
+    ["author_id"], ["tag"], ["author_id", "tag", "music_id"], ["tag", "video_duration", "tag+video_duration"],
+    ["author_id", "tag", "tag+video_duration"])]  # fmt: skip
+_META = _grid(meta_embedding={"share": [0.1, 0.5], "alignment_weight": [0.0, 0.3]})
+_META.append(techniques(meta_embedding={"hidden": 32}))
+_PRETRAINING = [techniques(pretraining=change) for change in (
+    {"mask": 0.15}, {"mask": 0.5}, {"steps": 50}, {"learning_rate": 3e-3},
+    {"mask": 0.5, "learning_rate": 3e-3})]  # fmt: skip
+
+
 def _row(name: str, label: str, overrides: Overrides, candidates: Iterable[Overrides]) -> Row:
     return Row(name, label, overrides, ({}, *candidates))
 
 
 _EVERY = (
-    _row(BASELINE, "Baseline", {}, _TRAINING[1:]),
+    _row(BASELINE, "Baseline", {}, _BASELINE),
     _row("feature-dropout", "Feature Dropout", techniques(feature_dropout={}), _DROPOUT),
     _row("aldi", "ALDI", techniques(aldi={}), _ALDI),
     _row("residual", "Residual (1)", techniques(residual={}), _RESIDUAL),
@@ -98,6 +116,29 @@ _EVERY = (
     _row("residual+mixup", "(1) & (3)", techniques(residual={}, mixup={}), _RESIDUAL_MIXUP),
     _row("score-reg+mixup", "(2) & (3)", techniques(score_reg={}, mixup={}), _SCORE_REG_MIXUP),
     _row("all-three", "(1) & (2) & (3)", techniques(residual={}, score_reg={}, mixup={}), _ALL),
+    _row("pretraining-vime", "Pretraining, VIME", techniques(pretraining={"objective": "vime"}), _PRETRAINING),
+    _row(
+        "pretraining-contrastive",
+        "Pretraining, contrastive",
+        techniques(pretraining={"objective": "contrastive"}),
+        _PRETRAINING,
+    ),
+    _row("meta-embedding", "Meta-Embedding", techniques(meta_embedding={}), _META),
+    _row("sibling-prior", "Sibling prior (4)", techniques(sibling_prior={}), _SIBLINGS),
+    _row("history-masking", "History masking (5)", _CAPPED | techniques(history_masking={}), _MASKING),
+    _row(
+        "masking+all-three",
+        "(1) & (2) & (3) & (5)",
+        _CAPPED | techniques(residual={}, score_reg={}, mixup={}, history_masking={}),
+        _MASKING,
+    ),
+    _row(
+        "masking+meta+siblings",
+        "Meta-Embedding & (4) & (5)",
+        _CAPPED | techniques(sibling_prior={}, history_masking={}, meta_embedding={"share": 0.0}),
+        _MASKING,
+    ),
+    _row(COMBINED, "(4) & (5)", _CAPPED | techniques(sibling_prior={}, history_masking={}), _MASKING),
 )
 ROWS = {row.name: row for row in _EVERY if row.techniques <= set(TechniquesConfig.model_fields)}
 """By name, in the table's order; a row whose technique this version lacks is not listed."""

@@ -14,7 +14,7 @@ from freshrank.bench import lifts
 from freshrank.bench.data import Prepared, load_evidence, prepare
 from freshrank.bench.lifts import Estimate
 from freshrank.bench.pool import Failure, run_all
-from freshrank.bench.rows import BASELINE, BOOST, LABELS, ORACLE, Row, chosen, config_of, layers_of, tuned
+from freshrank.bench.rows import BASELINE, BOOSTED, LABELS, ORACLE, Row, chosen, config_of, layers_of, tuned
 from freshrank.bench.timing import Cost, costs
 from freshrank.bench.work import MEASURES, Result, Task, boosted
 from freshrank.errors import DataError
@@ -130,8 +130,9 @@ def tasks_of(
 
     seeds, baseline = range(options.seeds), rows[0]
     tasks = {row.name: [task(row, seed) for seed in seeds] for row in rows}
-    if options.rows is None or BOOST in options.rows:
-        tasks[BOOST] = [boosted(one) for one in tasks[BASELINE]]
+    for name, moved in BOOSTED.items():
+        if name in tasks and (options.rows is None or moved in options.rows):
+            tasks[moved] = [boosted(one) for one in tasks[name]]
     if prepared.oracle:
         tasks[ORACLE] = [task(baseline, seed, ORACLE) for seed in seeds]
     return tasks
@@ -157,7 +158,7 @@ def _lines(results: dict[str, list[Result]]) -> Iterator[tuple[str, int, str, st
             for entry in result.metrics:
                 yield name, result.seed, entry["metric"], entry["slice"], entry["action"], entry["value"]
             yield name, result.seed, "parameters", "", "", result.parameters
-            if name == BOOST:
+            if name in BOOSTED.values():
                 yield name, result.seed, "boost", FRESH, "", result.boost
 
 
@@ -200,12 +201,12 @@ def assembled(
 
 
 def _ordered(whole: dict[str, list[Result]], rows: Sequence[Row]) -> list[str]:
-    order = [BASELINE, BOOST, *(row.name for row in rows if row.name != BASELINE), ORACLE]
+    order = [name for row in rows for name in (row.name, BOOSTED.get(row.name)) if name] + [ORACLE]
     return [name for name in order if name in whole]
 
 
 def _why(name: str, failures: Sequence[Failure]) -> str:
-    found = [f.reason for f in failures if (BOOST if f.task.boosted else f.task.row) == name]
+    found = [f.reason for f in failures if f.task.name == name]
     return found[0] if found else "the row it rests on failed"
 
 
@@ -238,7 +239,7 @@ def _line(
         parameters=ours[0].parameters,
         parameters_percent=100 * (ours[0].parameters / base[0].parameters - 1),
         cost=spent.get(name),
-        boost=float(np.mean([r.boost for r in ours])) if name == BOOST else None,
+        boost=float(np.mean([r.boost for r in ours])) if name in BOOSTED.values() else None,
         values=values,
         lift=lift,
         gap=gap,

@@ -79,7 +79,7 @@ def _measure(wanted: dict[str, tuple[Task, Path]], baseline: Task, repeats: int,
 
 def _steps(task: Task, evidence: Evidence) -> tuple[float, Trained]:
     """CPU seconds of the first steps, and what came of them."""
-    whole = evidence.encoded(task.config.model.min_count).train
+    whole = evidence.encoded(task.config).train
     few = Encoded(whole.encoder, _FirstSteps(whole.data))
     started = time.process_time()
     trained = train_encoded(few, task.config.model, task.config.techniques, task.config.training)

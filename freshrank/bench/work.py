@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from freshrank import calibration, evaluation, statistics, training
 from freshrank.bench.data import Evidence, Judgeable, Source, load_evidence
-from freshrank.bench.rows import BOOST
+from freshrank.bench.rows import BOOSTED
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import EvaluationConfig, RunConfig
 from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName
@@ -50,7 +50,12 @@ class Task:
 
     @property
     def label(self) -> str:
-        return f"{BOOST if self.boosted else self.row}{self.note} seed {self.seed}"
+        return f"{self.name}{self.note} seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Of the row in the table."""
+        return BOOSTED[self.row] if self.boosted else self.row
 
     @property
     def directory(self) -> Path:
@@ -107,7 +112,7 @@ def perform(task: Task) -> None:
 
 
 def _predict(task: Task, evidence: Evidence, directory: Path) -> None:
-    encoded = evidence.encoded(task.config.model.min_count)
+    encoded = evidence.encoded(task.config)
     wall, cpu = time.perf_counter(), time.process_time()
     trained = training.train_encoded(encoded.train, task.config.model, task.config.techniques, task.config.training)
     spent = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
@@ -235,8 +240,7 @@ class Result:
     @classmethod
     def read(cls, task: Task) -> "Result":
         facts, arrays = read_json(task.measures / "metrics.json"), load_file(task.measures / "lists.safetensors")
-        name = BOOST if task.boosted else task.row
-        return cls(name, task.seed, facts["rows"], facts["parameters"], facts["boost"], facts["metrics"],
+        return cls(task.name, task.seed, facts["rows"], facts["parameters"], facts["boost"], facts["metrics"],
                    arrays["sums"], arrays["counts"])  # fmt: skip
 
     def value(self, metric: str, name: str, action: str) -> float | None:
@@ -247,5 +251,5 @@ class Result:
 
 
 def boosted(task: Task) -> Task:
-    """The constant-boost row of a baseline's task."""
+    """The same predictions judged with a constant boost."""
     return replace(task, boosted=True)

@@ -10,6 +10,7 @@ import pytest
 
 from freshrank.bench.data import Prepared, load_evidence, locate, prepare
 from freshrank.bench.rows import EVIDENCE_WINDOWS
+from freshrank.config import ModelConfig, RunConfig
 from freshrank.datasets.contract import MANIFEST
 from freshrank.errors import DataError
 from tests.bench.conftest import RUN_DATE, WINDOWS
@@ -66,10 +67,9 @@ def test_frames_are_encoded_once_per_min_count(world: Prepared) -> None:
     """All rows and seeds share the tensors; another min_count has another vocabulary."""
     evidence = load_evidence(world.source)
     assert load_evidence(world.source) is evidence
-    assert evidence.encoded(3) is evidence.encoded(3)
-    assert len(evidence.encoded(1).train.encoder.vocabularies["item_id"]) > len(
-        evidence.encoded(30).train.encoder.vocabularies["item_id"]
-    )
+    common, rare, rarest = (evidence.encoded(RunConfig(model=ModelConfig(min_count=n))) for n in (30, 3, 1))
+    assert evidence.encoded(RunConfig(model=ModelConfig(min_count=3))) is rare
+    assert len(rarest.train.encoder.vocabularies["item_id"]) > len(common.train.encoder.vocabularies["item_id"])
 
 
 def test_training_calibration_and_evaluation_rows_are_in_time_order(world: Prepared) -> None:

@@ -10,13 +10,14 @@ from freshrank.bench.pool import run_all
 from freshrank.bench.rows import BASELINE, chosen
 from freshrank.bench.table1 import Options, tasks_of
 from freshrank.bench.timing import ROWS, _FirstSteps, costs
+from freshrank.config import ModelConfig, RunConfig
 
 QUIET = Console(quiet=True)
 
 
 def test_only_the_first_rows_of_an_epoch_are_timed(world: Prepared) -> None:
     """As many rows whatever the batch size; the length that batch size and learning rate follow is the whole one."""
-    whole = load_evidence(world.source).encoded(3).train.data
+    whole = load_evidence(world.source).encoded(RunConfig(model=ModelConfig(min_count=3))).train.data
     few = _FirstSteps(whole)
     for size in (512, 1000):
         timed = sum(len(rows) for rows in few.batches(size))
