@@ -244,7 +244,7 @@ def train_encoded(
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
-    curve = _fit(ranker, data, encoder, techniques, training, device, watch)
+    curve = fit(ranker, data, encoder, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
@@ -272,7 +272,7 @@ def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
     return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))
 
 
-def _fit(
+def fit(
     ranker: Ranker,
     data: TensorFrame,
     encoder: Encoder,
@@ -281,6 +281,7 @@ def _fit(
     device: Device,
     watch: Watch | None = None,
 ) -> TrainingCurve:
+    """Train ``ranker`` in place, one optimiser step per batch."""
     size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
     transforms = batch_transforms(encoder, techniques, training)
