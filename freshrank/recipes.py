@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from freshrank.config import (
     AldiConfig,
     FeatureDropoutConfig,
+    MetaEmbeddingConfig,
     MixupConfig,
+    PretrainingConfig,
     ResidualConfig,
     RunConfig,
     ScoreRegConfig,
@@ -29,8 +31,11 @@ TECHNIQUES = {
     "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
     "aldi": TechniquesConfig(aldi=AldiConfig()),
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
+    "meta-embedding": TechniquesConfig(meta_embedding=MetaEmbeddingConfig()),
+    "pretraining-vime": TechniquesConfig(pretraining=PretrainingConfig(objective="vime")),
+    "pretraining-contrastive": TechniquesConfig(pretraining=PretrainingConfig(objective="contrastive")),
 }
-"""The rows of the paper's table 1, and ALDI with a student that knows the user."""
+"""The rows of the paper's table 1, ALDI with a student that knows the user, and two switches beyond the paper."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"
