@@ -99,9 +99,9 @@ def reconstruction(guess: Tensor, field: Tensor, vector: Tensor) -> Tensor:
     """
     if field.is_floating_point():
         return mse_loss(guess, vector.detach())
-    values, place = torch.unique(field, dim=0, return_inverse=True)
+    place = _numbered(field)
     rows = torch.arange(len(field), device=field.device)
-    example = place.new_zeros(len(values)).scatter_reduce(0, place, rows, "amin", include_self=False)
+    example = place.new_zeros(int(place.max()) + 1).scatter_reduce(0, place, rows, "amin", include_self=False)
     return cross_entropy(guess @ vector[example].T, place)
 
 
@@ -158,7 +158,7 @@ def pretrain(
     In front of another training loop: ``pretrain(Vime([8, 8, 2], 32, 0.3), embed, fields, table.parameters(), 150,
     128, 0.01)``, where ``fields`` holds one row per item, of items known by the end of the training window only.
     """
-    optimizer = torch.optim.Adam([*embeddings, *objective.parameters()], lr=learning_rate)
+    optimizer = torch.optim.Adam([*embeddings, *objective.parameters()], lr=learning_rate, fused=True)
     losses = []
     for rows in _batches(len(fields[0]), batch_size, steps, generator):
         rows = rows.to(fields[0].device)
@@ -191,8 +191,15 @@ def _codes(field: Tensor, bins: int) -> Tensor:
         flat = field.reshape(len(field), -1)[:, 0].contiguous()
         edges = flat.nanquantile(torch.linspace(0, 1, bins + 1)[1:-1]) if flat.isfinite().any() else flat[:0]
         return torch.where(flat.isnan(), bins, torch.bucketize(flat, edges))
-    codes: Tensor = torch.unique(field, dim=0, return_inverse=True)[1]
-    return codes
+    return _numbered(field)
+
+
+def _numbered(field: Tensor) -> Tensor:
+    """Equal values of an integer field [B] or [B, width] as equal numbers from 0 on, int64 [B]."""
+    single = field.numel() == len(field)  # much faster than rows are
+    numbers: Tensor = torch.unique(field.flatten() if single else field, dim=None if single else 0,
+                                   return_inverse=True)[1]  # fmt: skip
+    return numbers
 
 
 def _entropy(codes: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Subject:
 
 
 def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Items of four genres, with two tones each; a click goes with an odd genre, a save with a high one; a third of the items are cold.
+    """Items of four genres, two tones each; a click goes with an odd genre, a save with a high one; a third is cold.
 
     Row 0 uses id 0 for an unknown item. Counters come with the id: cold items have none.
     """
