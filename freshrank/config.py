@@ -141,6 +141,33 @@ class SiblingPriorConfig(Section):
     """Which entries of ``history.siblings`` are read; None: all."""
 
 
+class MetaEmbeddingConfig(Section):
+    """Items without an id row of their own get one generated from their content; g has one hidden layer."""
+
+    hidden: Positive = 16
+    alignment_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the squared distance of what is generated for known items from their trained embedding; 0 switches it off."""
+    share: Probability = 0.3
+    """Of item ids hidden in training beside ``training.new_item_probability``: the rows the generator learns from."""
+
+
+class PretrainingConfig(Section):
+    """The item's content embeddings are trained on the items of the training days before the first epoch."""
+
+    objective: Literal["vime", "contrastive"] = "vime"
+    steps: Positive = 120
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    hidden: Positive = 32
+    """Width of the encoder that is thrown away afterwards."""
+    mask: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """vime: share of fields corrupted; contrastive: share of fields the first view lacks, the second lacks the rest."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """contrastive only."""
+    correlated: bool = True
+    """contrastive only: fields that tell much of each other are masked together."""
+
+
 class TechniquesConfig(Section):
     """None means off, and off is bit-identical to the technique never having existed."""
 
@@ -151,6 +178,8 @@ class TechniquesConfig(Section):
     aldi: AldiConfig | None = None
     history_masking: HistoryMaskingConfig | None = None
     sibling_prior: SiblingPriorConfig | None = None
+    meta_embedding: MetaEmbeddingConfig | None = None
+    pretraining: PretrainingConfig | None = None
 
 
 PLAIN = TechniquesConfig()

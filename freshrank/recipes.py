@@ -9,7 +9,9 @@ from freshrank.config import (
     AldiConfig,
     FeatureDropoutConfig,
     HistoryMaskingConfig,
+    MetaEmbeddingConfig,
     MixupConfig,
+    PretrainingConfig,
     ResidualConfig,
     RunConfig,
     ScoreRegConfig,
@@ -33,8 +35,11 @@ TECHNIQUES = {
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
     "history-masking": TechniquesConfig(history_masking=HistoryMaskingConfig()),
     "sibling-prior": TechniquesConfig(sibling_prior=SiblingPriorConfig()),
+    "meta-embedding": TechniquesConfig(meta_embedding=MetaEmbeddingConfig()),
+    "pretraining-vime": TechniquesConfig(pretraining=PretrainingConfig(objective="vime")),
+    "pretraining-contrastive": TechniquesConfig(pretraining=PretrainingConfig(objective="contrastive")),
 }
-"""The rows of the paper's table 1, ALDI with a student that knows the user, and the rates of an item's siblings."""
+"""The rows of the paper's table 1, ALDI with a student that knows the user, and switches beyond the paper."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"

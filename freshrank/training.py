@@ -22,13 +22,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
-from freshrank.encoding import Blocks, Catalog, Encoder
+from freshrank.encoding import FIRST_KNOWN, NEW, Blocks, Catalog, Encoder
 from freshrank.errors import ConfigError, DataError
 from freshrank.frames import Frame
+from freshrank.history import DAY
 from freshrank.models.ranker import Ranker, Representation, count_parameters
-from freshrank.schema import ITEM_AGE, Schema
+from freshrank.pretraining import pretrain_items
+from freshrank.schema import ITEM_AGE, ITEM_ID, Schema
 from freshrank.storage import atomic_write, read_json, write_json
 from freshrank.techniques import aldi
+from freshrank.techniques.meta_embedding import alignment
 from freshrank.techniques.mixup import mixup
 from freshrank.techniques.score_reg import score_reg
 from freshrank.transforms import Batch as Batch
@@ -175,6 +178,9 @@ def objective(
         parts["score_reg"] = techniques.score_reg.weight, score_reg(torch.sigmoid(logits), batch.cold)
     if techniques.aldi:
         parts |= _student_parts(ranker, batch, representation, logits, techniques.aldi)
+    if techniques.meta_embedding and techniques.meta_embedding.alignment_weight:
+        weight = techniques.meta_embedding.alignment_weight
+        parts["alignment"] = weight, _alignment(ranker, batch.inputs["item_id"], representation.x_item)
     loss = functools.reduce(torch.add, (weight * part for weight, part in parts.values()))
     return loss, {name: part for name, (_, part) in parts.items()}
 
@@ -193,6 +199,13 @@ def _student_parts(
         "rating": (config.rating_weight, rating),
         "ranking": (config.ranking_weight, ranking),
     }
+
+
+def _alignment(ranker: Ranker, ids: Tensor, content: Tensor) -> Tensor:
+    assert ranker.id_generator is not None
+    shared = ranker.item_ids(torch.full_like(ids[:1], NEW))
+    generated = shared + ranker.id_generator.generate(content)
+    return alignment(generated, ranker.item_ids(ids), ids >= FIRST_KNOWN)
 
 
 def train_ranker(
@@ -223,12 +236,25 @@ class Encoded:
 
     encoder: Encoder
     data: TensorFrame
+    newest: Tensor
+    """Rows of the item blocks, int64 [I]: the newest of each item, by item id."""
 
     @classmethod
     def of(cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu") -> "Encoded":
         _check_labels(frame, schema)
         encoder = Encoder.fit(frame, schema, min_count)
-        return cls(encoder, TensorFrame(frame, encoder, Catalog.build(items, encoder), device))
+        return cls(encoder, TensorFrame(frame, encoder, Catalog.build(items, encoder), device), _newest(frame))
+
+    def newest_items(self) -> dict[str, Tensor]:
+        """The item blocks with one row per item of the training days."""
+        rows = self.newest.to(self.data.item_row.device)
+        return {name: block[rows] for name, block in self.data.items.items()}
+
+
+def _newest(frame: Frame) -> Tensor:
+    numbered = frame.items.select(ITEM_ID, DAY).with_row_index("row")
+    newest = numbered.sort(DAY).group_by(ITEM_ID, maintain_order=True).last().sort(ITEM_ID)
+    return torch.from_numpy(newest["row"].to_numpy().astype(np.int64))
 
 
 def train_encoded(
@@ -244,6 +270,8 @@ def train_encoded(
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
+    if techniques.pretraining:
+        pretrain_items(ranker.item, encoded.newest_items(), techniques.pretraining, training.seed)
     curve = fit(ranker, data, encoder, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {

@@ -40,6 +40,9 @@ def batch_transforms(encoder: Encoder, techniques: TechniquesConfig, training: T
         return torch.Generator().manual_seed(training.seed + stream)
 
     transforms: list[Transform] = [partial(hide_ids, probability=training.new_item_probability, generator=generator(1))]
+    if techniques.meta_embedding:
+        share = techniques.meta_embedding.share
+        transforms.append(partial(hide_ids, probability=share, generator=generator(5)))
     if techniques.feature_dropout:
         dropout = techniques.feature_dropout
         transforms.append(partial(drop_history, absent=absent_of(encoder), config=dropout, generator=generator(3)))

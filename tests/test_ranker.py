@@ -1,5 +1,6 @@
 """The ranker, its encoder and its training on a tiny world with every kind of feature."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,37 @@ from freshrank.config import (
     AldiConfig,
     CalibrationConfig,
     FeatureDropoutConfig,
+    MetaEmbeddingConfig,
     MixupConfig,
     ModelConfig,
+    PretrainingConfig,
     ResidualConfig,
     ScoreRegConfig,
     TechniquesConfig,
     TrainingConfig,
 )
 from freshrank.encoding import MISSING, NEW, Catalog, Encoder, Vocabulary
-from freshrank.errors import DataError
+from freshrank.errors import ConfigError, DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
+from freshrank.pretraining import ContentFields
 from freshrank.schema import ITEM_AGE, ITEM_ID, Entity
 from freshrank.serving.bundle import check_bundle
 from freshrank.storage import read_json, write_json
-from freshrank.training import TensorFrame, Trained, batch_size, labels_of, masked_bce, objective, predict, train_ranker
+from freshrank.training import (
+    Encoded,
+    TensorFrame,
+    Trained,
+    batch_size,
+    labels_of,
+    masked_bce,
+    objective,
+    predict,
+    train_ranker,
+)
 from freshrank.transforms import absent_of, drop_history
-from tests.worlds import random_frame, tiny_schema
+from tests.worlds import DAY, random_frame, tiny_schema
 
 SMALL = ModelConfig(
     item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4, mlp=(16, 8), experts=2,
@@ -200,6 +214,145 @@ def test_feature_dropout_leaves_the_draws_of_everything_else_alone() -> None:
     never = TechniquesConfig(mixup=MixupConfig(), feature_dropout=FeatureDropoutConfig(probability=1e-12))
     plain, dropping = (_trained(t).ranker.state_dict() for t in (TechniquesConfig(mixup=MixupConfig()), never))
     assert all(torch.equal(plain[name], dropping[name]) for name in plain)
+
+
+META = TechniquesConfig(meta_embedding=MetaEmbeddingConfig(hidden=4))
+VIME, CONTRASTIVE = (
+    TechniquesConfig(pretraining=PretrainingConfig(objective=objective, steps=20, batch_size=16, hidden=8))
+    for objective in ("vime", "contrastive")
+)
+
+
+@pytest.fixture(scope="module")
+def generating() -> Trained:
+    return _trained(META)
+
+
+def test_new_items_are_told_apart_by_their_content_in_place_of_the_id_they_lack(generating: Trained) -> None:
+    """The group item_id: one row for all without a generator, of their own with it; known items keep theirs."""
+    batch = TensorFrame(FRAME, generating.encoder, Catalog.build(FRAME.items, generating.encoder)).batch(
+        torch.arange(40)
+    )
+    new = batch.inputs | {"item_id": torch.full_like(batch.inputs["item_id"], NEW)}
+    with torch.inference_mode():
+        known, unknown = (generating.ranker.groups(inputs)["item_id"] for inputs in (batch.inputs, new))
+        assert torch.equal(known, generating.ranker.item_ids(batch.inputs["item_id"]))
+        row = generating.ranker.item_ids(torch.tensor([NEW]))
+        content = generating.ranker.groups(new)["item_content"]
+        assert torch.allclose(unknown, row + generating.ranker.id_generator.generate(content))
+        assert len(unknown.unique(dim=0)) > 10
+
+
+def test_meta_embedding_leaves_all_other_weights_where_they_start_without_it() -> None:
+    """The generator is made last, and starts as nothing."""
+    encoder = Encoder.fit(FRAME, SCHEMA, 1)
+    rankers = []
+    for techniques in (TechniquesConfig(), META):
+        torch.manual_seed(0)
+        rankers.append(Ranker(encoder, SMALL, techniques).state_dict())
+    plain, generating = rankers
+    assert all(torch.equal(plain[name], generating[name]) for name in plain)
+
+
+def test_hiding_more_ids_for_the_generator_leaves_the_draws_of_everything_else_alone() -> None:
+    """So few that none is hidden, and no alignment: known items and their weights are those of the plain ranker."""
+    plain = TRAINING.model_copy(update={"new_item_probability": 0.0})
+    never = TechniquesConfig(
+        mixup=MixupConfig(), meta_embedding=MetaEmbeddingConfig(hidden=4, share=0.0, alignment_weight=0.0)
+    )
+    ours, theirs = (_trained(t, plain).ranker.state_dict() for t in (never, TechniquesConfig(mixup=MixupConfig())))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_alignment_brings_what_is_generated_for_known_items_nearer_to_their_ids() -> None:
+    """Against a generator that learns from hidden ids alone."""
+    longer = TRAINING.model_copy(update={"epochs": 10})
+    ends = []
+    for weight in (1e-9, 3.0):
+        config = MetaEmbeddingConfig(hidden=16, alignment_weight=weight)
+        ends.append(
+            np.mean(
+                _trained(TechniquesConfig(meta_embedding=config), longer).facts["curve"]["losses"]["alignment"][-5:]
+            )
+        )
+    assert ends[1] < 0.9 * ends[0]
+
+
+def test_the_exported_graph_generates_ids_as_the_torch_model_does(generating: Trained, tmp_path: Path) -> None:
+    """Known and unknown items; no input is added to serving."""
+    export_bundle(
+        generating, Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)), FRAME, FRAME.items, tmp_path,
+        {"fingerprint": "f", "run_date": "2024-03-11"},
+    )  # fmt: skip
+    exported = OnnxRanker(tmp_path)
+    assert set(exported.names) == set(exported.encoder.inputs(FRAME, Catalog.build(FRAME.items, exported.encoder)))
+    for items in (FRAME.items, FRAME.items.with_columns(item_id=pl.lit(-7, pl.Int64))):
+        frame = Frame(FRAME.users, items, FRAME.rows)
+        assert (
+            np.abs(exported.score(frame, FRAME.items)["logits"] - predict(generating, frame, FRAME.items)).max() < 1e-5
+        )
+
+
+@pytest.mark.parametrize("techniques", [META, VIME, CONTRASTIVE])
+def test_a_ranker_saved_with_a_switch_beyond_the_paper_is_loaded_with_it(
+    techniques: TechniquesConfig, tmp_path: Path
+) -> None:
+    """Bit-identical logits after the round trip, and the same ones when trained again."""
+    first = _trained(techniques)
+    first.save(tmp_path)
+    loaded = Trained.load(tmp_path)
+    assert loaded.techniques == techniques
+    assert np.array_equal(predict(loaded, FRAME, FRAME.items), predict(first, FRAME, FRAME.items))
+    assert np.array_equal(predict(_trained(techniques), FRAME, FRAME.items), predict(first, FRAME, FRAME.items))
+
+
+@pytest.mark.parametrize("techniques", [VIME, CONTRASTIVE])
+def test_pretraining_adds_nothing_to_the_ranker_and_starts_its_item_content_alone_elsewhere(
+    techniques: TechniquesConfig,
+) -> None:
+    """Same parameters; where nothing is learned afterwards, only the item's content tables differ."""
+    still = TRAINING.model_copy(update={"learning_rate": 1e-12})
+    plain, pretrained = (_trained(t, still) for t in (TechniquesConfig(), techniques))
+    assert count_parameters(pretrained.ranker) == count_parameters(plain.ranker)
+    weights, others = pretrained.ranker.state_dict(), plain.ranker.state_dict()
+    moved = {name for name in weights if not torch.allclose(weights[name], others[name], rtol=0, atol=1e-9)}
+    assert moved == {"item.blocks.categorical.table.weight", "item.blocks.multi.tables.0.weight"}
+
+
+def test_the_fields_of_an_items_content_are_its_features_and_embed_to_what_the_ranker_sees() -> None:
+    """Category, tags, duration with its mask, vector: together the content of the item, whatever the order."""
+    encoder = Encoder.fit(FRAME, SCHEMA, 1)
+    ranker = Ranker(encoder, SMALL)
+    blocks = {name: torch.from_numpy(block) for name, block in encoder.items(FRAME).items()}
+    content = ContentFields(ranker.item)
+    fields = content.split(blocks)
+    assert [field.shape[1] for field in fields] == [1, 3, 4, 1]
+    vectors = content.embed(fields)
+    assert [vector.shape[1] for vector in vectors] == [4, 4, 5, 2]
+    assert torch.equal(torch.cat(vectors, dim=-1), ranker.item(blocks)["content"])
+
+
+def test_pretraining_reads_one_row_per_item_its_newest() -> None:
+    """Items 0 to 39 on two days, the later one with another category."""
+    later = FRAME.items.with_columns(day=pl.lit(DAY + timedelta(days=1)), category=pl.lit(3, pl.Int64))
+    frame = Frame(FRAME.users, pl.concat([later, FRAME.items]), FRAME.rows)
+    encoded = Encoded.of(frame, FRAME.items, SCHEMA, 1)
+    blocks, encoder = encoded.newest_items(), encoded.encoder
+    assert blocks["item_id"].tolist() == list(range(2, 42))
+    assert (
+        blocks["item_categorical"].unique().tolist()
+        == encoder.vocabularies["category"].encode_series(pl.Series([3])).tolist()
+    )
+
+
+def test_a_schema_without_content_of_items_has_nothing_to_generate_ids_of_or_to_pretrain() -> None:
+    """Both errors name the switch and the mend."""
+    content = [f.name for f in SCHEMA.select(Entity.ITEM) if f.group == "non_historical" and f.stored]
+    schema = SCHEMA.model_copy(update={"items": {k: v for k, v in SCHEMA.items.items() if k not in content}})
+    assert content == ["category", "tags", "duration", "vector"]
+    for techniques, switch in ((META, "meta_embedding"), (VIME, "pretraining")):
+        with pytest.raises(ConfigError, match=rf"techniques.{switch}: .*set techniques.{switch}=null"):
+            train_ranker(FRAME, FRAME.items, schema, SMALL, techniques, TRAINING)
 
 
 @pytest.fixture(scope="module")

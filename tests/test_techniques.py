@@ -10,7 +10,18 @@ from torch import Tensor
 
 from freshrank.techniques.aldi import Student, answer, ranking_alignment, rating_alignment, teacher_weight
 from freshrank.techniques.feature_dropout import draw_rows, drop_rows
+from freshrank.techniques.meta_embedding import IdGenerator, alignment
 from freshrank.techniques.mixup import mixup
+from freshrank.techniques.pretraining import (
+    Contrastive,
+    Vime,
+    corrupt,
+    info_nce,
+    masked_fields,
+    mutual_information,
+    pretrain,
+    reconstruction,
+)
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.score_reg import score_reg
 
@@ -170,3 +181,168 @@ def test_alignment_of_a_batch_without_warm_rows_is_zero_with_a_zero_gradient(ali
     assert loss.item() == 0
     assert torch.equal(student.grad, torch.zeros(3, 2))
     assert teacher.grad is None
+
+
+def _generator_of_ones() -> IdGenerator:
+    """g(content) = (1, 1) whatever the content."""
+    generator = IdGenerator(content_dim=3, id_dim=2, hidden=4)
+    torch.nn.init.ones_(generator.layers[-1].bias)
+    return generator
+
+
+def test_an_id_is_generated_for_new_items_alone() -> None:
+    """The new row (5, 6) becomes (6, 7); the known item keeps (1, 2)."""
+    embedded = torch.tensor([[1.0, 2.0], [5.0, 6.0]])
+    generated = _generator_of_ones()(embedded, torch.randn(2, 3), torch.tensor([False, True]))
+    assert generated.tolist() == [[1, 2], [6, 7]]
+
+
+def test_an_untrained_generator_leaves_new_items_with_the_row_they_share() -> None:
+    """Its last layer starts at zero."""
+    embedded = torch.randn(4, 2)
+    assert torch.equal(IdGenerator(3, 2, 8)(embedded, torch.randn(4, 3), torch.tensor([True] * 4)), embedded)
+
+
+def test_the_generator_learns_from_new_items_and_passes_no_gradient_to_their_content() -> None:
+    """d sum / d bias = number of new rows; the content stays what the ranker makes of it."""
+    generator, content = _generator_of_ones(), torch.randn(3, 3, requires_grad=True)
+    generator(torch.zeros(3, 2), content, torch.tensor([True, False, True])).sum().backward()
+    assert generator.layers[-1].bias.grad.tolist() == [2, 2]
+    assert content.grad is None
+
+
+def test_alignment_is_the_mean_squared_distance_over_known_items() -> None:
+    """Distances 1 + 4 and 0; the unknown row of 100 does not count: 5 / 2."""
+    generated, trained = (
+        torch.tensor([[1.0, 2.0], [3.0, 3.0], [10.0, 0.0]]),
+        torch.tensor([[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]]),
+    )
+    assert alignment(generated, trained, torch.tensor([True, True, False])).item() == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(("gap", "known"), [(0.0, [True, True]), (1.0, [False, False])])
+def test_alignment_is_zero_with_a_zero_gradient_where_both_agree_or_nothing_is_known(
+    gap: float, known: list[bool]
+) -> None:
+    """And no gradient ever reaches the trained embedding."""
+    trained = torch.ones(2, 3, requires_grad=True)
+    generated = (torch.ones(2, 3) + gap).requires_grad_()
+    loss = alignment(generated, trained, torch.tensor(known))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(generated.grad, torch.zeros(2, 3))
+    assert trained.grad is None
+
+
+@given(st.integers(2, 30), st.floats(0.05, 0.95), st.integers(0, 10_000))
+def test_corruption_swaps_some_fields_for_other_items_and_keeps_the_rest(size: int, share: float, seed: int) -> None:
+    """Changed is where the value differs; every value put in is one the field has, a vector as a whole."""
+    codes, vectors = torch.arange(size), torch.arange(2.0 * size).reshape(size, 2)
+    vectors[0] = float("nan")
+    corrupted, changed = corrupt([codes, vectors], share, torch.Generator().manual_seed(seed))
+    assert torch.equal(changed[:, 0], corrupted[0] != codes)
+    rows = [vector.tolist() for vector in vectors.nan_to_num(-1)]
+    donors = [rows.index(vector.tolist()) for vector in corrupted[1].nan_to_num(-1)]
+    assert torch.equal(changed[:, 1], torch.tensor(donors) != codes)
+
+
+def test_the_share_of_corrupted_fields_is_the_one_asked_for() -> None:
+    """0.3 of 20,000 distinct values; 0 of two equal ones, whatever is drawn."""
+    _, changed = corrupt([torch.arange(20_000)], 0.3, torch.Generator().manual_seed(0))
+    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert not corrupt([torch.ones(2)], 1.0)[1].any()
+
+
+def test_a_category_is_reconstructed_by_choosing_among_the_values_of_the_batch() -> None:
+    """7 and 9 embedded as (1, 0) and (0, 1): a guess of 0 is log 2, a sure and right one 0, a wrong one 50."""
+    field, vector = torch.tensor([7, 9, 7]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert reconstruction(torch.zeros(3, 2), field, vector).item() == pytest.approx(0.6931, abs=1e-4)
+    assert reconstruction(50 * vector, field, vector).item() == pytest.approx(0)
+    assert reconstruction(50 * vector.flip(1), field, vector).item() == pytest.approx(50)
+
+
+def test_a_number_is_reconstructed_by_its_vector() -> None:
+    """Mean of 1, 0, 0, 4; the vector is a constant."""
+    vector = torch.zeros(2, 2, requires_grad=True)
+    loss = reconstruction(torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True), torch.ones(2), vector)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.25)
+    assert vector.grad is None
+
+
+def test_info_nce_of_matched_and_of_swapped_pairs() -> None:
+    """Orthogonal pairs at temperature 1: log(1 + 1/e) matched, log(1 + e) swapped; lengths do not count."""
+    first = torch.eye(2)
+    assert info_nce(first, 3 * first, 1.0).item() == pytest.approx(0.3133, abs=1e-4)
+    assert info_nce(first, first.flip(0), 1.0).item() == pytest.approx(1.3133, abs=1e-4)
+    assert info_nce(first, first, 0.01).item() == pytest.approx(0)
+
+
+@given(st.integers(2, 12), st.floats(0.01, 0.99), st.integers(0, 1000))
+def test_each_view_lacks_what_the_other_has_and_neither_is_empty(count: int, share: float, seed: int) -> None:
+    """The nearest whole number of fields, at least one and not all."""
+    masked = masked_fields(count, share, torch.Generator().manual_seed(seed))
+    assert masked.sum().item() == min(max(1, round(share * count)), count - 1)
+
+
+def test_fields_that_tell_of_each_other_are_masked_together() -> None:
+    """0 goes with 1, 2 with 3: only these two pairs are ever drawn."""
+    information = torch.eye(4) + torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    drawn = {tuple(masked_fields(4, 0.5, torch.Generator().manual_seed(s), information).tolist()) for s in range(20)}
+    assert drawn == {(True, True, False, False), (False, False, True, True)}
+
+
+def test_mutual_information_of_copies_and_of_independent_fields() -> None:
+    """Four equal values: log 4 with a copy under other names, nothing with a field that is independent of them."""
+    a, independent = torch.arange(4).repeat(4), torch.arange(4).repeat_interleave(4)
+    information = mutual_information([a, 10 - a, independent[:, None]])
+    assert information[0, 1].item() == pytest.approx(1.3863, abs=1e-4)
+    assert information[0, 2].item() == pytest.approx(0, abs=1e-5)
+    assert torch.equal(information, information.T)
+
+
+def test_mutual_information_bins_numbers_and_counts_a_missing_one_as_a_value() -> None:
+    """Missing exactly where the category is 1: one bit, log 2, of it is known."""
+    number = torch.where(torch.arange(200) % 2 == 1, torch.nan, torch.arange(200.0))
+    information = mutual_information([torch.arange(200) % 2, number], bins=4)
+    assert information[0, 1].item() == pytest.approx(0.6931, abs=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["vime", "contrastive"])
+def test_pretraining_draws_from_its_generator_alone_and_repeats_under_it(objective: str) -> None:
+    """Same seed, same embeddings; the global state is where it was."""
+    results, state = [], torch.random.get_rng_state()
+    for _ in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            tables = torch.nn.ModuleList([torch.nn.Embedding(10, 4), torch.nn.Embedding(5, 4)])
+            piece = Vime([4, 4], 8, 0.3) if objective == "vime" else Contrastive([4, 4], 8, 0.5, 0.1)
+        fields = [torch.arange(10), torch.arange(10) % 5]
+        generator = torch.Generator().manual_seed(1)
+        pretrain(
+            piece,
+            lambda f, t=tables: [a(b) for a, b in zip(t, f, strict=True)],
+            fields,
+            tables.parameters(),
+            8,
+            4,
+            0.01,
+            generator,
+        )
+        results.append(tables[0].weight.detach())
+    assert torch.equal(*results)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_pretraining_sees_every_item_before_any_comes_again() -> None:
+    """Ten items in batches of five: every two steps are a round."""
+    seen: list[int] = []
+
+    def look(embed: object, fields: list[Tensor], generator: object) -> Tensor:
+        seen.extend(fields[0].tolist())
+        return table.weight.sum()
+
+    table = torch.nn.Embedding(1, 1)
+    look.parameters = list  # no modules of its own
+    pretrain(look, list, [torch.arange(10)], table.parameters(), steps=4, batch_size=5, learning_rate=0.01)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))

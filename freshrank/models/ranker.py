@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from freshrank.config import PLAIN, ModelConfig, TechniquesConfig
-from freshrank.encoding import FIRST_KNOWN, Encoder
+from freshrank.config import PLAIN, MetaEmbeddingConfig, ModelConfig, TechniquesConfig
+from freshrank.encoding import FIRST_KNOWN, NEW, Encoder
+from freshrank.errors import ConfigError
 from freshrank.models.inputs import EntityInputs, ItemIds, SequenceEncoder
 from freshrank.schema import ITEM_AGE, Entity, impressions_of
 from freshrank.techniques.aldi import Student, answer
+from freshrank.techniques.meta_embedding import IdGenerator
 from freshrank.techniques.residual import Residual
 
 Inputs = dict[str, Tensor]
@@ -27,12 +29,13 @@ _LENGTHS = (4, 8, 16, 28)
 
 class Representation(NamedTuple):
     """z_bar [N, d] is what F takes; z [N, d_I] and x_nh [N, d_nh] are its parts before the residual; the student
-    takes x_student [N, d_s], without a student x_nh itself."""
+    takes x_student [N, d_s], without a student x_nh itself; the generator of item ids x_item [N, d_c]."""
 
     z_bar: Tensor
     z: Tensor
     x_nh: Tensor
     x_student: Tensor
+    x_item: Tensor
 
 
 class LowRankCross(nn.Module):
@@ -134,6 +137,8 @@ class Ranker(nn.Module):
         self.student_groups = _USER_HISTORY if aldi and aldi.history == "user" else ()
         x_student_dim = self.x_nh_dim + sum(dims.get(name, 0) for name in self.student_groups)
         self.student = Student(x_student_dim, len(schema.actions), aldi.hidden) if aldi else None
+        meta = techniques.meta_embedding
+        self.id_generator = _id_generator(dims, config, meta) if meta else None
         self.fresh_days = schema.fresh_days
         self.age_column = _column(encoder, Entity.ROW, ITEM_AGE)
         self.impressions_column = _column(encoder, Entity.ITEM, impressions_of(Entity.ITEM, schema.lookback_days))
@@ -166,7 +171,8 @@ class Ranker(nn.Module):
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
         x_student = torch.cat([x_nh, *(groups[name] for name in self.student_groups if name in groups)], dim=-1)
-        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh, x_student)
+        x_item = groups.get("item_content", x_nh[:, :0])
+        return Representation(self.residual(z, x_nh) if self.residual else z, z, x_nh, x_student, x_item)
 
     def groups(self, inputs: Inputs) -> Groups:
         """Dense vectors per feature group, [N, ..] each: what the analyses switch off and differentiate by."""
@@ -174,7 +180,10 @@ class Ranker(nn.Module):
         index = inputs["user_index"]
         groups = {name: x.index_select(0, index) for name, x in user.items()}
         groups |= _named("item", self.item(inputs)) | _named("row", self.row(inputs))
-        groups["item_id"] = self.item_ids(inputs["item_id"])
+        ids = inputs["item_id"]
+        groups["item_id"] = self.item_ids(ids)
+        if self.id_generator is not None:
+            groups["item_id"] = self.id_generator(groups["item_id"], groups["item_content"], ids == NEW)
         if self.has_query:
             groups["query"] = self._lookup(inputs["query_item_id"], inputs.get("query_categorical"))
         return groups
@@ -203,6 +212,15 @@ class Ranker(nn.Module):
         if categories is not None:
             vectors.append(self.item.blocks["categorical"](categories).flatten(-2))
         return torch.cat(vectors, dim=-1)
+
+
+def _id_generator(dims: dict[str, int], config: ModelConfig, meta: MetaEmbeddingConfig) -> IdGenerator:
+    if "item_content" not in dims:
+        raise ConfigError(
+            "techniques.meta_embedding: the schema declares no content of items, expected at least one feature to make "
+            "an id embedding of; declare one in schema.yaml, or set techniques.meta_embedding=null"
+        )
+    return IdGenerator(dims["item_content"], config.item_id_dim, meta.hidden)
 
 
 def _column(encoder: Encoder, entity: Entity, name: str) -> int:

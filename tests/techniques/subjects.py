@@ -4,7 +4,7 @@ Each is told how to run (logits, z_bar and x_nh of one pass), how to predict fro
 look like without the item's history. Nothing else of a technique depends on the ranker.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from freshrank.config import PLAIN, ModelConfig, ResidualConfig, TechniquesConfig
-from freshrank.encoding import Catalog, Encoder
+from freshrank.encoding import NEW, Catalog, Encoder
 from freshrank.models.ranker import Ranker
+from freshrank.pretraining import ContentFields
 from freshrank.schema import Entity
 from freshrank.techniques.feature_dropout import drop_rows
+from freshrank.techniques.pretraining import Fields
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.seam import Seam
 from freshrank.training import TensorFrame
 from freshrank.transforms import absent_of, without_item_history
 from tests.worlds import random_frame, tiny_schema
 
-ITEMS, GENRES, DIM = 30, 4, 6
+ITEMS, GENRES, TONES, DIM = 30, 4, 8, 6
 REDUCED = 3
 """Width the residual reduces x_nh to."""
 
@@ -75,18 +77,38 @@ class Subject:
         """Every row with the id and the counters of another row's item, and the content of its own."""
         raise NotImplementedError
 
+    def fields(self, example: Example) -> list[Tensor]:
+        """The item's content, a tensor per feature."""
+        raise NotImplementedError
+
+    def embed(self, fields: Fields) -> list[Tensor]:
+        """What the ranker makes of each field, [B, d_f]."""
+        raise NotImplementedError
+
+    def embeddings(self) -> Iterable[nn.Parameter]:
+        """Of the item's content."""
+        raise NotImplementedError
+
+    def new_row(self) -> Tensor:
+        """Embedding of an unknown item's id, [d]."""
+        raise NotImplementedError
+
+    def with_ids(self, example: Example, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits [B, A], where ``change`` gets the embedding [B, d] of the candidate's id and answers with another."""
+        raise NotImplementedError
+
 
 def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Items of four genres; a click goes with an odd genre, a save with a high one; a third of the items are cold.
+    """Items of four genres, two tones each; a click goes with an odd genre, a save with a high one; a third is cold.
 
     Row 0 uses id 0 for an unknown item. Counters come with the id: cold items have none.
     """
     generator = torch.Generator().manual_seed(seed)
     item = torch.randint(1, ITEMS, (rows,), generator=generator)
-    genre, cold = item % GENRES, item % 3 == 0
+    genre, tone, cold = item % GENRES, item % TONES, item % 3 == 0
     seen = torch.where(cold, 0, 20.0 + item)
     labels = torch.stack([genre % 2, genre // 2], dim=1)[:, :actions].float()
-    return {"item_id": item, "genre": genre, "seen": seen.log1p()}, labels, cold
+    return {"item_id": item, "genre": genre, "tone": tone, "seen": seen.log1p()}, labels, cold
 
 
 class Ours(Subject):
@@ -103,6 +125,7 @@ class Ours(Subject):
         techniques = TechniquesConfig(residual=ResidualConfig(dim=REDUCED)) if residual else PLAIN
         self.model: Ranker = Ranker(self.encoder, self.config, techniques)
         self.residual = self.model.residual
+        self.content = ContentFields(self.model.item)
 
     def example(self, rows: int, seed: int = 0) -> Example:
         batch = self.data.batch(torch.arange(rows) + seed)
@@ -130,18 +153,37 @@ class Ours(Subject):
         changed = {"item_id": example.inputs["item_id"].roll(1), "item_numeric": numeric}
         return replace(example, inputs=example.inputs | changed)
 
+    def fields(self, example: Example) -> list[Tensor]:
+        return self.content.split(example.inputs)
+
+    def embed(self, fields: Fields) -> list[Tensor]:
+        return self.content.embed(fields)
+
+    def embeddings(self) -> Iterable[nn.Parameter]:
+        return self.model.item.parameters()
+
+    def new_row(self) -> Tensor:
+        return self.model.item_ids(torch.tensor([NEW]))[0]
+
+    def with_ids(self, example: Example, change: Callable[[Tensor], Tensor]) -> Tensor:
+        groups = self.model.groups(example.inputs)
+        return self.model.prediction(self.model.interaction(groups | {"item_id": change(groups["item_id"])}))
+
 
 class Mlp(nn.Module):
-    """I: two embeddings and a counter through one layer; F: one layer."""
+    """I: three embeddings and a counter through one layer; F: one layer."""
 
     def __init__(self, extra: int = 0) -> None:
         super().__init__()
-        self.item, self.genre = nn.Embedding(ITEMS, DIM), nn.Embedding(GENRES, DIM)
-        self.interact = nn.Sequential(nn.Linear(2 * DIM + 1, 16), nn.ReLU())
+        self.item, self.genre, self.tone = nn.Embedding(ITEMS, DIM), nn.Embedding(GENRES, DIM), nn.Embedding(TONES, DIM)
+        self.interact = nn.Sequential(nn.Linear(3 * DIM + 1, 16), nn.ReLU())
         self.head = nn.Linear(16 + extra, 2)
 
+    def content(self, x: dict[str, Tensor]) -> Tensor:
+        return torch.cat([self.genre(x["genre"]), self.tone(x["tone"])], dim=1)
+
     def z(self, x: dict[str, Tensor]) -> Tensor:
-        return self.interact(torch.cat([self.item(x["item_id"]), self.genre(x["genre"]), x["seen"][:, None]], dim=1))
+        return self.interact(torch.cat([self.item(x["item_id"]), self.content(x), x["seen"][:, None]], dim=1))
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         return self.head(self.z(x))
@@ -152,7 +194,7 @@ class PlainMlp(Subject):
 
     def __init__(self, residual: bool = False) -> None:
         self.model: Mlp = Mlp(REDUCED if residual else 0)
-        self.residual = Residual(DIM, REDUCED) if residual else None
+        self.residual = Residual(2 * DIM, REDUCED) if residual else None
 
     def example(self, rows: int, seed: int = 0) -> Example:
         x, labels, cold = _simple(rows, seed, 2)
@@ -162,7 +204,7 @@ class PlainMlp(Subject):
         return self.model(example.inputs)
 
     def run(self, example: Example) -> Pass:
-        z, x_nh = self.model.z(example.inputs), self.model.genre(example.inputs["genre"])
+        z, x_nh = self.model.z(example.inputs), self.model.content(example.inputs)
         z_bar = self.residual(z, x_nh) if self.residual else z
         return Pass(self.model.head(z_bar), z_bar, x_nh)
 
@@ -178,29 +220,53 @@ class PlainMlp(Subject):
         x = example.inputs
         return replace(example, inputs=x | {name: x[name].roll(1) for name in ("item_id", "seen")})
 
+    def fields(self, example: Example) -> list[Tensor]:
+        return [example.inputs["genre"], example.inputs["tone"]]
 
-class RechubMmoe(Subject):
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
+        """Of item ids, genres, tones."""
+        return self.model.item, self.model.genre, self.model.tone
+
+    def embed(self, fields: Fields) -> list[Tensor]:
+        return [table(field) for table, field in zip(self.tables()[1:], fields, strict=True)]
+
+    def embeddings(self) -> Iterable[nn.Parameter]:
+        return [table.weight for table in self.tables()[1:]]
+
+    def new_row(self) -> Tensor:
+        return self.tables()[0].weight[0]
+
+    @cached_property
+    def id_seam(self) -> Seam:
+        return Seam(self.tables()[0], "output")
+
+    def with_ids(self, example: Example, change: Callable[[Tensor], Tensor]) -> Tensor:
+        with self.id_seam.through(lambda e: change(e.flatten(1)).reshape(e.shape)):
+            return self.own(example)
+
+
+class RechubMmoe(PlainMlp):
     """torch-rechub's MMOE: I is its embedding layer, F everything behind it."""
 
     def __init__(self, residual: bool = False) -> None:
         from torch_rechub.basic.features import DenseFeature, SparseFeature
         from torch_rechub.models.multi_task import MMOE
 
-        self.content = [SparseFeature("genre", GENRES, DIM)]
+        self.content = [SparseFeature("genre", GENRES, DIM), SparseFeature("tone", TONES, DIM)]
         features = [SparseFeature("item_id", ITEMS, DIM), *self.content, DenseFeature("seen")]
         # Dense features are appended to the embeddings, and so is the residual: z_bar = [z; r(x_nh)].
         features += [DenseFeature("residual", REDUCED)] if residual else []
         tower = {"dims": [8]}
         self.model = MMOE(features, ["classification"] * 2, 2, {"dims": [16]}, [tower, tower])
-        self.residual = Residual(DIM, REDUCED) if residual else None
+        self.residual = Residual(2 * DIM, REDUCED) if residual else None
 
     @cached_property
     def seam(self) -> Seam:
         return Seam(self.model.embedding, "output")
 
-    example = PlainMlp.example
-    drop = PlainMlp.drop
-    other_history = PlainMlp.other_history
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
+        tables = self.model.embedding.embed_dict
+        return tables["item_id"], tables["genre"], tables["tone"]
 
     def own(self, example: Example) -> Tensor:
         return torch.logit(self.model(example.inputs), eps=1e-6)
@@ -219,21 +285,21 @@ class RechubMmoe(Subject):
             return torch.logit(self.model(example.inputs | unused), eps=1e-6)
 
 
-class DeepctrDcn(Subject):
+class DeepctrDcn(PlainMlp):
     """deepctr-torch's DCN: I is its cross and deep network, F its last layer; one action, one matrix of inputs."""
 
     def __init__(self, residual: bool = False) -> None:
         from deepctr_torch.inputs import DenseFeat, SparseFeat
         from deepctr_torch.models import DCN
 
-        self.content = [SparseFeat("genre", GENRES, DIM)]
+        self.content = [SparseFeat("genre", GENRES, DIM), SparseFeat("tone", TONES, DIM)]
         columns = [SparseFeat("item_id", ITEMS, DIM), *self.content, DenseFeat("seen", 1)]
         with torch.random.fork_rng():
             # No linear columns: what bypasses the seam could be neither mixed nor widened.
             self.model = DCN([], columns, dnn_hidden_units=(16,), init_std=0.1, seed=torch.initial_seed() % 2**31)
         if residual:
             self.model.dnn_linear = nn.Linear(self.model.dnn_linear.in_features + REDUCED, 1, bias=False)
-        self.residual = Residual(DIM, REDUCED) if residual else None
+        self.residual = Residual(2 * DIM, REDUCED) if residual else None
 
     @cached_property
     def seam(self) -> Seam:
@@ -268,6 +334,13 @@ class DeepctrDcn(Subject):
         x = example.inputs.clone()
         x[:, self._history] = x[:, self._history].roll(1, 0)
         return replace(example, inputs=x)
+
+    def fields(self, example: Example) -> list[Tensor]:
+        return [example.inputs[:, self.model.feature_index[name][0]].long() for name in ("genre", "tone")]
+
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
+        tables = self.model.embedding_dict
+        return tables["item_id"], tables["genre"], tables["tone"]
 
     @property
     def _history(self) -> list[int]:

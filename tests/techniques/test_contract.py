@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from freshrank.errors import ConfigError
 from freshrank.techniques.aldi import Student, ranking_alignment, rating_alignment, teacher_weight
 from freshrank.techniques.feature_dropout import draw_rows
+from freshrank.techniques.meta_embedding import IdGenerator, alignment
 from freshrank.techniques.mixup import mixup
+from freshrank.techniques.pretraining import Contrastive, Vime, pretrain
 from freshrank.techniques.score_reg import score_reg
 from freshrank.techniques.seam import Seam
 from freshrank.training import masked_bce
@@ -33,10 +35,14 @@ class Trial:
         with torch.random.fork_rng(), torch.no_grad():
             x_nh = self.subject.run(example).x_nh
             self.student = Student(x_nh.shape[1], example.labels.shape[1], (8,))
+            widths = [x.shape[1] for x in self.subject.embed(self.subject.fields(example))]
+            self.id_generator = IdGenerator(sum(widths), len(self.subject.new_row()), 8)
+            self.vime, self.contrastive = Vime(widths, 8, 0.3), Contrastive(widths, 8, 0.5, 0.1)
         self.generator = torch.Generator().manual_seed(seed + 1)
 
     def modules(self) -> list[nn.Module]:
-        return [self.subject.model, self.student, *([self.subject.residual] if self.subject.residual else [])]
+        pieces = [self.student, self.id_generator, self.vime, self.contrastive]
+        return [self.subject.model, *pieces, *([self.subject.residual] if self.subject.residual else [])]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter({p: None for module in self.modules() for p in module.parameters()})
@@ -72,12 +78,39 @@ def with_aldi(trial: Trial, example: Example) -> Tensor:
     return masked_bce(teacher, example.labels) + masked_bce(student, example.labels) + aligned
 
 
+def with_meta_embedding(trial: Trial, example: Example) -> Tensor:
+    subject, new = trial.subject, draw_rows(len(example), 0.3, trial.generator)
+    content = torch.cat(subject.embed(subject.fields(example)), dim=1)
+    seen: list[Tensor] = []
+
+    def change(embedded: Tensor) -> Tensor:
+        seen.append(embedded)
+        return trial.id_generator(embedded, content, new)
+
+    loss = masked_bce(subject.with_ids(subject.drop(example, new), change), example.labels)
+    return loss + 0.1 * alignment(subject.new_row() + trial.id_generator.generate(content), seen[0], ~new)
+
+
+def with_vime(trial: Trial, example: Example) -> Tensor:
+    """The pretraining objectives beside the labels' loss here: what holds of the sum holds of either."""
+    fields = trial.subject.fields(example)
+    return plain(trial, example) + trial.vime(trial.subject.embed, fields, trial.generator)
+
+
+def with_contrastive(trial: Trial, example: Example) -> Tensor:
+    fields = trial.subject.fields(example)
+    return plain(trial, example) + trial.contrastive(trial.subject.embed, fields, trial.generator)
+
+
 TECHNIQUES: dict[str, Loss] = {
     "residual": plain,
     "score_reg": with_score_reg,
     "mixup": with_mixup,
     "feature_dropout": with_feature_dropout,
     "aldi": with_aldi,
+    "meta_embedding": with_meta_embedding,
+    "pretraining (vime)": with_vime,
+    "pretraining (contrastive)": with_contrastive,
 }
 
 every_ranker = pytest.mark.parametrize("subject", SUBJECTS)
@@ -247,6 +280,37 @@ def test_aldi_teaches_the_student_and_leaves_the_teacher_to_its_labels(subject: 
 
 
 @every_ranker
+def test_a_generated_id_reaches_the_predictions_of_new_items_and_of_no_others(subject: str) -> None:
+    """An untrained generator changes nothing; with weights, it changes the rows without an id alone."""
+    trial = Trial(subject, "meta_embedding")
+    trial.subject.model.eval()
+    new = torch.arange(ROWS) % 2 == 0
+    example = trial.subject.drop(trial.subject.example(ROWS), new)
+    content = torch.cat(trial.subject.embed(trial.subject.fields(example)), dim=1)
+    own = trial.subject.own(example)
+    assert torch.equal(trial.subject.with_ids(example, lambda e: trial.id_generator(e, content, new)), own)
+    nn.init.normal_(trial.id_generator.layers[-1].weight)
+    generated = trial.subject.with_ids(example, lambda e: trial.id_generator(e, content, new))
+    assert torch.allclose(generated[~new], own[~new], atol=1e-6)
+    assert ((generated[new] - own[new]).abs() > 1e-4).any(1).float().mean() > 0.5
+
+
+@every_ranker
+@pytest.mark.parametrize("objective", ["vime", "contrastive"])
+def test_pretraining_moves_the_content_embeddings_and_nothing_else_of_the_ranker(subject: str, objective: str) -> None:
+    """The loss falls; ids, interaction and prediction are where they were."""
+    trial = Trial(subject, "pretraining")
+    fields, piece = trial.subject.fields(trial.subject.example(ROWS)), getattr(trial, objective)
+    before = {name: p.detach().clone() for name, p in trial.subject.model.named_parameters()}
+    embeddings = list(trial.subject.embeddings())
+    losses = pretrain(piece, trial.subject.embed, fields, embeddings, 60, 32, 0.01, trial.generator)
+    meant = {id(p) for p in embeddings}
+    for name, parameter in trial.subject.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in meant), name
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@every_ranker
 def test_score_reg_alone_brings_warm_and_cold_means_together(subject: str) -> None:
     """Descending the penalty on one batch."""
     trial = Trial(subject, "score_reg")
@@ -264,6 +328,7 @@ def test_the_pieces_keep_the_dtype_they_are_given(dtype: torch.dtype) -> None:
     """Nothing is silently computed, or returned, in another precision."""
     z, logits, cold = torch.randn(4, 3).to(dtype), torch.randn(4, 2).to(dtype), torch.tensor([True, False] * 2)
     weight = teacher_weight(torch.arange(4).to(dtype), cold, 10)
+    fields, objectives = [z, z.flip(0)], (Vime([3, 3], 4, 0.5), Contrastive([3, 3], 4, 0.5, 0.1))
     results = [
         *mixup(z, logits, 0.2),
         score_reg(logits.sigmoid(), cold),
@@ -271,6 +336,9 @@ def test_the_pieces_keep_the_dtype_they_are_given(dtype: torch.dtype) -> None:
         weight,
         rating_alignment(logits, logits + 1, weight),
         ranking_alignment(logits, logits.flip(0), weight),
+        IdGenerator(3, 2, 4).to(dtype)(logits, z, cold),
+        alignment(logits, logits + 1, cold),
+        *(objective.to(dtype)(list, fields) for objective in objectives),
     ]
     assert {result.dtype for result in results} == {dtype}
 

@@ -13,14 +13,19 @@ SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", PAGE, re.MULTILINE
 WITH_CODE = [title for title, text in SECTIONS.items() if "```python" in text]
 
 
-def test_the_page_shows_a_loop_of_ones_own_and_two_libraries() -> None:
-    """None of the three can fall out of the tests below unnoticed."""
-    assert WITH_CODE == ["In a training loop of your own", "torch-rechub", "deepctr-torch"]
+def test_the_page_shows_loops_of_ones_own_and_two_libraries() -> None:
+    """None of the four can fall out of the tests below unnoticed."""
+    assert WITH_CODE == [
+        "In a training loop of your own",
+        "Ids from content, and pretraining",
+        "torch-rechub",
+        "deepctr-torch",
+    ]
 
 
 @pytest.mark.parametrize("title", WITH_CODE)
 def test_the_code_of_a_section_trains(title: str) -> None:
-    """Copied into an empty file, with every technique in it, its losses fall."""
+    """Copied into an empty file, with all the techniques it shows, its losses fall."""
     torch.manual_seed(0)
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", SECTIONS[title], re.DOTALL):
