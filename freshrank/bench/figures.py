@@ -30,11 +30,14 @@ from freshrank.bench.findings import (
     Results,
     figures,
 )
+from freshrank.bench.rows import BASELINE as TABLE_BASELINE
+from freshrank.bench.rows import ROWS, config_of, layers_of, tuned
 from freshrank.config import (
     CalibrationConfig,
     MixupConfig,
     ModelConfig,
     ResidualConfig,
+    RunConfig,
     ScoreRegConfig,
     Split,
     TechniquesConfig,
@@ -83,6 +86,11 @@ class Evidence:
     def actions(self) -> list[str]:
         return self.run.dataset.schema.actions
 
+    def base(self, seed: int) -> RunConfig:
+        """The baseline's settings that `freshrank bench tune` found for this protocol, which table 1 uses as well."""
+        protocol, row = self.run.dataset.manifest["source"].get("protocol", ""), ROWS[TABLE_BASELINE]
+        return config_of(row, seed, *layers_of(row, tuned(protocol)))
+
     @cached_property
     def slices(self) -> dict[str, Bools]:
         age = self.evaluation.rows[JUDGED_AGE].to_numpy()
@@ -122,7 +130,8 @@ def measure_all(evidence: Evidence, seeds: int, ablation: How = "missing") -> li
 
 def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missing") -> Measured:
     """From the workspace when it was measured before with this data, configuration and code."""
-    model, technique, fit = ModelConfig(), RECIPES[recipe], TrainingConfig(seed=seed)
+    base, technique = evidence.base(seed), RECIPES[recipe]
+    model, fit = base.model, base.training
     split = evidence.split
     days = [*split.train, *split.calibration, *split.evaluation]
     code = [sha256_of(Path(inspect.getfile(module))) for module in _CODE]
@@ -206,6 +215,8 @@ Written by `freshrank bench figures`; do not edit.
 - Data: `{schema.name}`; trained on {trained} ({len(evidence.train.rows):,} rows), calibrated on {split.calibration[0]},
   judged on {judged} ({len(evidence.evaluation.rows):,} rows, {fresh:,} of them on items younger than
   {schema.fresh_days:g} days, called fresh or cold).
+- Settings beside the technique are those of table 1's baseline: {_settings(evidence.base(0))}; techniques have the
+  paper's values.
 - Seeds per model: {seeds}. Every number is the mean over seeds with its 95% t interval; differences are paired by seed.
 - What the paper found is written as inequalities; the intervals alone decide (`freshrank/bench/claims.py`).
 
@@ -226,6 +237,12 @@ Written by `freshrank bench figures`; do not edit.
 - **Explained variance**: principal components of z (the interaction module's output), centred, not scaled; the
   effective rank is exp(entropy) of their shares.
 """
+
+
+def _settings(base: RunConfig) -> str:
+    training = base.training
+    return (f"batches of {training.batch_size}, learning rate {training.learning_rate:g}, {training.epochs} epoch(s), "
+            f"item age '{base.model.item_age}'")  # fmt: skip
 
 
 def _section(figure: FigureData) -> str:
