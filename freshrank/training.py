@@ -25,10 +25,9 @@ from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, Training
 from freshrank.encoding import FIRST_KNOWN, NEW, Blocks, Catalog, Encoder
 from freshrank.errors import DataError
 from freshrank.frames import Frame
-from freshrank.history import DAY
 from freshrank.models.ranker import Ranker, Representation, count_parameters
-from freshrank.pretraining import pretrain_items
-from freshrank.schema import ITEM_AGE, ITEM_ID, Schema
+from freshrank.pretraining import newest_items, pretrain_items
+from freshrank.schema import ITEM_AGE, Schema
 from freshrank.storage import atomic_write, read_json, write_json
 from freshrank.techniques import aldi
 from freshrank.techniques.meta_embedding import alignment
@@ -227,7 +226,8 @@ def train_ranker(
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
     if techniques.pretraining:
-        pretrain_items(ranker.item, newest_items(frame, data), techniques.pretraining, training.seed)
+        known = newest_items(frame.items, data.items)
+        pretrain_items(ranker.item, known, techniques.pretraining, training.seed)
     curve = _fit(ranker, data, encoder, techniques, training, device)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
@@ -306,14 +306,6 @@ def predict(trained: Trained, frame: Frame, items: pl.DataFrame, batch_size: int
         for rows in data.batches(batch_size):
             logits[rows] = trained.ranker(data.batch(rows).inputs)
     return logits.numpy()
-
-
-def newest_items(frame: Frame, data: TensorFrame) -> dict[str, Tensor]:
-    """The item blocks of ``data`` with one row per item of ``frame``: the newest, by item id."""
-    numbered = frame.items.select(ITEM_ID, DAY).with_row_index("row")
-    newest = numbered.sort(DAY).group_by(ITEM_ID, maintain_order=True).last().sort(ITEM_ID)
-    rows = torch.from_numpy(newest["row"].to_numpy().astype(np.int64)).to(data.item_row.device)
-    return {name: block[rows] for name, block in data.items.items()}
 
 
 def labels_of(frame: Frame, schema: Schema) -> np.ndarray:

@@ -29,7 +29,7 @@ from freshrank.errors import ConfigError, DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
-from freshrank.pretraining import ContentFields
+from freshrank.pretraining import ContentFields, newest_items
 from freshrank.schema import ITEM_AGE, ITEM_ID, Entity
 from freshrank.serving.bundle import check_bundle
 from freshrank.storage import read_json, write_json
@@ -39,7 +39,6 @@ from freshrank.training import (
     batch_size,
     labels_of,
     masked_bce,
-    newest_items,
     objective,
     predict,
     train_ranker,
@@ -336,7 +335,7 @@ def test_pretraining_reads_one_row_per_item_its_newest() -> None:
     later = FRAME.items.with_columns(day=pl.lit(DAY + timedelta(days=1)), category=pl.lit(3, pl.Int64))
     frame = Frame(FRAME.users, pl.concat([later, FRAME.items]), FRAME.rows)
     encoder = Encoder.fit(frame, SCHEMA, 1)
-    blocks = newest_items(frame, TensorFrame(frame, encoder, Catalog.build(FRAME.items, encoder)))
+    blocks = newest_items(frame.items, TensorFrame(frame, encoder, Catalog.build(FRAME.items, encoder)).items)
     assert blocks["item_id"].tolist() == list(range(2, 42))
     assert (
         blocks["item_categorical"].unique().tolist()
