@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data cont
 features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
 app.add_typer(imports, name="import")
 app.add_typer(features, name="features")
+bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes its evidence.")
+app.add_typer(bench, name="bench")
 out = Console()
 err = Console(stderr=True, log_path=False)
 
@@ -370,6 +373,140 @@ def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
             sys.stdout.write(json.dumps(row) + "\n")
     else:
         out.print(ranking_table(answer, top))
+
+
+# ---------------------------------------------------------------- evidence
+
+BenchData = Annotated[Path, typer.Option("--data", help="KuaiRand's files (imported under --protocol and as the "
+                                         "oracle), or an imported dataset.")]  # fmt: skip
+BenchProtocol = Annotated[Literal["staggered", "sparse", "strict"], typer.Option("--protocol", help=(
+    "How KuaiRand's items are made cold. An imported dataset keeps the one it was imported under."))]  # fmt: skip
+BenchRows = Annotated[str | None, typer.Option("--rows", help="Names, comma-separated; the baseline is always among "
+                                               "them. Default: all.")]  # fmt: skip
+BenchOracle = Annotated[Path | None, typer.Option("--oracle", help="Imported dataset in which the same items are warm: "
+                                                  "the reference of the cold gap closed.")]  # fmt: skip
+BenchJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per "
+                                               "core.")]  # fmt: skip
+BenchOut = Annotated[Path, typer.Option("--out", help="Folder of the evidence; its page is OUT.md.")]
+TrainDays = Annotated[int, typer.Option("--train-days", min=1, help="Days trained on.")]
+EvaluationDays = Annotated[int, typer.Option("--evaluation-days", min=1, help="Days judged.")]
+Lists = Annotated[Literal["user", "request"], typer.Option("--lists", help="What is ranked together: all a user saw on "
+                                                           "the evaluation days, or a request.")]  # fmt: skip
+
+
+@bench.command("table1")
+def bench_table1(
+    data: BenchData,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds 0 .. N-1 of every row.")] = 20,
+    protocol: BenchProtocol = "sparse",
+    rows: BenchRows = None,
+    jobs: BenchJobs = None,
+    target: BenchOut = Path("docs/evidence"),
+    untuned: Annotated[bool, typer.Option("--untuned", help="The papers' settings instead of those that "
+                                          "`freshrank bench tune` found.")] = False,
+    timing_repeats: Annotated[int, typer.Option(min=0, help="Side-by-side timings per row; 0 for none.")] = 3,
+    day: Day = None,
+    train_days: TrainDays = 10,
+    evaluation_days: EvaluationDays = 3,
+    lists: Lists = "user",
+    oracle: BenchOracle = None,
+) -> None:  # fmt: skip
+    """Train and judge every row of the paper's table 1; what is done is kept, so a stopped run goes on."""
+    from freshrank.bench.table1 import Options, table1
+
+    prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
+    options = Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
+    failures = table1(prepared, options, out)
+    out.print(f"evidence: {target.with_suffix('.md')}", soft_wrap=True)
+    _end_of_bench(len(failures))
+
+
+@bench.command("tune")
+def bench_tune(
+    data: BenchData,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every candidate.")] = 2,
+    protocol: BenchProtocol = "sparse",
+    rows: BenchRows = None,
+    jobs: BenchJobs = None,
+    target: BenchOut = Path("docs/evidence"),
+    day: Day = None,
+    train_days: TrainDays = 10,
+    evaluation_days: EvaluationDays = 3,
+    lists: Lists = "user",
+    oracle: BenchOracle = None,
+) -> None:
+    """Choose every row's settings among as many candidates, on days before those that table 1 judges."""
+    from freshrank.bench.rows import TUNED
+    from freshrank.bench.tune import Options, tune
+
+    prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
+    failures = tune(prepared, Options(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
+    out.print(f"winners: {TUNED}", soft_wrap=True)
+    _end_of_bench(len(failures))
+
+
+@bench.command("epoch")
+def bench_epoch(
+    data: BenchData,
+    protocol: BenchProtocol = "sparse",
+    steps: Annotated[int, typer.Option(min=1, help="Batches per timing.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each way, in turn.")] = 5,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("docs/bench/epoch.json"),
+) -> None:
+    """How much faster an epoch is for encoding each user's sequence once a day and without padding."""
+    from freshrank.bench.epoch import epoch
+
+    found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
+    out.print(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
+              f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
+
+
+def _bench_data(
+    data: Path, protocol: Any, day: str | None, train_days: int, evaluation_days: int, oracle: Path | None
+) -> Any:
+    from freshrank.bench.data import locate
+    from freshrank.clock import parse_day
+    from freshrank.config import WindowConfig
+
+    windows = WindowConfig(train_days=train_days, evaluation_days=evaluation_days)
+    return locate(data, protocol, windows, parse_day(day) if day else None, oracle)
+
+
+def _names(rows: str | None) -> list[str] | None:
+    return [name.strip() for name in rows.split(",") if name.strip()] if rows is not None else None
+
+
+def _jobs(jobs: int | None) -> int:
+    return jobs or os.cpu_count() or 1
+
+
+def _end_of_bench(failures: int) -> None:
+    if failures:
+        err.print(
+            f"{failures} trainings failed; what they belong to is missing. Run the same command to try them again."
+        )
+        raise typer.Exit(1)
+
+
+@bench.command("figures")
+def bench_figures(
+    data: Annotated[Path, typer.Option("--data", help="Imported dataset, or KuaiRand's files.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per recipe; those made before are reused.")] = 5,
+    protocol: Protocol = "sparse",
+    target: Annotated[Path, typer.Option("--out", help="Where figure-*.csv, .png and figures.md go.")] = Path(
+        "docs/evidence"
+    ),
+    ablation: Annotated[
+        Literal["missing", "permuted"], typer.Option(help="How a feature is taken away at inference.")
+    ] = "missing",
+) -> None:
+    """Draw the paper's figures 2, 6 and 7 from trained models, with their numbers and whether its findings hold."""
+    from freshrank.bench import figures
+
+    page, found = figures.run(data, protocol, seeds, target, ablation)
+    for figure in found:
+        out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
+    out.print(f"{page}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------- shared

@@ -73,6 +73,11 @@ class ModelConfig(Section):
     expert_dim: Positive = 32
     head_dim: Positive = 16
     dropout: Probability = 0.0
+    item_age: Literal["raw", "capped", "none"] = "raw"
+    """What the ranker sees of an item's age: days standardised as any number, days up to ``fresh_days``, or nothing.
+
+    Where warm items share a birthday their age is a calendar, and ``raw`` extrapolates from it (docs/decisions.md).
+    """
 
 
 class ResidualConfig(Section):
@@ -117,6 +122,25 @@ class AldiConfig(Section):
     """Impressions in the longest window after which the teacher is believed by half."""
 
 
+class HistoryMaskingConfig(Section):
+    """Rows of every batch whose item is shown as it would have looked when it was young; see the technique's module."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the rows that are masked."""
+    unseen: Probability = 0.4
+    """Share of the masked rows that keep no impression at all: the item was just born."""
+    keep: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.001, 0.05)
+    """Bounds of the log-uniform share of its impressions that a masked item keeps."""
+
+
+class SiblingPriorConfig(Section):
+    """An item's siblings (the schema's ``history.siblings``) say what it may be expected to do: their rates, without
+    its own, shrunk to the rate of all, are features that a new item has too."""
+
+    columns: tuple[str, ...] | None = None
+    """Which entries of ``history.siblings`` are read; None: all."""
+
+
 class MetaEmbeddingConfig(Section):
     """Items without an id row of their own get one generated from their content; g has one hidden layer."""
 
@@ -152,6 +176,8 @@ class TechniquesConfig(Section):
     mixup: MixupConfig | None = None
     feature_dropout: FeatureDropoutConfig | None = None
     aldi: AldiConfig | None = None
+    history_masking: HistoryMaskingConfig | None = None
+    sibling_prior: SiblingPriorConfig | None = None
     meta_embedding: MetaEmbeddingConfig | None = None
     pretraining: PretrainingConfig | None = None
 

@@ -388,6 +388,30 @@ def evaluate(judged: Judged, schema: Schema, config: EvaluationConfig, fresh_sha
     )
 
 
+@dataclass(frozen=True)
+class Indicators:
+    """Hits@k of one model list by list, for statistics over several models and seeds."""
+
+    list_id: Ints
+    """[L] of the lists of at least ``min_candidates`` rows, ascending."""
+    hits: dict[tuple[str, MetricName], tuple[Bools, Bools]]
+    """By slice and metric ([L, A], [L, A]): the list holds a row of the slice with the action; has one among its
+    first k. Exposure-matched hits are absent where they cannot be had."""
+
+
+def indicators(
+    judged: Judged, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None
+) -> Indicators:
+    """What :func:`evaluate` averages into Hits@k on all, fresh and exposure-matched fresh rows."""
+    table = Table(judged, schema, config)
+    hits = {(name, MetricName.HITS): table.hits(name, table.rank) for name in (ALL, FRESH)}
+    share = table.fresh_share if fresh_share is None else fresh_share
+    matched = "no list" if share is None else table.matched(share)
+    if not isinstance(matched, str):
+        hits[FRESH, MetricName.MATCHED_HITS] = table.hits(FRESH, matched[0])
+    return Indicators(np.unique(judged.list_id[table.listed]), hits)
+
+
 def _metrics(table: Table, fresh_share: float | None) -> Iterator[Metric]:
     for name in table.slices:
         yield from _hits(table, name, MetricName.HITS, table.rank)

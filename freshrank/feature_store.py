@@ -21,7 +21,7 @@ import yaml
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
 from freshrank.history import CREATED, KEYS, require_history
-from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Group, Kind, Schema
+from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Schema
 from freshrank.settings import settings
 from freshrank.storage import atomic_write
 from freshrank.workspace import Workspace
@@ -30,11 +30,12 @@ log = logging.getLogger(__name__)
 
 SERVICE = "ranking"
 VIEWS = {
-    (Entity.USER, Group.NON_HISTORICAL): "user_profile",
-    (Entity.USER, Group.HISTORICAL): "user_history",
-    (Entity.ITEM, Group.NON_HISTORICAL): "item_content",
-    (Entity.ITEM, Group.HISTORICAL): "item_history",
+    (Entity.USER, False): "user_profile",
+    (Entity.USER, True): "user_history",
+    (Entity.ITEM, False): "item_content",
+    (Entity.ITEM, True): "item_history",
 }
+"""By entity and ``Feature.snapshot``: a view reads its table, or its daily snapshots."""
 CREATED_AT_US = "created_at_us"
 """Creation time as int64 microseconds since 1970, so that the online store can give an item's age."""
 ALWAYS = datetime(1970, 1, 2, tzinfo=UTC)
@@ -72,43 +73,43 @@ def definitions(schema: Schema, workspace: Workspace) -> list[Any]:
         for entity, key in KEYS.items()
     }
     views = [
-        _view(schema, workspace, entities[entity], entity, group)
-        for entity, group in VIEWS
-        if view_columns(schema, entity, group)
+        _view(schema, workspace, entities[entity], entity, snapshot)
+        for entity, snapshot in VIEWS
+        if view_columns(schema, entity, snapshot)
     ]
     service = feast.FeatureService(name=SERVICE, features=views)
     return [*entities.values(), *[view.batch_source for view in views], *views, service]
 
 
-def view_features(schema: Schema, entity: Entity, group: Group) -> list[Feature]:
-    return [feature for feature in schema.select(entity, stored=True) if feature.group is group]
+def view_features(schema: Schema, entity: Entity, snapshot: bool) -> list[Feature]:
+    return [feature for feature in schema.select(entity, stored=True) if feature.snapshot is snapshot]
 
 
-def view_columns(schema: Schema, entity: Entity, group: Group) -> dict[str, pl.DataType]:
-    """What the view of ``entity`` and ``group`` holds beside its key; empty where the schema has nothing for it."""
-    columns = {feature.name: _DTYPES[feature.kind] for feature in view_features(schema, entity, group)}
-    carries_birth = (entity, group) == (Entity.ITEM, Group.NON_HISTORICAL)
+def view_columns(schema: Schema, entity: Entity, snapshot: bool) -> dict[str, pl.DataType]:
+    """What a view holds beside its key; empty where the schema has nothing for it."""
+    columns = {feature.name: _DTYPES[feature.kind] for feature in view_features(schema, entity, snapshot)}
+    carries_birth = entity is Entity.ITEM and not snapshot
     return columns | ({CREATED_AT_US: pl.Int64()} if carries_birth else {})
 
 
-def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, group: Group) -> Any:
+def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, snapshot: bool) -> Any:
     import feast
 
-    name, historical = VIEWS[entity, group], group is Group.HISTORICAL
-    columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, group)
-    path = workspace.features / entity / "*" / "*.parquet" if historical else static_path(workspace, entity)
+    name = VIEWS[entity, snapshot]
+    columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, snapshot)
+    path = workspace.features / entity / "*" / "*.parquet" if snapshot else static_path(workspace, entity)
     source = feast.FileSource(
         name=f"{name}_source",
         path=str(path.absolute()),
-        timestamp_field=SNAPSHOT if historical else EVENT_TIMESTAMP,
-        created_timestamp_column=CREATED if historical else "",
+        timestamp_field=SNAPSHOT if snapshot else EVENT_TIMESTAMP,
+        created_timestamp_column=CREATED if snapshot else "",
     )
     return feast.FeatureView(
         name=name,
         entities=[owner],
         schema=[feast.Field(name=column, dtype=_feast_type(dtype)) for column, dtype in columns.items()],
         source=source,
-        ttl=SNAPSHOT_LIFE if historical else timedelta(0),
+        ttl=SNAPSHOT_LIFE if snapshot else timedelta(0),
     )
 
 
@@ -129,7 +130,7 @@ def write_static_tables(dataset: Dataset, workspace: Workspace) -> None:
     """Write the items and users tables with the columns, dtypes and timestamp the views declare."""
     tables = {Entity.USER: dataset.users(), Entity.ITEM: dataset.items()}
     for entity, table in tables.items():
-        features = view_features(dataset.schema, entity, Group.NON_HISTORICAL)
+        features = view_features(dataset.schema, entity, snapshot=False)
         columns = [pl.col(KEYS[entity]).cast(pl.Int64), *map(_stored_column, features)]
         columns += _timestamps(entity)
         with atomic_write(static_path(workspace, entity)) as temporary:
@@ -207,8 +208,8 @@ class FeatureStore:
                         "and what the store holds", held, start, self.workspace.feast)  # fmt: skip
             return
         with self._session() as store:
-            for (_, group), view in self._views().items():
-                span = (start, start) if group is Group.HISTORICAL else (ALWAYS, end - timedelta(microseconds=1))
+            for (_, snapshot), view in self._views().items():
+                span = (start, start) if snapshot else (ALWAYS, end - timedelta(microseconds=1))
                 store.materialize(*span, feature_views=[view])
         self._read_at = float("-inf")
 
@@ -216,20 +217,20 @@ class FeatureStore:
         """Per view of histories the instant its online rows stand for, at most ``seconds`` old."""
         if monotonic() - self._read_at > seconds:
             self._feast.refresh_registry()
-            views = [view for (_, group), view in self._views().items() if group is Group.HISTORICAL]
+            views = [view for (_, snapshot), view in self._views().items() if snapshot]
             self._instants = {view: self._feast.get_feature_view(view).most_recent_end_time for view in views}
             self._read_at = monotonic()
         return self._instants
 
-    def _views(self) -> dict[tuple[Entity, Group], str]:
+    def _views(self) -> dict[tuple[Entity, bool], str]:
         return {key: view for key, view in VIEWS.items() if view_columns(self.schema, *key)}
 
     def _references(self, entity: Entity) -> list[str]:
         return [
             f"{view}:{name}"
-            for (owner, group), view in self._views().items()
+            for (owner, snapshot), view in self._views().items()
             if owner is entity
-            for name in view_columns(self.schema, entity, group)
+            for name in view_columns(self.schema, entity, snapshot)
         ]
 
     def offline_users(self, frame: pl.DataFrame) -> pl.DataFrame:
@@ -264,10 +265,10 @@ class FeatureStore:
         if len(ids) == 0:
             return pl.DataFrame(schema=columns)
         read: dict[str, pl.Series] = {}
-        for (owner, group), view in self._views().items():
+        for (owner, snapshot), view in self._views().items():
             if owner is entity:
-                held = self._history_instants()[view] if group is Group.HISTORICAL else ALWAYS
-                read |= self._online_view(view, view_columns(self.schema, entity, group), key, ids, held)
+                held = self._history_instants()[view] if snapshot else ALWAYS
+                read |= self._online_view(view, view_columns(self.schema, entity, snapshot), key, ids, held)
         return pl.DataFrame([pl.Series(key, ids, dtype=pl.Int64()), *(read[name] for name in columns if name != key)])
 
     def _online_view(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, VERMILION, GREY, INK = "#0072b2", "#d55e00", "#6b6b6b", "#1c1c1c"
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#8a8a8a",
@@ -60,7 +60,7 @@ def draw(rows: int, columns: int, size: tuple[float, float], paint: Callable[[li
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         paint(list(figure.subplots(rows, columns, squeeze=False).flat))
         buffer = BytesIO()

@@ -5,6 +5,9 @@ The snapshot of day D stands for the instant at which D begins and sees only imp
 every entity seen on days D-lookback-1 .. D-1: one that has just left all windows gets an explicit row of zeros,
 which ends the life of its previous row in the feature store.
 
+Where the schema declares siblings the item snapshot of day D also holds every item created before the end of D: an
+item born on D has no history yet, but siblings whose rates at the end of D-1 it is shown with.
+
 The log is aggregated once per entity and day; a window is a sum over those, found by an equality join with the
 small table of (day, snapshot, age). The expressions keep to what ibis offers on DuckDB and on Spark alike.
 """
@@ -23,6 +26,7 @@ from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import MissingArtifact
 from freshrank.schema import (
+    CREATED_AT,
     EVENT_TIMESTAMP,
     IN_HISTORY,
     ITEM_ID,
@@ -36,6 +40,9 @@ from freshrank.schema import (
     Kind,
     Schema,
     affinity_lists,
+    impressions_of,
+    sibling_columns,
+    sibling_names,
 )
 from freshrank.storage import atomic_write, fingerprint, read_json, write_json
 from freshrank.workspace import Workspace
@@ -65,7 +72,7 @@ def history_schema(schema: Schema, entity: Entity) -> dict[str, pl.DataType]:
 
 def historical_kinds(schema: Schema, entity: Entity) -> dict[str, Kind]:
     """Name and kind of each stored feature of ``entity`` that is built from the log, in Schema order."""
-    return {f.name: f.kind for f in schema.select(entity, stored=True) if f.group is Group.HISTORICAL}
+    return {f.name: f.kind for f in schema.select(entity, stored=True) if f.snapshot}
 
 
 def snapshot_path(workspace: Workspace, entity: Entity, day: date) -> Path:
@@ -116,7 +123,7 @@ def compute_history(dataset: Dataset, days: Sequence[date]) -> Iterator[tuple[da
         items = connection.read_parquet(dataset.path / "items.parquet")
         tables = {
             Entity.USER: user_snapshots(log, items, dataset.schema, days),
-            Entity.ITEM: item_snapshots(log, dataset.schema, days),
+            Entity.ITEM: item_snapshots(log, items, dataset.schema, days),
         }
         frames = {entity: pl.DataFrame(table.to_pyarrow()) for entity, table in tables.items()}
     finally:
@@ -187,9 +194,10 @@ def _positive(log: Table, action: str) -> Any:
     return (log[action] == 1).fill_null(False).cast("int64")
 
 
-def item_snapshots(log: Table, schema: Schema, days: Sequence[date]) -> Table:
-    """Counters and rates, one row per (item, snapshot day)."""
-    return _counters(log, Entity.ITEM, schema, days)
+def item_snapshots(log: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
+    """Counters, rates and siblings' rates, one row per (item, snapshot day)."""
+    counters = _counters(log, Entity.ITEM, schema, days)
+    return _with_siblings(counters, items, schema, days) if schema.history.siblings else counters
 
 
 def user_snapshots(log: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
@@ -223,11 +231,82 @@ def _counters(log: Table, entity: Entity, schema: Schema, days: Sequence[date]) 
             observed = _sum(rows[f"observed_{action}"], seen)
             values[f"{entity}_{action}_{window}d"] = positives
             values[f"{entity}_{action}_rate_{window}d"] = positives.cast("float64") / observed.nullif(0)
+            if window == schema.lookback_days:
+                values[f"observed_{action}"] = observed
     return rows.group_by(key, _SNAPSHOT_DAY).aggregate(**values)
 
 
 def _sum(column: Any, where: Any) -> Any:
     return column.sum(where=where).fill_null(0).cast("int64")
+
+
+def _with_siblings(counters: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
+    """Every item seen or born by then, with its counters and, per entry, the rates of its siblings in the lookback.
+
+    Rate = (positives of the siblings + m g) / (observed of the siblings + m), the item itself left out of both sums
+    and of g, the rate of all items: its own past never comes back to it through its siblings.
+    """
+    keys = [ITEM_ID, _SNAPSHOT_DAY]
+    rows = counters.select(*keys).union(_born(items, schema, days), distinct=True)
+    for table, on in ((counters, keys), (_sibling_keys(items, schema), [ITEM_ID])):
+        rows = rows.left_join(table, on, rname="{name}_right").drop(*[f"{name}_right" for name in on])
+    observed = [f"observed_{action}" for action in schema.actions]
+    rows = rows.mutate(**{name: rows[name].fill_null(0) for name in (*_counts(schema), *observed)})
+    features = {name: value for entry in schema.history.siblings for name, value in _siblings(rows, entry, schema)}
+    return rows.select(*counters.columns, **features)
+
+
+def _counts(schema: Schema) -> list[str]:
+    """The item's own counters: 0 without history, where its rates are null."""
+    features = schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
+    return [f.name for f in features if f.group is Group.HISTORICAL and f.default is not None]
+
+
+def _born(items: Table, schema: Schema, days: Sequence[date]) -> Table:
+    """(item, snapshot day) of every item created before that day ends."""
+    import ibis
+
+    ends = [(day, midnight(day + timedelta(days=1), schema.utc_offset_hours)) for day in days]
+    table = ibis.memtable(ends, schema={_SNAPSHOT_DAY: "date", "day_end": "timestamp('UTC')"})
+    return items.inner_join(table, items[CREATED_AT] < table["day_end"]).select(ITEM_ID, _SNAPSHOT_DAY)
+
+
+def _sibling_keys(items: Table, schema: Schema) -> Table:
+    """item_id, and per column of an entry the int64 value ``key_<column>`` siblings share, null where there is none."""
+    columns = dict.fromkeys(column for entry in schema.history.siblings for column in sibling_columns(entry))
+    return items.select(ITEM_ID, **{f"key_{column}": _sibling_key(items[column], schema, column) for column in columns})
+
+
+def _sibling_key(values: Table, schema: Schema, column: str) -> Any:
+    import ibis
+
+    kind = schema.items[column].kind
+    if kind is Kind.NUMERIC:
+        number = values.cast("float64")
+        # Not greatest(), which would take a missing value for 1.
+        return (2 * ibis.ifelse(number < 1, 1.0, number).log2()).floor().cast("int64")
+    return values[0] if kind is Kind.MULTI_VALUED else values
+
+
+def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, Any]]:
+    """Name and value of each feature of one entry; null where the item has no value to have siblings by."""
+    import ibis
+
+    keys = [rows[f"key_{column}"] for column in sibling_columns(entry)]
+    alike, all_items = (ibis.window(group_by=group) for group in ([_SNAPSHOT_DAY, *keys], [_SNAPSHOT_DAY]))
+    known = reduce(lambda one, other: one & other, [key.notnull() for key in keys])
+    weight, span = schema.history.sibling_smoothing, schema.lookback_days
+
+    def others(name: str, group: Any) -> Any:
+        return rows[name].sum().over(group) - rows[name]
+
+    impressions, *rates = sibling_names(entry, schema.actions)
+    yield impressions, ibis.ifelse(known, others(impressions_of(Entity.ITEM, span), alike), None)
+    for action, rate in zip(schema.actions, rates, strict=True):
+        positive, observed = f"item_{action}_{span}d", f"observed_{action}"
+        average = others(positive, all_items).cast("float64") / others(observed, all_items).nullif(0)
+        trials = (others(observed, alike) + weight).nullif(0)
+        yield rate, ibis.ifelse(known, (others(positive, alike) + weight * average) / trials, None)
 
 
 def _sequences(log: Table, schema: Schema, days: Sequence[date]) -> Table:

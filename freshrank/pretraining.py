@@ -4,15 +4,12 @@ import logging
 from collections.abc import Sequence
 from itertools import accumulate
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from freshrank.config import PretrainingConfig
 from freshrank.errors import ConfigError
-from freshrank.history import DAY
 from freshrank.models.inputs import ContentVector, EntityInputs, MultiValued, Numeric
-from freshrank.schema import ITEM_ID
 from freshrank.techniques.pretraining import Contrastive, Vime, mutual_information, pretrain
 
 log = logging.getLogger(__name__)
@@ -59,13 +56,6 @@ def _with_masks(numeric: Numeric, count: int) -> list[list[int]]:
     """Where each of ``count`` numbers stands in the block's output, and its missing mask, where it has one."""
     masks = {column: count + place for place, column in enumerate(numeric.nullable.tolist())}
     return [[column, masks[column]] if column in masks else [column] for column in range(count)]
-
-
-def newest_items(items: pl.DataFrame, blocks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of ``blocks``, one row per (item, day) of ``items``, the newest row of each item, by item id."""
-    numbered = items.select(ITEM_ID, DAY).with_row_index("row").sort(DAY)
-    newest = numbered.group_by(ITEM_ID, maintain_order=True).last().sort(ITEM_ID)["row"].to_list()
-    return {name: block[newest] for name, block in blocks.items()}
 
 
 def pretrain_items(item: EntityInputs, blocks: dict[str, Tensor], config: PretrainingConfig, seed: int) -> list[float]:

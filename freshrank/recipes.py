@@ -8,12 +8,14 @@ from pydantic import ValidationError
 from freshrank.config import (
     AldiConfig,
     FeatureDropoutConfig,
+    HistoryMaskingConfig,
     MetaEmbeddingConfig,
     MixupConfig,
     PretrainingConfig,
     ResidualConfig,
     RunConfig,
     ScoreRegConfig,
+    SiblingPriorConfig,
     TechniquesConfig,
 )
 from freshrank.errors import ConfigError
@@ -31,11 +33,13 @@ TECHNIQUES = {
     "feature-dropout": TechniquesConfig(feature_dropout=FeatureDropoutConfig()),
     "aldi": TechniquesConfig(aldi=AldiConfig()),
     "aldi-user": TechniquesConfig(aldi=AldiConfig(history="user")),
+    "history-masking": TechniquesConfig(history_masking=HistoryMaskingConfig()),
+    "sibling-prior": TechniquesConfig(sibling_prior=SiblingPriorConfig()),
     "meta-embedding": TechniquesConfig(meta_embedding=MetaEmbeddingConfig()),
     "pretraining-vime": TechniquesConfig(pretraining=PretrainingConfig(objective="vime")),
     "pretraining-contrastive": TechniquesConfig(pretraining=PretrainingConfig(objective="contrastive")),
 }
-"""The rows of the paper's table 1, ALDI with a student that knows the user, and two switches beyond the paper."""
+"""The rows of the paper's table 1, ALDI with a student that knows the user, and switches beyond the paper."""
 
 RECIPES = {name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()}
 DEFAULT_RECIPE = "warmer-for-less"

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from freshrank.errors import ConfigError
 
@@ -136,6 +144,8 @@ class Feature(BaseModel):
     """Length of an embedding, number of kept values of a multi-valued feature, length of a sequence."""
     stored: bool = True
     """False for what is computed at request time: item age, context, crosses."""
+    snapshot: bool = False
+    """True for what the daily snapshots hold (built from the log), False for what the users and items tables hold."""
 
 
 class HistoryConfig(BaseModel):
@@ -150,6 +160,19 @@ class HistoryConfig(BaseModel):
     """Categorical or multi-valued content columns for user x category counters (first value counts)."""
     affinity_size: int = 16
     """How many of a user's most seen categories are kept."""
+    siblings: tuple[str, ...] = ()
+    """Content columns, or pairs joined by "+", whose equal values make items siblings; each item gets their rates.
+
+    Of a multi-valued column the first value counts, of a numeric one its half octave: floor(2 log2(max(x, 1))), which
+    depends on no other item. With siblings a snapshot holds the whole catalogue, not only what was seen lately."""
+    sibling_smoothing: Annotated[float, Field(ge=0)] = 30
+    """Observations of siblings that weigh as much as the rate of all other items."""
+
+    @model_serializer(mode="wrap")
+    def _siblings_where_there_are_any(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A schema without siblings is written, and fingerprinted, as before there were any."""
+        tree: dict[str, Any] = handler(self)
+        return tree if self.siblings else {k: v for k, v in tree.items() if not k.startswith("sibling")}
 
 
 class Schema(BaseModel):
@@ -174,6 +197,7 @@ class Schema(BaseModel):
         if not self.actions:
             raise ValueError("table 'impressions' has no column of role 'action'; declare at least one 0/1 column")
         self._check_affinity()
+        self._check_siblings()
         return self
 
     def _check_table(self, table: str) -> None:
@@ -197,6 +221,28 @@ class Schema(BaseModel):
             if name not in fitting:
                 raise ValueError(f"history.affinity names '{name}'; expected categorical or multi-valued item "
                                  f"columns: {fitting}")  # fmt: skip
+
+    def _check_siblings(self) -> None:
+        kinds = (Kind.CATEGORICAL, Kind.MULTI_VALUED, Kind.NUMERIC)
+        fitting = [n for n, c in self.items.items() if c.kind in kinds]
+        for entry in self.history.siblings:
+            columns = sibling_columns(entry)
+            if len(set(columns)) != len(columns) or len(columns) > 2 or not set(columns) <= set(fitting):
+                raise ValueError(f"history.siblings names '{entry}'; expected one categorical, multi-valued or numeric "
+                                 f"item column, or two different ones joined by '+', of {fitting}")  # fmt: skip
+        names = [feature.name for feature in self.features()]
+        if doubled := [feature.name for feature in self._siblings() if names.count(feature.name) > 1]:
+            raise ValueError(f"history.siblings {list(self.history.siblings)} give features of equal names {doubled}; "
+                             "expected each entry once, and no column of such a name")  # fmt: skip
+
+    def with_siblings(self, entries: tuple[str, ...]) -> "Schema":
+        """This schema with ``entries`` as its only siblings; with none of them, as if it had never had any."""
+        smoothing = self.history.sibling_smoothing if entries else HistoryConfig().sibling_smoothing
+        kept = {"siblings": entries, "sibling_smoothing": smoothing}
+        return self.model_copy(update={"history": self.history.model_copy(update=kept)})
+
+    def without_siblings(self) -> "Schema":
+        return self.with_siblings(())
 
     def table(self, name: str) -> dict[str, Column]:
         columns: dict[str, Column] = getattr(self, name)
@@ -229,6 +275,7 @@ class Schema(BaseModel):
             *self._affinities(),
             *self._declared("items", Entity.ITEM, Role.CONTENT),
             *self._counters(Entity.ITEM),
+            *self._siblings(),
             Feature(name=ITEM_AGE, entity=Entity.ROW, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC,
                     transform="log1p", stored=False),
             *self._declared("impressions", Entity.ROW, Role.CONTEXT, stored=False),
@@ -262,17 +309,27 @@ class Schema(BaseModel):
     def _sequences(self) -> list[Feature]:
         length = self.history.sequence_length
         return [
-            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE, dim=length)
+            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE, dim=length,
+                    snapshot=True)
             for name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)
-        ]
+        ]  # fmt: skip
 
     def _affinities(self) -> list[Feature]:
         names = [name for column in self.history.affinity for name in affinity_lists(column, self.actions)]
         return [
             Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE,
-                    dim=self.history.affinity_size)
+                    dim=self.history.affinity_size, snapshot=True)
             for name in names
         ]  # fmt: skip
+
+    def _siblings(self) -> list[Feature]:
+        """Not historical: what a new item has too, and what dropping an item's own history leaves it."""
+        features = []
+        for entry in self.history.siblings:
+            impressions, *rates = sibling_names(entry, self.actions)
+            features.append(_sibling(impressions, default=0.0, transform="log1p"))
+            features += [_sibling(name) for name in rates]
+        return features
 
     def _crosses(self) -> list[Feature]:
         crosses = []
@@ -296,6 +353,22 @@ def affinity_lists(column: str, actions: list[str]) -> list[str]:
     return [f"affinity_{column}_{part}" for part in ("values", "impressions", *actions)]
 
 
+def sibling_columns(entry: str) -> list[str]:
+    """The item columns of one entry of ``history.siblings``."""
+    return entry.split("+")
+
+
+def sibling_names(entry: str, actions: list[str]) -> list[str]:
+    """Names of the features of one entry of ``history.siblings``: impressions, then a rate per action."""
+    name = "_".join(sibling_columns(entry))
+    return [f"sibling_{name}_impressions", *(f"sibling_{name}_{action}_rate" for action in actions)]
+
+
+def _sibling(name: str, default: float | None = None, transform: Transform = "none") -> Feature:
+    return Feature(name=name, entity=Entity.ITEM, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC, default=default,
+                   transform=transform, snapshot=True)  # fmt: skip
+
+
 def _historical(
     name: str,
     entity: Entity,
@@ -304,7 +377,7 @@ def _historical(
     stored: bool = True,
 ) -> Feature:
     return Feature(name=name, entity=entity, group=Group.HISTORICAL, kind=Kind.NUMERIC, default=default,
-                   transform=transform, stored=stored)  # fmt: skip
+                   transform=transform, stored=stored, snapshot=stored)  # fmt: skip
 
 
 def _stored_kind(column: Column) -> Kind:

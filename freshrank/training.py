@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import FIRST_KNOWN, NEW, Blocks, Catalog, Encoder
-from freshrank.errors import DataError
+from freshrank.errors import ConfigError, DataError
 from freshrank.frames import Frame
+from freshrank.history import DAY
 from freshrank.models.ranker import Ranker, Representation, count_parameters
-from freshrank.pretraining import newest_items, pretrain_items
-from freshrank.schema import ITEM_AGE, Schema
+from freshrank.pretraining import pretrain_items
+from freshrank.schema import ITEM_AGE, ITEM_ID, Schema
 from freshrank.storage import atomic_write, read_json, write_json
 from freshrank.techniques import aldi
 from freshrank.techniques.meta_embedding import alignment
@@ -62,6 +63,9 @@ class Device:
         model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
         compiled = "on" if self.compiled else "off"
         return f"{self.name} ({model}), {str(self.dtype).removeprefix('torch.')}, compile={compiled}"
+
+
+Watch = Callable[[int, Ranker, Batch], None]
 
 
 class TensorFrame:
@@ -211,24 +215,64 @@ def train_ranker(
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
+    watch: Watch | None = None,
 ) -> Trained:
     """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
 
+    ``watch`` is called before every step with its number (from 1), the ranker and the batch; it may look, not touch.
+
     Raises:
         DataError: no row with an observed label, or an action without a single positive.
+        ConfigError: the sibling prior names a column that the schema has no siblings by.
     """
-    _check_labels(frame, schema)
-    device = Device.choose(training)
-    log.info("training on %s, %d rows, %d user-days", device, len(frame.rows), len(frame.users))
-    encoder = Encoder.fit(frame, schema, model.min_count)
-    data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device.name)
+    seen = model_schema(schema, techniques)
+    encoded = Encoded.of(frame, items, seen, model.min_count, Device.choose(training).name)
+    return train_encoded(encoded, model, techniques, training, watch)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A training frame under the encoder fitted on it: what all rankers of one schema and ``min_count`` can share."""
+
+    encoder: Encoder
+    data: TensorFrame
+    newest: Tensor
+    """Rows of the item blocks, int64 [I]: the newest of each item, by item id."""
+
+    @classmethod
+    def of(cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu") -> "Encoded":
+        _check_labels(frame, schema)
+        encoder = Encoder.fit(frame, schema, min_count)
+        return cls(encoder, TensorFrame(frame, encoder, Catalog.build(items, encoder), device), _newest(frame))
+
+    def newest_items(self) -> dict[str, Tensor]:
+        """The item blocks with one row per item of the training days."""
+        rows = self.newest.to(self.data.item_row.device)
+        return {name: block[rows] for name, block in self.data.items.items()}
+
+
+def _newest(frame: Frame) -> Tensor:
+    numbered = frame.items.select(ITEM_ID, DAY).with_row_index("row")
+    newest = numbered.sort(DAY).group_by(ITEM_ID, maintain_order=True).last().sort(ITEM_ID)
+    return torch.from_numpy(newest["row"].to_numpy().astype(np.int64))
+
+
+def train_encoded(
+    encoded: Encoded,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    watch: Watch | None = None,
+) -> Trained:
+    """Fit a ranker on a frame that is encoded already, with the encoder's ``min_count`` that of ``model``."""
+    encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
+    log.info("training on %s, %d rows, %d user-days", device, len(data), data.users["places"].shape[0])
     torch.manual_seed(training.seed)
     ranker = Ranker(encoder, model, techniques).to(device.name)
     started = time.perf_counter()
     if techniques.pretraining:
-        known = newest_items(frame.items, data.items)
-        pretrain_items(ranker.item, known, techniques.pretraining, training.seed)
-    curve = _fit(ranker, data, encoder, techniques, training, device)
+        pretrain_items(ranker.item, encoded.newest_items(), techniques.pretraining, training.seed)
+    curve = fit(ranker, data, encoder, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
@@ -236,14 +280,36 @@ def train_ranker(
     return Trained(ranker.cpu().eval(), encoder, model, techniques, facts)
 
 
-def _fit(
+def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
+    """What a ranker reads of ``schema``: all but the siblings, and with the sibling prior those it is given.
+
+    Raises:
+        ConfigError: it names a column that the schema has no siblings by.
+    """
+    if techniques.sibling_prior is None:
+        return schema.without_siblings()
+    declared = schema.history.siblings
+    wanted = declared if techniques.sibling_prior.columns is None else techniques.sibling_prior.columns
+    if unknown := sorted(set(wanted) - set(declared)):
+        raise ConfigError(
+            f"techniques.sibling_prior.columns: received {unknown}, expected some of history.siblings {list(declared)} "
+            "of the schema; declare them in schema.yaml and import again"
+        )
+    if not wanted:
+        log.warning("the sibling prior has no features: schema.yaml declares no history.siblings, or none was named")
+    return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))
+
+
+def fit(
     ranker: Ranker,
     data: TensorFrame,
     encoder: Encoder,
     techniques: TechniquesConfig,
     training: TrainingConfig,
     device: Device,
+    watch: Watch | None = None,
 ) -> TrainingCurve:
+    """Train ``ranker`` in place, one optimiser step per batch."""
     size = batch_size(training, len(data))
     order = torch.Generator().manual_seed(training.seed)
     transforms = batch_transforms(encoder, techniques, training)
@@ -259,6 +325,8 @@ def _fit(
     batches = (rows for _ in range(training.epochs) for rows in data.batches(size, order))
     for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
         batch = functools.reduce(lambda batch, transform: transform(batch), transforms, data.batch(rows))
+        if watch:
+            watch(step, ranker, batch)
         with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
             loss, parts = run(ranker, batch, techniques, mixing)
         optimizer.zero_grad(set_to_none=True)
@@ -299,8 +367,12 @@ class _RunningMean:
 
 def predict(trained: Trained, frame: Frame, items: pl.DataFrame, batch_size: int = 8192) -> np.ndarray:
     """Uncalibrated logits [N, A] float32 for every row of ``frame``, in its order."""
-    catalog = Catalog.build(items, trained.encoder)
-    data = TensorFrame(frame, trained.encoder, catalog)
+    data = TensorFrame(frame, trained.encoder, Catalog.build(items, trained.encoder))
+    return predict_encoded(trained, data, batch_size)
+
+
+def predict_encoded(trained: Trained, data: TensorFrame, batch_size: int = 8192) -> np.ndarray:
+    """:func:`predict` on a frame that is encoded already, on the CPU."""
     logits = torch.empty(len(data), len(trained.encoder.schema.actions))
     with torch.inference_mode():
         for rows in data.batches(batch_size):

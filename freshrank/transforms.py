@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from freshrank.config import FeatureDropoutConfig, TechniquesConfig, TrainingConfig
+from freshrank.config import FeatureDropoutConfig, HistoryMaskingConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import MISSING, NEW, Encoder, absent_history
 from freshrank.models.inputs import ItemIds
 from freshrank.models.ranker import Inputs
-from freshrank.schema import Entity
+from freshrank.schema import ITEM_AGE, Entity, impressions_of
 from freshrank.techniques.feature_dropout import draw_rows, drop_rows
+from freshrank.techniques.history_masking import draw_youth, thinned
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,65 @@ def batch_transforms(encoder: Encoder, techniques: TechniquesConfig, training: T
     if techniques.feature_dropout:
         dropout = techniques.feature_dropout
         transforms.append(partial(drop_history, absent=absent_of(encoder), config=dropout, generator=generator(3)))
+    if masking := techniques.history_masking:
+        transforms.append(partial(mask_history, counters=Counters.of(encoder), config=masking, generator=generator(4)))
     return transforms
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where an item's counters and age stand in the numeric blocks, by window and action."""
+
+    windows: tuple[int, ...]
+    impressions: list[int]
+    """[W] columns of ``item_numeric``."""
+    positives: list[list[int]]
+    """[W, A]."""
+    rates: list[list[int]]
+    """[W, A]."""
+    age: int
+    """Column of ``row_numeric``."""
+    fresh_days: float
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "Counters":
+        schema, windows = encoder.schema, encoder.schema.history.windows
+        place = {feature.name: column for column, feature in enumerate(encoder.numeric(Entity.ITEM))}
+        rows = [feature.name for feature in encoder.numeric(Entity.ROW)]
+        return cls(
+            windows=windows,
+            impressions=[place[impressions_of(Entity.ITEM, window)] for window in windows],
+            positives=[[place[f"item_{action}_{window}d"] for action in schema.actions] for window in windows],
+            rates=[[place[f"item_{action}_rate_{window}d"] for action in schema.actions] for window in windows],
+            age=rows.index(ITEM_AGE),
+            fresh_days=schema.fresh_days,
+        )
+
+
+def mask_history(batch: Batch, counters: Counters, config: HistoryMaskingConfig, generator: torch.Generator) -> Batch:
+    """History masking: in some rows the item has the id, the counters and the age of a new one, and counts as cold."""
+    numeric, rows = batch.inputs["item_numeric"].clone(), batch.inputs["row_numeric"].clone()
+    youth = draw_youth(len(numeric), config.share, config.unseen, config.keep, counters.fresh_days, generator)
+    youth = type(youth)(*(drawn.to(numeric.device) for drawn in youth))
+    drawn = thinned(numeric[:, counters.impressions[-1]].cpu(), numeric[:, counters.rates[-1]].cpu(), youth,
+                    counters.windows, generator)  # fmt: skip
+    impressions, positives = (counts.to(numeric) for counts in drawn)
+    observed, masked = ~numeric[:, counters.rates[-1]].isnan(), youth.masked
+    for window in range(len(counters.windows)):
+        shown = impressions[:, window, None]
+        numeric[:, counters.impressions[window]] = shown[:, 0]
+        numeric[:, counters.positives[window]] = positives[:, window]
+        numeric[:, counters.rates[window]] = torch.where(
+            observed & (shown > 0), positives[:, window] / shown, torch.nan
+        )
+    rows[:, counters.age] = youth.age_days
+    masked_batch = _with(
+        batch,
+        item_id=drop_rows(batch.inputs["item_id"], masked, NEW),
+        item_numeric=torch.where(masked[:, None], numeric, batch.inputs["item_numeric"]),
+        row_numeric=torch.where(masked[:, None], rows, batch.inputs["row_numeric"]),
+    )
+    return replace(masked_batch, cold=batch.cold | masked)
 
 
 def hide_ids(batch: Batch, probability: float, generator: torch.Generator) -> Batch:

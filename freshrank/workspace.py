@@ -68,6 +68,11 @@ class Workspace:
         """Finished outputs of train, calibrate, evaluate, by fingerprint of their inputs."""
         return self.home / "steps" / self.dataset
 
+    @property
+    def bench(self) -> Path:
+        """Predictions and measures of side-by-side measurements, by row, seed and fingerprint."""
+        return self.home / "bench" / self.dataset
+
     def run(self, run_date: date) -> Path:
         """What a person looks at after a run: verdict, report, logs."""
         return self.home / "runs" / self.dataset / run_date.isoformat()

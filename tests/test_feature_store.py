@@ -18,7 +18,7 @@ from freshrank.datasets.contract import Dataset, write_dataset
 from freshrank.errors import MissingArtifact
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
 from freshrank.history import build_history, snapshot_path
-from freshrank.schema import Entity, Group
+from freshrank.schema import Entity
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 from tests.tiny_log import ITEMS, USERS, UTC_TIMESTAMP, at, day, impression, log_schema, write_log
@@ -250,7 +250,7 @@ def test_every_stored_feature_is_in_one_view_and_in_the_service(applied: Feature
     stored = [f.name for entity in (Entity.USER, Entity.ITEM) for f in SCHEMA.select(entity, stored=True)]
     assert sorted(held) == sorted([*stored, CREATED_AT_US])
     history = applied._feast.get_feature_view("item_history")
-    names = {f.name for f in SCHEMA.select(Entity.ITEM, stored=True) if f.group is Group.HISTORICAL}
+    names = {f.name for f in SCHEMA.select(Entity.ITEM, stored=True) if f.snapshot}
     assert {f.name for f in history.features} == names
 
 

@@ -220,7 +220,7 @@ def test_files_hold_key_timestamps_and_features_in_schema_order(built: tuple[Dat
     """The file of a day has exactly the declared columns and dtypes."""
     frame = pl.read_parquet(history.snapshot_path(built[1], Entity.USER, day(2)), hive_partitioning=False)
     assert dict(frame.schema) == history.history_schema(SCHEMA, Entity.USER)
-    assert frame.columns[3:] == [f.name for f in SCHEMA.select(Entity.USER, stored=True) if f.group == "historical"]
+    assert frame.columns[3:] == [f.name for f in SCHEMA.select(Entity.USER, stored=True) if f.snapshot]
     assert set(history.historical_kinds(SCHEMA, Entity.ITEM).values()) == {Kind.NUMERIC}
 
 

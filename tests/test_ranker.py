@@ -29,11 +29,12 @@ from freshrank.errors import ConfigError, DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
-from freshrank.pretraining import ContentFields, newest_items
+from freshrank.pretraining import ContentFields
 from freshrank.schema import ITEM_AGE, ITEM_ID, Entity
 from freshrank.serving.bundle import check_bundle
 from freshrank.storage import read_json, write_json
 from freshrank.training import (
+    Encoded,
     TensorFrame,
     Trained,
     batch_size,
@@ -125,14 +126,15 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
 
 
 def test_encoding_sequences_in_groups_of_similar_length_gives_what_encoding_them_together_gives() -> None:
-    """Training groups users by sequence length, empty ones among them; serving does not."""
+    """Users are grouped by sequence length, empty ones among them, but for the exported graph."""
     schema = SCHEMA.model_copy(update={"history": SCHEMA.history.model_copy(update={"sequence_length": 40})})
     frame = random_frame(schema, users=90)
     encoder = Encoder.fit(frame, schema, 1)
     ranker = Ranker(encoder, SMALL)
     inputs = TensorFrame(frame, encoder, Catalog.build(frame.items, encoder)).batch(torch.arange(400)).inputs
+    blocks = {name: inputs[name] for name in inputs if name.startswith("sequence_")}
     with torch.inference_mode():
-        grouped, together = ranker.train()(inputs), ranker.eval()(inputs)
+        grouped, together = ranker.groups(inputs)["sequence"], ranker._encoded(blocks)[inputs["user_index"]]
     assert torch.allclose(grouped, together, atol=1e-6)
 
 
@@ -334,8 +336,8 @@ def test_pretraining_reads_one_row_per_item_its_newest() -> None:
     """Items 0 to 39 on two days, the later one with another category."""
     later = FRAME.items.with_columns(day=pl.lit(DAY + timedelta(days=1)), category=pl.lit(3, pl.Int64))
     frame = Frame(FRAME.users, pl.concat([later, FRAME.items]), FRAME.rows)
-    encoder = Encoder.fit(frame, SCHEMA, 1)
-    blocks = newest_items(frame.items, TensorFrame(frame, encoder, Catalog.build(FRAME.items, encoder)).items)
+    encoded = Encoded.of(frame, FRAME.items, SCHEMA, 1)
+    blocks, encoder = encoded.newest_items(), encoded.encoder
     assert blocks["item_id"].tolist() == list(range(2, 42))
     assert (
         blocks["item_categorical"].unique().tolist()

@@ -49,6 +49,7 @@ _USER_CATEGORIES = ["user_active_degree", "is_live_streamer", "is_video_author",
                     *(f"onehot_feat{i}" for i in range(18))]  # fmt: skip
 _USER_COUNTS = ["follow_user_num", "fans_user_num", "friend_user_num", "register_days"]
 _ITEM_CATEGORIES = ["author_id", "video_type", "upload_type", "music_id", "music_type"]
+_SIBLINGS = ("author_id", "tag", "music_id", "upload_type", "video_duration", "tag+video_duration")
 _LOG_COLUMNS = ["user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "long_view", "tab"]
 
 
@@ -116,7 +117,7 @@ def kuairand_schema(protocol: Protocol) -> Schema:
             "server_height": Column(role=Role.CONTENT, kind=Kind.NUMERIC, description="pixels"),
         },
         users={USER_ID: key, **profile, **counts},
-        history=HistoryConfig(sequence_length=50, affinity=("tag",)),
+        history=HistoryConfig(sequence_length=50, affinity=("tag",), siblings=_SIBLINGS),
     )
 
 

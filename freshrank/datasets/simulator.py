@@ -135,7 +135,7 @@ class WorldConfig(BaseModel):
                 "age_group": Column(role=Role.PROFILE, kind=Kind.CATEGORICAL),
                 "tenure_days": Column(role=Role.PROFILE, kind=Kind.NUMERIC, transform="log1p"),
             },
-            history=HistoryConfig(sequence_length=20, affinity=("category",)),
+            history=HistoryConfig(sequence_length=20, affinity=("category",), siblings=("author", "category")),
         )
 
 

@@ -1,12 +1,16 @@
 """From encoded blocks to dense vectors: embeddings, missing masks, normalisation, sequence encoder."""
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from freshrank.config import ModelConfig
 from freshrank.encoding import MISSING, NEW, Encoder, NumericStatistics, historical_columns
-from freshrank.schema import ITEM_ID, Entity, Feature
+from freshrank.schema import ITEM_AGE, ITEM_ID, Entity, Feature
 
 
 class EmbeddingTables(nn.Module):
@@ -32,9 +36,12 @@ class Numeric(nn.Module):
     std: Tensor
     log: Tensor
     nullable: Tensor
+    cap: Tensor
 
-    def __init__(self, features: list[Feature], statistics: NumericStatistics) -> None:
+    def __init__(self, features: list[Feature], statistics: NumericStatistics, cap: list[float] | None = None) -> None:
         super().__init__()
+        self.capped = cap is not None and min(cap) < math.inf
+        self.register_buffer("cap", torch.tensor(cap or math.inf), persistent=False)
         self.register_buffer("mean", torch.from_numpy(statistics.mean))
         self.register_buffer("std", torch.from_numpy(statistics.std))
         self.register_buffer("log", torch.tensor([f.transform == "log1p" for f in features]))
@@ -46,6 +53,8 @@ class Numeric(nn.Module):
         """The mean stands in for a missing value; a mask column tells the model so."""
         missing = torch.isnan(x)
         x = torch.where(missing, torch.zeros_like(x), x)
+        if self.capped:
+            x = torch.minimum(x, self.cap)
         x = torch.where(self.log, torch.sign(x) * torch.log1p(torch.abs(x)), x)
         x = torch.where(missing, torch.zeros_like(x), (x - self.mean) / self.std)
         mask = missing.to(x.dtype).index_select(-1, self.nullable)
@@ -117,6 +126,21 @@ class SequenceEncoder(nn.Module):
         return torch.cat([encoded[:, 0], mean], dim=-1)
 
 
+class _Age(NamedTuple):
+    """How an item's age enters: its highest value, and the mean it is shifted by where not the training rows'."""
+
+    cap: float
+    mean: float | None
+
+
+_AGES: dict[str, Callable[[float], _Age]] = {
+    "raw": lambda fresh_days: _Age(math.inf, None),
+    # All warm items read 0; statistics of the training rows, nearly all of them warm, would blow the young ones up.
+    "capped": lambda fresh_days: _Age(fresh_days, math.log1p(fresh_days)),
+    "none": lambda fresh_days: _Age(0.0, 0.0),
+}
+
+
 class EntityInputs(nn.Module):
     """The dense inputs of one entity (user, item or row), split by feature group.
 
@@ -129,6 +153,7 @@ class EntityInputs(nn.Module):
         sizes = {name: len(v) for name, v in encoder.vocabularies.items()}
         self.blocks = nn.ModuleDict()
         self.widths: dict[str, int] = {}
+        self.age = _AGES[config.item_age](encoder.schema.fresh_days)
         if features := encoder.categorical(entity):
             self._add("categorical", EmbeddingTables([sizes[f.name] for f in features], config.categorical_dim),
                       len(features) * config.categorical_dim)  # fmt: skip
@@ -150,10 +175,16 @@ class EntityInputs(nn.Module):
         self.columns = {"numeric": declared, "history": historical}
         for name, columns in self.columns.items():
             if columns:
-                moments = encoder.statistics[self.entity]
-                part = NumericStatistics(moments.mean[columns], moments.std[columns])
-                block = Numeric([features[i] for i in columns], part)
+                block = self._numeric([features[i] for i in columns], encoder.statistics[self.entity], columns)
                 self._add(name, block, block.out_dim)
+
+    def _numeric(self, features: list[Feature], moments: NumericStatistics, columns: list[int]) -> Numeric:
+        mean, std = moments.mean[columns], moments.std[columns]
+        cap = [self.age.cap if f.name == ITEM_AGE else math.inf for f in features]
+        for place, feature in enumerate(features):
+            if feature.name == ITEM_AGE and self.age.mean is not None:
+                mean[place], std[place] = self.age.mean, 1.0
+        return Numeric(features, NumericStatistics(mean, std), cap)
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"content": non-historical [N, ..], "history": historical numerics [N, ..]}; absent where empty."""

@@ -24,7 +24,7 @@ Groups = dict[str, Tensor]
 _SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
 _USER_HISTORY = ("user_history", "sequence", "row_history")
 _LENGTHS = (4, 8, 16, 28)
-"""Longest sequence of each group that is encoded together in training; the last group has the full length."""
+"""Longest sequence of each group that is encoded together; the last group has the full length."""
 
 
 class Representation(NamedTuple):
@@ -164,7 +164,10 @@ class Ranker(nn.Module):
         return young | (inputs["item_id"] < FIRST_KNOWN)
 
     def represent(self, inputs: Inputs) -> Representation:
-        groups = self.groups(inputs)
+        return self.combine(self.groups(inputs))
+
+    def combine(self, groups: Groups) -> Representation:
+        """What F takes, from the dense vectors of :meth:`groups`."""
         z = self.interaction(groups)
         x_nh = torch.cat([x for name, x in groups.items() if name.endswith("_content")], dim=-1)
         x_student = torch.cat([x_nh, *(groups[name] for name in self.student_groups if name in groups)], dim=-1)
@@ -187,7 +190,7 @@ class Ranker(nn.Module):
 
     def _sequence(self, inputs: Inputs) -> Tensor:
         blocks = {name: inputs[name] for name in _SEQUENCE if name in inputs}
-        if not self.training:
+        if torch.compiler.is_exporting():  # one user per request there, and a graph without branches
             return self._encoded(blocks)
         # Most sequences are far shorter than the padded length: encode them in groups of similar length.
         lengths = (blocks["sequence_actions"] != 0).sum(1)
