@@ -155,7 +155,7 @@ class PretrainingConfig(Section):
     """The item's content embeddings are trained on the items of the training days before the first epoch."""
 
     objective: Literal["vime", "contrastive"] = "vime"
-    steps: Positive = 120
+    steps: Positive = 100
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     hidden: Positive = 32
