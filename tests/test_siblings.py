@@ -175,7 +175,7 @@ def test_siblings_agree_with_a_count_by_hand(log: Log, days: set[int]) -> None:
             number = (on - day(0)).days
             for row in frames[Entity.ITEM].to_dicts():
                 expected = [value for entry in ENTRIES for value in naive(log, number, row["item_id"], entry)]
-                assert [row[name] for name in NAMES] == [pytest.approx(value, rel=1e-6) for value in expected]
+                assert [row[name] for name in NAMES] == pytest.approx(expected)
 
 
 @settings(max_examples=8, deadline=None)
