@@ -95,12 +95,24 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
     """
     wanted = {day: history_fingerprint(dataset, day) for day in sorted(set(days))}
     stale = [day for day, expected in wanted.items() if not _is_built(workspace, day, expected)]
+    if stale:
+        _remove_outgrown(workspace, dataset.schema)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("history", total=len(stale))
         for start in range(0, len(stale), _DAYS_PER_QUERY):
             for day, frames in compute_history(dataset, stale[start : start + _DAYS_PER_QUERY]):
                 _write(workspace, day, frames, wanted[day])
                 progress.advance(task)
+
+
+def _remove_outgrown(workspace: Workspace, schema: Schema) -> None:
+    """Remove the snapshots of a schema with other columns: no fingerprint fits them any more, and Feast, which reads
+    the files of all days as one table, takes its columns from the first."""
+    for entity in KEYS:
+        columns = list(history_schema(schema, entity))
+        for path in (workspace.features / entity).glob("date=*/part-0.parquet"):
+            if list(pl.read_parquet_schema(path)) != columns:
+                path.unlink()
 
 
 def require_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:

@@ -291,10 +291,8 @@ def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
     declared = schema.history.siblings
     wanted = declared if techniques.sibling_prior.columns is None else techniques.sibling_prior.columns
     if unknown := sorted(set(wanted) - set(declared)):
-        raise ConfigError(
-            f"techniques.sibling_prior.columns: received {unknown}, expected some of history.siblings {list(declared)} "
-            "of the schema; declare them in schema.yaml and import again"
-        )
+        raise ConfigError(f"techniques.sibling_prior.columns: received {unknown}, expected some of the schema's "
+                          f"history.siblings {list(declared)}; declare it there and import again")  # fmt: skip
     if not wanted:
         log.warning("the sibling prior has no features: schema.yaml declares no history.siblings, or none was named")
     return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))

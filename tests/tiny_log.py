@@ -77,8 +77,8 @@ ITEMS = pl.DataFrame(
 USERS = pl.DataFrame({"user_id": [1, 2, 3, 4], "country": [5, None, 6, 5], "age": [0.0, 30.0, None, 41.5]})
 
 
-def write_log(out: Path, impressions: Sequence[dict[str, Any]]) -> Dataset:
+def write_log(out: Path, impressions: Sequence[dict[str, Any]], schema: Schema | None = None) -> Dataset:
     actions = {"click": pl.Int8, "save": pl.Int8}
     log = pl.DataFrame(list(impressions), schema_overrides={"event_timestamp": UTC_TIMESTAMP, **actions})
     log = log.with_row_index("request_id").cast({"request_id": pl.Int64})
-    return write_dataset(out, log_schema(), log, ITEMS, USERS, {"adapter": "test"})
+    return write_dataset(out, schema or log_schema(), log, ITEMS, USERS, {"adapter": "test"})
