@@ -198,6 +198,15 @@ class Encoder:
         names = [f"cross_affinity_{column}_{action}_rate" for action in actions]
         return {f"cross_affinity_{column}_impressions": seen} | dict(zip(names, rates, strict=True))
 
+    def without_siblings(self) -> "Encoder":
+        """The encoder of the same frame for a ranker that does not read sibling rates."""
+        schema = self.schema.without_siblings()
+        kept = {feature.name for feature in schema.select(Entity.ITEM, Kind.NUMERIC)}
+        columns = [place for place, feature in enumerate(self.numeric(Entity.ITEM)) if feature.name in kept]
+        moments = self.statistics[Entity.ITEM]
+        item = {Entity.ITEM: NumericStatistics(moments.mean[columns], moments.std[columns])}
+        return Encoder(schema, self.vocabularies, self.statistics | item)
+
     def save(self, directory: Path) -> None:
         """Write ``encoder.safetensors`` and ``encoder.json``."""
         arrays: Blocks = {f"vocabulary.{name}": v.values for name, v in self.vocabularies.items()}

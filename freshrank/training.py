@@ -409,7 +409,7 @@ def _facts(
 ) -> dict[str, object]:
     parameters = count_parameters(ranker)
     with torch.random.fork_rng():
-        plain = count_parameters(Ranker(encoder, model))
+        plain = count_parameters(Ranker(encoder.without_siblings(), model))
     return {
         "device": str(device),
         "rows": len(data),

@@ -26,6 +26,7 @@ from freshrank.feature_store import FeatureStore
 from freshrank.frames import load_frame, serving_frame
 from freshrank.history import build_history, compute_history, snapshot_path
 from freshrank.judged import lacking_inputs
+from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.schema import Entity, Group, HistoryConfig, Schema, sibling_names
 from freshrank.serving.ranking import OnlineReader, Query
 from freshrank.training import TensorFrame, Trained, model_schema, predict, train_ranker
@@ -316,6 +317,13 @@ def test_some_of_the_siblings_can_be_chosen_and_only_declared_ones() -> None:
     unknown = TechniquesConfig(sibling_prior=SiblingPriorConfig(columns=("author",)))
     with pytest.raises(ConfigError, match=r"received \['author'\].*'category', 'tags\+duration'"):
         model_schema(WITH, unknown)
+
+
+def test_the_inputs_of_siblings_count_as_parameters_the_prior_adds(prior: Trained) -> None:
+    """The increase is measured against the ranker that reads no siblings."""
+    plain = Ranker(prior.encoder.without_siblings(), SMALL)
+    assert prior.facts["parameters"] > count_parameters(plain)
+    assert prior.facts["parameter_increase"] == prior.facts["parameters"] / count_parameters(plain) - 1
 
 
 def test_siblings_reach_the_predictions_and_dropped_history_leaves_them(prior: Trained) -> None:
