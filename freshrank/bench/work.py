@@ -19,7 +19,7 @@ from freshrank.bench.data import Evidence, Judgeable, Source, load_evidence
 from freshrank.bench.rows import BOOSTED
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import EvaluationConfig, RunConfig
-from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName
+from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName, Weighting
 from freshrank.schema import Schema
 from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
@@ -187,9 +187,10 @@ def _hit_rates(judged: Judged, schema: Schema, config: EvaluationConfig) -> tupl
 
 
 def _flat(found: Evaluation) -> list[dict[str, Any]]:
-    kept = (ALL, FRESH, WARM)
-    return [{"metric": m.metric.value, "slice": m.slice, "action": m.action or "", "value": m.value}
-            for m in found.metrics if m.slice in kept and m.value is not None]  # fmt: skip
+    """Every metric on all, fresh and warm rows; ``..._per_item`` where each item counts the same."""
+    kept, suffix = (ALL, FRESH, WARM), {Weighting.IMPRESSION: "", Weighting.ITEM: "_per_item"}
+    return [{"metric": m.metric.value + suffix[m.weighting], "slice": m.slice, "action": m.action or "",
+             "value": m.value} for m in found.metrics if m.slice in kept and m.value is not None]  # fmt: skip
 
 
 def list_sums(judged: Judged, schema: Schema, config: EvaluationConfig) -> dict[str, np.ndarray]:
