@@ -12,22 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from freshrank.config import PLAIN, ModelConfig, ResidualConfig, TechniquesConfig
+from freshrank.config import PLAIN, HistoryMaskingConfig, ModelConfig, ResidualConfig, TechniquesConfig
 from freshrank.encoding import NEW, Catalog, Encoder
 from freshrank.models.ranker import Ranker
 from freshrank.pretraining import ContentFields
 from freshrank.schema import Entity
 from freshrank.techniques.feature_dropout import drop_rows
+from freshrank.techniques.history_masking import Youth, draw_youth, thinned
 from freshrank.techniques.pretraining import Fields
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.seam import Seam
 from freshrank.training import TensorFrame
-from freshrank.transforms import absent_of, without_item_history
+from freshrank.transforms import Batch, Counters, absent_of, mask_history, without_item_history
 from tests.worlds import random_frame, tiny_schema
 
 ITEMS, GENRES, TONES, DIM = 30, 4, 8, 6
 REDUCED = 3
 """Width the residual reduces x_nh to."""
+MASKING = HistoryMaskingConfig(keep=(0.1, 0.5))
+"""Items have tens of impressions here; of the shares that suit thousands, none would be left."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Subject:
         """The item's history reads as missing in the dropped rows."""
         raise NotImplementedError
 
+    def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
+        """Masked rows show their item as a new one: the unknown id, thinned counters; they count as cold."""
+        raise NotImplementedError
+
     def other_history(self, example: Example) -> Example:
         """Every row with the id and the counters of another row's item, and the content of its own."""
         raise NotImplementedError
@@ -111,6 +118,16 @@ def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tens
     return {"item_id": item, "genre": genre, "tone": tone, "seen": seen.log1p()}, labels, cold
 
 
+def _youth(rows: int, masking: HistoryMaskingConfig, generator: torch.Generator) -> Youth:
+    return draw_youth(rows, masking.share, masking.unseen, masking.keep, 7.0, generator)
+
+
+def _thinned_seen(seen: Tensor, youth: Youth, generator: torch.Generator) -> Tensor:
+    """The counter of `_simple`, log1p of impressions in one window, [B]; of masked rows what youth leaves of it."""
+    few, _ = thinned(seen.expm1().round(), torch.zeros(len(seen), 1), youth, (7,), generator)
+    return torch.where(youth.masked, few[:, 0].log1p(), seen)
+
+
 class Ours(Subject):
     """freshrank's ranker on the tiny world."""
 
@@ -145,6 +162,14 @@ class Ours(Subject):
     def drop(self, example: Example, dropped: Tensor) -> Example:
         changed = without_item_history(example.inputs, dropped, absent_of(self.encoder))
         return replace(example, inputs=example.inputs | changed)
+
+    def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
+        counters, numeric = Counters.of(self.encoder), example.inputs["item_numeric"].clone()
+        # The tiny world's counters are any numbers; impressions are whole.
+        numeric[:, counters.impressions] = numeric[:, counters.impressions].round()
+        batch = Batch(example.inputs | {"item_numeric": numeric}, example.labels, example.cold)
+        masked = mask_history(batch, counters, masking, generator)
+        return replace(example, inputs=masked.inputs, cold=masked.cold)
 
     def other_history(self, example: Example) -> Example:
         columns, _ = absent_of(self.encoder)[Entity.ITEM]
@@ -215,6 +240,12 @@ class PlainMlp(Subject):
         x = example.inputs
         changed = {"item_id": drop_rows(x["item_id"], dropped, 0), "seen": drop_rows(x["seen"], dropped, 0.0)}
         return replace(example, inputs=x | changed)
+
+    def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
+        x, youth = example.inputs, _youth(len(example), masking, generator)
+        ids = drop_rows(x["item_id"], youth.masked, 0)
+        changed = {"item_id": ids, "seen": _thinned_seen(x["seen"], youth, generator)}
+        return replace(example, inputs=x | changed, cold=example.cold | youth.masked)
 
     def other_history(self, example: Example) -> Example:
         x = example.inputs
@@ -329,6 +360,12 @@ class DeepctrDcn(PlainMlp):
 
     def drop(self, example: Example, dropped: Tensor) -> Example:
         return replace(example, inputs=drop_rows(example.inputs, dropped, 0.0, self._history))
+
+    def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
+        youth, (item_id, seen) = _youth(len(example), masking, generator), self._history
+        x = drop_rows(example.inputs, youth.masked, 0.0, [item_id])
+        x[:, seen] = _thinned_seen(x[:, seen], youth, generator)
+        return replace(example, inputs=x, cold=example.cold | youth.masked)
 
     def other_history(self, example: Example) -> Example:
         x = example.inputs.clone()

@@ -19,7 +19,7 @@ from freshrank.techniques.pretraining import Contrastive, Vime, pretrain
 from freshrank.techniques.score_reg import score_reg
 from freshrank.techniques.seam import Seam
 from freshrank.training import masked_bce
-from tests.techniques.subjects import SUBJECTS, Example, Subject
+from tests.techniques.subjects import MASKING, SUBJECTS, Example, Subject
 
 ROWS = 64
 
@@ -71,6 +71,10 @@ def with_feature_dropout(trial: Trial, example: Example) -> Tensor:
     return plain(trial, trial.subject.drop(example, draw_rows(len(example), 0.3, trial.generator)))
 
 
+def with_history_masking(trial: Trial, example: Example) -> Tensor:
+    return plain(trial, trial.subject.young(example, MASKING, trial.generator))
+
+
 def with_aldi(trial: Trial, example: Example) -> Tensor:
     teacher, _, x_nh = trial.subject.run(example)
     student, weight = trial.student(x_nh), teacher_weight(example.impressions, example.cold, 10)
@@ -107,6 +111,7 @@ TECHNIQUES: dict[str, Loss] = {
     "score_reg": with_score_reg,
     "mixup": with_mixup,
     "feature_dropout": with_feature_dropout,
+    "history_masking": with_history_masking,
     "aldi": with_aldi,
     "meta_embedding": with_meta_embedding,
     "pretraining (vime)": with_vime,
@@ -265,6 +270,37 @@ def test_the_history_of_a_dropped_item_does_not_reach_the_prediction(subject: st
     first, second = (trial.subject.run(trial.subject.drop(e, dropped)).logits for e in histories)
     assert torch.allclose(first[dropped], second[dropped], atol=1e-6)
     assert not torch.allclose(first[~dropped], second[~dropped], atol=1e-6)
+
+
+@every_ranker
+def test_an_item_shown_as_just_born_predicts_the_same_whatever_its_history_was(subject: str) -> None:
+    """With ``unseen`` 1, only its content and its drawn age reach the prediction; rows not masked feel theirs."""
+    trial = Trial(subject, "history_masking")
+    trial.subject.model.eval()
+    example, masking = trial.subject.example(ROWS), MASKING.model_copy(update={"unseen": 1.0})
+    warm = replace(example, cold=torch.zeros(ROWS, dtype=torch.bool))
+    young = [
+        trial.subject.young(e, masking, torch.Generator().manual_seed(1))
+        for e in (warm, trial.subject.other_history(warm))
+    ]
+    masked = young[0].cold
+    first, second = (trial.subject.run(e).logits for e in young)
+    assert 0 < masked.sum() < ROWS
+    assert torch.allclose(first[masked], second[masked], atol=1e-6)
+    assert not torch.allclose(first[~masked], second[~masked], atol=1e-6)
+
+
+@every_ranker
+def test_thinned_counters_reach_the_prediction(subject: str) -> None:
+    """The same rows masked, with and without what is left of their counters: a young item is not an unseen one."""
+    trial = Trial(subject, "history_masking")
+    trial.subject.model.eval()
+    young = [
+        trial.subject.young(trial.subject.example(ROWS), masking, torch.Generator().manual_seed(1))
+        for masking in (MASKING.model_copy(update={"share": 1.0, "unseen": unseen}) for unseen in (0.0, 1.0))
+    ]
+    few, none = (trial.subject.run(e).logits for e in young)
+    assert not torch.allclose(few, none, atol=1e-6)
 
 
 @every_ranker
