@@ -262,7 +262,7 @@ class GateConfig(Section):
 class RunConfig(Section):
     """Everything that decides which model a day produces and whether it serves."""
 
-    recipe: str = "warmer-for-less"
+    recipe: str = "baseline"
     windows: WindowConfig = WindowConfig()
     model: ModelConfig = ModelConfig()
     techniques: TechniquesConfig = TechniquesConfig()

@@ -53,7 +53,7 @@ YOUNG = RunConfig(
 RECIPES = {YOUNG.recipe: YOUNG} | {
     name: RunConfig(recipe=name, techniques=techniques) for name, techniques in TECHNIQUES.items()
 }
-DEFAULT_RECIPE = "warmer-for-less"
+DEFAULT_RECIPE = YOUNG.recipe
 
 
 def recipe(name: str = DEFAULT_RECIPE, overrides: list[str] | None = None) -> RunConfig:

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from freshrank.errors import ConfigError, ServingError, ValidationFailed
 from freshrank.orchestration.operator import data_directory, final_errors, run_config
+from freshrank.recipes import DEFAULT_RECIPE
 from freshrank.settings import PROJECT_ROOT, settings
 
 DAGS = PROJECT_ROOT / "dags"
@@ -155,7 +156,7 @@ def test_without_param_and_setting_the_error_names_both(monkeypatch: pytest.Monk
 def test_an_empty_recipe_means_the_default_one() -> None:
     """The DAG file does not repeat its name."""
     assert run_config("", ["training.epochs=3"]).training.epochs == 3
-    assert run_config("", []).recipe == "warmer-for-less"
+    assert run_config("", []).recipe == DEFAULT_RECIPE
 
 
 @pytest.fixture(autouse=True)
