@@ -76,7 +76,8 @@ def _order(protocol: str) -> int:
 
 
 def _section(table: Table, folder: str) -> str:
-    settings = "tuned settings (`freshrank bench tune`)" if table.tuned else "the papers' settings, untuned"
+    tuned = f"settings tuned under `{table.tuned}` (`freshrank bench tune`)"
+    settings = tuned if table.tuned else "the papers' settings"
     days = table.days
     return "\n".join(
         [

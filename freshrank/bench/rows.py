@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from freshrank.config import EvaluationConfig, RunConfig, TechniquesConfig, WindowConfig
+from freshrank.datasets.kuairand import PROTOCOLS
 from freshrank.errors import ConfigError
 from freshrank.storage import read_json
 
@@ -21,6 +22,7 @@ BOOSTED = {BASELINE: BOOST, COMBINED: COMBINED_BOOST}
 """The rows whose predictions are also judged with one constant added to all fresh logits, and what they are then."""
 LABELS = {BOOST: "Baseline + constant boost", COMBINED_BOOST: "(4) & (5) + constant boost", ORACLE: "Oracle baseline"}
 """Rows that are not trained under the protocol: predictions of the baseline moved, and the baseline on other rows."""
+MAIN_PROTOCOL = "sparse"
 CANDIDATES = 6
 """Settings tried per row: as many for the baseline as for everybody else."""
 TUNED = Path(__file__).with_name("tuned.json")
@@ -169,9 +171,15 @@ def laid_over(tree: Any, layer: Any) -> Any:
 
 
 def tuned(protocol: str, path: Path = TUNED) -> dict[str, Overrides]:
-    """Winners of `freshrank bench tune` under ``protocol``, by row; empty where it was not tuned."""
+    """Winners of `freshrank bench tune` by row, under ``protocol`` or what stands for it; empty without any."""
     found: dict[str, dict[str, Overrides]] = read_json(path) if path.exists() else {}
-    return found.get(protocol, {})
+    return found.get(tuned_under(protocol, path), {})
+
+
+def tuned_under(protocol: str, path: Path = TUNED) -> str:
+    """``protocol``, or the main one for a protocol of the same data that was not tuned itself."""
+    known = read_json(path) if path.exists() else {}
+    return MAIN_PROTOCOL if protocol in PROTOCOLS and protocol not in known else protocol
 
 
 def layers_of(row: Row, winners: dict[str, Overrides]) -> tuple[Overrides, ...]:

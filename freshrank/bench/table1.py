@@ -14,7 +14,18 @@ from freshrank.bench import lifts
 from freshrank.bench.data import Prepared, load_evidence, prepare
 from freshrank.bench.lifts import Estimate
 from freshrank.bench.pool import Failure, run_all
-from freshrank.bench.rows import BASELINE, BOOSTED, LABELS, ORACLE, Row, chosen, config_of, layers_of, tuned
+from freshrank.bench.rows import (
+    BASELINE,
+    BOOSTED,
+    LABELS,
+    ORACLE,
+    Row,
+    chosen,
+    config_of,
+    layers_of,
+    tuned,
+    tuned_under,
+)
 from freshrank.bench.timing import Cost, costs
 from freshrank.bench.work import MEASURES, Result, Task, boosted
 from freshrank.errors import DataError
@@ -72,7 +83,8 @@ class Table(BaseModel):
     judged_rows: int
     lists: int
     days: dict[str, str]
-    tuned: bool
+    tuned: str | None
+    """Protocol under which the settings were tuned; None: the papers' settings."""
     draws: int = lifts.DRAWS
     confidence: float = lifts.CONFIDENCE
     noise: Cost | None = None
@@ -106,7 +118,8 @@ def table1(prepared: Prepared, options: Options, console: Console) -> list[Failu
     results = {name: [Result.read(task) for task in by_seed if task.done] for name, by_seed in tasks.items()}
     write_csv(options.out / f"table1-{prepared.protocol}.csv", results)
     spent = _costs(tasks, options.timing_repeats, console)
-    table = assembled(prepared, rows, tasks, results, failures, spent, tuned=bool(winners))
+    settings = tuned_under(prepared.protocol) if winners else None
+    table = assembled(prepared, rows, tasks, results, failures, spent, settings)
     write_json(options.out / f"table1-{prepared.protocol}.json", table.model_dump(mode="json"))
     write_picture(table, options.out / f"table1-{prepared.protocol}.png")
     write_page(options.out)
@@ -169,7 +182,7 @@ def assembled(
     results: dict[str, list[Result]],
     failures: Sequence[Failure],
     spent: dict[str, Cost],
-    tuned: bool,
+    tuned: str | None,
 ) -> Table:
     """The table of the rows that have all their seeds."""
     whole = {name: found for name, found in results.items() if len(found) == len(tasks[name])}

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from freshrank.bench import rows, tune
 from freshrank.bench.data import Prepared, Source, load_evidence
-from freshrank.bench.rows import BASELINE, CANDIDATES, ROWS, techniques, tuned
+from freshrank.bench.rows import BASELINE, CANDIDATES, ROWS, techniques, tuned, tuned_under
 from freshrank.bench.tune import PENALTY, Options, Reference, Trial
 from freshrank.bench.work import Result
 from freshrank.config import WindowConfig
 from freshrank.errors import DataError
 from freshrank.evaluation import ALL, FRESH, MetricName
-from freshrank.storage import read_json
+from freshrank.storage import read_json, write_json
 
 QUIET = Console(quiet=True)
 
@@ -115,3 +115,13 @@ def _repeated(candidates: tuple[dict, ...]) -> tuple[dict, ...]:
 def test_a_protocol_that_was_not_tuned_has_no_winners(tmp_path: Path) -> None:
     """Table 1 then takes the papers' settings and says so."""
     assert tuned("strict", tmp_path / "absent.json") == {}
+
+
+def test_protocols_of_kuairand_that_were_not_tuned_take_the_settings_of_the_main_one(tmp_path: Path) -> None:
+    """A dataset of another schema does not: its columns are others."""
+    path = tmp_path / "tuned.json"
+    write_json(path, {"sparse": {"mixup": {"a": 1}}, "strict": {"mixup": {"a": 2}}})
+    assert tuned("staggered", path) == {"mixup": {"a": 1}}
+    assert tuned("strict", path) == {"mixup": {"a": 2}}
+    assert tuned("simulated", path) == {}
+    assert [tuned_under(name, path) for name in ("staggered", "strict")] == ["sparse", "strict"]
