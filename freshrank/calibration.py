@@ -25,6 +25,8 @@ class Platt(BaseModel):
 
     slope: tuple[float, ...]
     intercept: tuple[float, ...]
+    fresh_shift: float = 0.0
+    """Added to every logit of fresh items, towards a higher score (exposure.py)."""
 
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities [N, A] of logits [N, A]."""

@@ -205,6 +205,10 @@ class CalibrationConfig(Section):
     """Platt scaling per action on the calibration days."""
 
     min_positives: Positive = 10
+    exposure: Literal["as_is", "parity"] = "as_is"
+    """parity: one constant on the logits of fresh items gives them their share of the top slots (exposure.py)."""
+    top: Positive = 3
+    """How many slots of a list parity is about."""
 
 
 class EvaluationConfig(Section):

@@ -35,6 +35,7 @@ class CalibratedRanker(nn.Module):
     slope: Tensor
     intercept: Tensor
     utility: Tensor
+    shift: Tensor
 
     def __init__(self, trained: Trained, platt: Platt, names: list[str]) -> None:
         super().__init__()
@@ -43,10 +44,17 @@ class CalibratedRanker(nn.Module):
         self.register_buffer("slope", torch.tensor(platt.slope))
         self.register_buffer("intercept", torch.tensor(platt.intercept))
         self.register_buffer("utility", torch.tensor(trained.encoder.schema.utilities))
+        self.register_buffer("shift", platt.fresh_shift * torch.sign(self.utility))
+        self.shifted = platt.fresh_shift != 0
 
     def forward(self, *blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.ranker(dict(zip(self.names, blocks, strict=True)))
-        probabilities = torch.sigmoid(logits * self.slope + self.intercept)
+        inputs = dict(zip(self.names, blocks, strict=True))
+        logits = self.ranker(inputs)
+        calibrated = logits * self.slope + self.intercept
+        if self.shifted:
+            fresh = inputs["row_numeric"][:, self.ranker.age_column] < self.ranker.fresh_days
+            calibrated = calibrated + self.shift * fresh.unsqueeze(-1)
+        probabilities = torch.sigmoid(calibrated)
         return logits, probabilities, probabilities @ self.utility
 
 

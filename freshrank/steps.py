@@ -166,29 +166,35 @@ def calibrate(
 ) -> dict[str, Any]:
     """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
     from freshrank import calibration as calibration_module
-    from freshrank import export, frames, training
+    from freshrank import export, exposure, frames, training
+    from freshrank.encoding import Catalog
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
     trained_key = read_json(_existing(Path(model_dir) / "key.json", "freshrank train"))
     key = {"train": trained_key["key"], "data": run.read(wanted), "days": wanted, "calibration": calibration,
-           "date": run.date, "code": _code(calibration_module, export)}  # fmt: skip
+           "date": run.date, "code": _code(calibration_module, exposure, export)}  # fmt: skip
 
     def compute(directory: Path) -> None:
         schema, items = run.dataset.schema, run.dataset.items()
         trained = training.Trained.load(Path(model_dir))
         frame = frames.load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
         logits, labels = training.predict(trained, frame, items), training.labels_of(frame, schema)
-        platt = calibration_module.fit_platt(logits, labels, schema.actions, _config(CalibrationConfig, calibration))
+        settings = _config(CalibrationConfig, calibration)
+        platt = calibration_module.fit_platt(logits, labels, schema.actions, settings)
+        if settings.exposure == "parity":
+            platt = exposure.with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), settings)
         facts = {"fingerprint": fingerprint(key), "run_date": run_date, "dataset": schema.name,
                  "training": trained.facts, "platt": platt.model_dump(),
                  "config": trained_key["config"] | {"calibration": json.loads(calibration)}}  # fmt: skip
         export.export_bundle(trained, platt, frame, items, directory, facts)
 
     run.step("calibrate", key, out, compute)
-    platt = read_json(Path(out) / "bundle.json")["platt"]
-    actions = run.dataset.schema.actions
-    return {f"{part}_{a}": value for part, values in platt.items() for a, value in zip(actions, values, strict=True)}
+    platt = calibration_module.Platt.model_validate(read_json(Path(out) / "bundle.json")["platt"])
+    found = {"slope": platt.slope, "intercept": platt.intercept}
+    by_action = {f"{part}_{action}": value for part, values in found.items()
+                 for action, value in zip(run.dataset.schema.actions, values, strict=True)}  # fmt: skip
+    return by_action | {"fresh_shift": platt.fresh_shift}
 
 
 def validate(data: FreshrankPath, run_date: str, windows: str, out: FreshrankPath) -> dict[str, Any]:

@@ -39,9 +39,11 @@ class Row:
     overrides: Overrides
     candidates: tuple[Overrides, ...]
     """Laid over ``overrides``; the first is empty: the paper's (or our default) values."""
+    like: str | None = None
+    """The row whose tuned settings it takes, instead of being tuned itself."""
 
     def __post_init__(self) -> None:
-        if len(self.candidates) != CANDIDATES or self.candidates[0]:
+        if not self.like and (len(self.candidates) != CANDIDATES or self.candidates[0]):
             raise ConfigError(f"row '{self.name}': received {len(self.candidates)} candidates, expected {CANDIDATES}, "
                               "the first of them empty; every row gets the same number of trials")  # fmt: skip
 
@@ -91,6 +93,7 @@ _ALL = [*_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
 
 _CAPPED: Overrides = {"model": {"item_age": "capped"}}
 """For rows that show young items on purpose: their age is then a number the ranker has seen."""
+_PARITY: Overrides = {"calibration": {"exposure": "parity"}}
 _MASKING = _grid(history_masking={"share": [0.3, 0.5], "unseen": [0.2, 0.6]})
 _MASKING.append(techniques(history_masking={"share": 0.7}))
 _SIBLINGS = [techniques(sibling_prior={"columns": columns}) for columns in (
@@ -141,6 +144,14 @@ _EVERY = (
         _MASKING,
     ),
     _row(COMBINED, "(4) & (5)", _CAPPED | techniques(sibling_prior={}, history_masking={}), _MASKING),
+    Row("parity", "Baseline, exposure parity", _PARITY, (), like=BASELINE),
+    Row(
+        "masking+siblings+parity",
+        "(4) & (5), exposure parity",
+        _CAPPED | techniques(sibling_prior={}, history_masking={}) | _PARITY,
+        (),
+        like=COMBINED,
+    ),
 )
 ROWS = {row.name: row for row in _EVERY if row.techniques <= set(TechniquesConfig.model_fields)}
 """By name, in the table's order; a row whose technique this version lacks is not listed."""
@@ -184,5 +195,5 @@ def tuned_under(protocol: str, path: Path = TUNED) -> str:
 
 def layers_of(row: Row, winners: dict[str, Overrides]) -> tuple[Overrides, ...]:
     """The baseline's winning settings hold for all rows, the row's own come on top."""
-    base = winners.get(BASELINE, {})
-    return (base,) if row.name == BASELINE else (base, winners.get(row.name, {}))
+    base, name = winners.get(BASELINE, {}), row.like or row.name
+    return (base,) if name == BASELINE else (base, winners.get(name, {}))

@@ -171,7 +171,7 @@ def _lines(results: dict[str, list[Result]]) -> Iterator[tuple[str, int, str, st
             for entry in result.metrics:
                 yield name, result.seed, entry["metric"], entry["slice"], entry["action"], entry["value"]
             yield name, result.seed, "parameters", "", "", result.parameters
-            if name in BOOSTED.values():
+            if result.boost:
                 yield name, result.seed, "boost", FRESH, "", result.boost
 
 
@@ -252,7 +252,7 @@ def _line(
         parameters=ours[0].parameters,
         parameters_percent=100 * (ours[0].parameters / base[0].parameters - 1),
         cost=spent.get(name),
-        boost=float(np.mean([r.boost for r in ours])) if name in BOOSTED.values() else None,
+        boost=float(np.mean([r.boost for r in ours])) if any(r.boost for r in ours) else None,
         values=values,
         lift=lift,
         gap=gap,

@@ -96,7 +96,7 @@ def tune(evidence: Prepared, options: Options, console: Console) -> list[Failure
     """Try every candidate before the evaluation days of ``evidence``; write the trials and the winners."""
     prepared = evidence.before_evaluation()
     prepare(prepared)
-    rows = chosen(options.rows)
+    rows = [row for row in chosen(options.rows) if not row.like]
     baseline, references = rows[0], _tasks(prepared, rows[0], {}, options)
     oracle = [_oracle(task, prepared) for task in references] if prepared.oracle else []
     first = {(BASELINE, n): _tasks(prepared, baseline, layer, options) for n, layer in enumerate(baseline.candidates)}

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from freshrank import calibration, evaluation, statistics, training
+from freshrank import calibration, evaluation, exposure, statistics, training
 from freshrank.bench.data import Evidence, Judgeable, Source, load_evidence
 from freshrank.bench.rows import BOOSTED
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import EvaluationConfig, RunConfig
+from freshrank.encoding import Catalog
 from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName, Weighting
 from freshrank.schema import Schema
 from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_of, write_json
@@ -118,9 +119,21 @@ def _predict(task: Task, evidence: Evidence, directory: Path) -> None:
     spent = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     logits = {name: training.predict_encoded(trained, getattr(encoded, name)) for name in ("calibration", "evaluation")}
     save_file(logits, directory / "predictions.safetensors")
+    spent |= {"fresh_shift": _parity(task, evidence, trained, logits["calibration"])}
     config = task.config.model_dump(mode="json")
     facts = trained.facts | spent | {"row": task.row, "seed": task.seed, "config": config}
     write_json(directory / "facts.json", facts)
+
+
+def _parity(task: Task, evidence: Evidence, trained: training.Trained, logits: np.ndarray) -> float:
+    """The constant on fresh logits that the row's calibration asks for; 0 where it asks for none."""
+    settings = task.config.calibration
+    if settings.exposure != "parity":
+        return 0.0
+    labels = training.labels_of(evidence.calibration, evidence.schema)
+    platt = fit_platt(logits, labels, evidence.schema.actions, settings)
+    catalog = Catalog.build(evidence.items, trained.encoder)
+    return exposure.with_parity(platt, trained, evidence.calibration, catalog, settings).fresh_shift
 
 
 def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
@@ -130,7 +143,7 @@ def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
     calibrated, rows = (Judgeable.of(frame, schema, lists) for frame in (evidence.calibration, evidence.evaluation))
     platt = fit_platt(logits["calibration"], calibrated.labels, schema.actions, task.config.calibration)
     utilities = np.asarray(schema.utilities, np.float64)
-    boost = 0.0
+    boost = float(read_json(task.directory / "facts.json").get("fresh_shift", 0.0))
     if task.boosted:
         boost = chosen_boost(calibrated, scaled(platt, logits["calibration"]), utilities, schema, config)
     judged = judged_of(rows, scaled(platt, logits["evaluation"]), utilities, boost)
