@@ -209,6 +209,8 @@ class CalibrationConfig(Section):
     """parity: one constant on the logits of fresh items gives them their share of the top slots (exposure.py)."""
     top: Positive = 3
     """How many slots of a list parity is about."""
+    max_fresh_shift: Annotated[float, Field(ge=0)] = 0.25
+    """Bound on parity's constant, in logits either way: exposure is set right as far as calibration bears it."""
 
 
 class EvaluationConfig(Section):

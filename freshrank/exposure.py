@@ -4,6 +4,9 @@ A calibrated ranker shows items it knows little of less often than their share, 
 closer to the mean. One constant on the logits of all fresh items sets that right. It is found without a single label:
 only scores say who is on top. A log under-represents fresh items (that is the problem), so they are put among the
 candidates of real lists of the calibration days, with the features they had on that day.
+
+The constant is bounded: where the warm items of a log are the chosen few, parity would ask for far more than what
+fresh items are worth (1.3 logits in the simulated world), and calibration would pay for it.
 """
 
 import logging
@@ -85,5 +88,6 @@ def with_parity(platt: Platt, trained: Trained, frame: Frame, catalog: Catalog, 
     shift = parity_shift(scaled, np.asarray(schema.utilities, np.float64),
                          (rows[ITEM_AGE] < schema.fresh_days).to_numpy(), rows[USER_ROW].to_numpy().astype(np.int64),
                          rows[ITEM_ID].to_numpy(), config.top)  # fmt: skip
-    log.info("exposure parity: fresh logits are moved by %+.3f", shift)
-    return platt.model_copy(update={"fresh_shift": shift})
+    bounded = float(np.clip(shift, -config.max_fresh_shift, config.max_fresh_shift))
+    log.info("exposure parity: fresh logits are moved by %+.3f; parity asks for %+.3f", bounded, shift)
+    return platt.model_copy(update={"fresh_shift": bounded})
