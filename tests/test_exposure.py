@@ -74,10 +74,15 @@ def test_no_label_plays_a_part(trained: Trained) -> None:
 def test_the_constant_is_bounded(trained: Trained) -> None:
     """Exposure is set right as far as the bound allows, in the same direction."""
     catalog = Catalog.build(FRAME.items, trained.encoder)
-    free, bound = (with_parity(IDENTITY, trained, FRAME, catalog, CalibrationConfig(exposure="parity", max_fresh_shift=m))
-                   for m in (9.0, 0.001))  # fmt: skip
-    assert abs(free.fresh_shift) > 0.001
-    assert bound.fresh_shift == pytest.approx(np.sign(free.fresh_shift) * 0.001)
+
+    def shift(bound: float) -> float:
+        config = CalibrationConfig(exposure="parity", max_fresh_shift=bound)
+        return with_parity(IDENTITY, trained, FRAME, catalog, config).fresh_shift
+
+    free = shift(9.0)
+    assert free != 0
+    assert shift(abs(free) / 2) == pytest.approx(free / 2)
+    assert shift(0.0) == 0
 
 
 def test_without_a_fresh_item_nothing_is_moved(trained: Trained) -> None:
