@@ -7,7 +7,10 @@ from freshrank.config import MixupConfig, ResidualConfig, TechniquesConfig
 from freshrank.errors import ConfigError
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+TUNED = {name: row for name, row in ROWS.items() if not row.like}
+
+
+@pytest.mark.parametrize("row", TUNED.values(), ids=list(TUNED))
 def test_every_candidate_of_a_row_is_a_valid_configuration_and_differs_from_the_others(row: Row) -> None:
     """As many for every row, the first the paper's values."""
     configs = [config_of(row, 0, candidate).model_dump_json() for candidate in row.candidates]
@@ -64,3 +67,15 @@ def test_a_row_with_fewer_trials_than_the_others_is_refused() -> None:
     """Tuning one row harder than another decides the table."""
     with pytest.raises(ConfigError, match="same number of trials"):
         Row("unfair", "Unfair", {}, ({},))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.like], ids=lambda row: row.name)
+def test_a_row_like_another_takes_its_tuned_settings_and_is_not_tuned_itself(row: Row) -> None:
+    """What differs is its own: here the calibration alone."""
+    assert row.candidates == ()
+    model = ROWS[row.like]
+    winners = {name: TUNED[name].candidates[1] for name in {BASELINE, row.like}}
+    ours, theirs = (config_of(each, 0, *layers_of(each, winners)) for each in (row, model))
+    assert ours.calibration.exposure == "parity"
+    same = {"recipe": theirs.recipe, "calibration": theirs.calibration}
+    assert ours.model_copy(update=same) == theirs
