@@ -6,7 +6,6 @@ from freshrank.bench.rows import BASELINE, CANDIDATES, ROWS, Row, chosen, config
 from freshrank.config import MixupConfig, ResidualConfig, TechniquesConfig
 from freshrank.errors import ConfigError
 
-
 TUNED = {name: row for name, row in ROWS.items() if not row.like}
 
 
