@@ -382,7 +382,7 @@ BenchData = Annotated[Path, typer.Option("--data", help="KuaiRand's files (impor
 BenchProtocol = Annotated[Literal["staggered", "sparse", "strict"], typer.Option("--protocol", help=(
     "How KuaiRand's items are made cold. An imported dataset keeps the one it was imported under."))]  # fmt: skip
 BenchRows = Annotated[str | None, typer.Option("--rows", help="Names, comma-separated; the baseline is always among "
-                                               "them. Default: all.")]  # fmt: skip
+                                               "them. Default: all. A wrong one brings up the list.")]  # fmt: skip
 BenchOracle = Annotated[Path | None, typer.Option("--oracle", help="Imported dataset in which the same items are warm: "
                                                   "the reference of the cold gap closed.")]  # fmt: skip
 BenchJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per "
@@ -412,8 +412,10 @@ def bench_table1(
     oracle: BenchOracle = None,
 ) -> None:  # fmt: skip
     """Train and judge every row of the paper's table 1; what is done is kept, so a stopped run goes on."""
+    from freshrank.bench.rows import chosen
     from freshrank.bench.table1 import Options, table1
 
+    chosen(_names(rows))  # a wrong name is not worth an import of the data
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
     options = Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
     failures = table1(prepared, options, out)
@@ -436,9 +438,10 @@ def bench_tune(
     oracle: BenchOracle = None,
 ) -> None:
     """Choose every row's settings among as many candidates, on days before those that table 1 judges."""
-    from freshrank.bench.rows import TUNED
+    from freshrank.bench.rows import TUNED, chosen
     from freshrank.bench.tune import Options, tune
 
+    chosen(_names(rows))
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
     failures = tune(prepared, Options(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
     out.print(f"winners: {TUNED}", soft_wrap=True)

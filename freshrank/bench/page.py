@@ -84,6 +84,9 @@ def _section(table: Table, folder: str) -> str:
             f"## Protocol {table.protocol}\n",
             f"{table.seeds} seeds, {settings}. Trained on {days['train']}, calibrated on {days['calibration']}, judged "
             f"on {days['evaluation']}: {table.judged_rows:,} impressions, {table.lists:,} lists with an action.\n",
+            "Rows by the name that `--rows` takes: "
+            + ", ".join(f"{row.label} = `{row.name}`" for row in table.rows)
+            + ".\n",
             f"![Lifts and cold gap closed, with intervals]({folder}/table1-{table.protocol}.png)\n",
             *_failures(table),
             *(_lifts(table, action) for action in table.actions),
