@@ -252,7 +252,9 @@ def _line(
         parameters=ours[0].parameters,
         parameters_percent=100 * (ours[0].parameters / base[0].parameters - 1),
         cost=spent.get(name),
-        boost=float(np.mean([r.boost for r in ours])) if any(r.boost for r in ours) else None,
+        boost=float(np.mean([r.boost for r in ours]))
+        if name in BOOSTED.values() or any(r.boost for r in ours)
+        else None,
         values=values,
         lift=lift,
         gap=gap,
