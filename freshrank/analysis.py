@@ -69,14 +69,10 @@ def removals(encoder: Encoder) -> list[Removal]:
     return [removal for group in single for removal in group] + [ids, sequence, *queries]
 
 
-def _numeric_missing(feature: Feature) -> float:
-    return float("nan") if feature.default is None else feature.default
-
-
 _CELLS: dict[Kind, tuple[str, Callable[[Feature], float]]] = {
     Kind.CATEGORICAL: ("categorical", lambda _: MISSING),
     Kind.MULTI_VALUED: ("multi", lambda _: MISSING),
-    Kind.NUMERIC: ("numeric", _numeric_missing),
+    Kind.NUMERIC: ("numeric", lambda feature: feature.missing),
     Kind.EMBEDDING: ("embedding", lambda _: float("nan")),
 }
 

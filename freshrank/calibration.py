@@ -28,10 +28,14 @@ class Platt(BaseModel):
     fresh_shift: float = 0.0
     """Added to every logit of fresh items, towards a higher score (exposure.py)."""
 
+    def scaled(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Calibrated logits [N, A] of logits [N, A], before the shift of fresh items."""
+        calibrated: npt.NDArray[np.float64] = np.asarray(self.slope) * logits.astype(np.float64) + self.intercept
+        return calibrated
+
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """Calibrated probabilities [N, A] of logits [N, A]."""
-        scaled = np.asarray(self.slope) * logits.astype(np.float64) + np.asarray(self.intercept)
-        probabilities: npt.NDArray[np.float64] = expit(scaled)
+        """Calibrated probabilities [N, A] of logits [N, A], before the shift of fresh items."""
+        probabilities: npt.NDArray[np.float64] = expit(self.scaled(logits))
         return probabilities
 
     def save(self, path: Path) -> None:

@@ -331,8 +331,7 @@ def _integers(series: pl.Series) -> Int:
 
 def _floats(table: pl.DataFrame, feature: Feature) -> Float:
     series = table[feature.name].cast(pl.Float32)
-    filled = series.fill_null(float("nan") if feature.default is None else feature.default)
-    values: Float = filled.to_numpy()
+    values: Float = series.fill_null(feature.missing).to_numpy()
     return values
 
 
@@ -358,5 +357,4 @@ def historical_columns(features: list[Feature]) -> list[int]:
 def absent_history(features: list[Feature]) -> tuple[list[int], Float]:
     """Positions of the historical features in their block, and what they hold for an entity without history."""
     columns = historical_columns(features)
-    defaults = [features[i].default for i in columns]
-    return columns, np.array([np.nan if default is None else default for default in defaults], np.float32)
+    return columns, np.array([features[i].missing for i in columns], np.float32)

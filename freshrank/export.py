@@ -52,8 +52,7 @@ class CalibratedRanker(nn.Module):
         logits = self.ranker(inputs)
         calibrated = logits * self.slope + self.intercept
         if self.shifted:
-            fresh = inputs["row_numeric"][:, self.ranker.age_column] < self.ranker.fresh_days
-            calibrated = calibrated + self.shift * fresh.unsqueeze(-1)
+            calibrated = calibrated + self.shift * self.ranker.fresh(inputs).unsqueeze(-1)
         probabilities = torch.sigmoid(calibrated)
         return logits, probabilities, probabilities @ self.utility
 

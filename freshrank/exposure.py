@@ -83,9 +83,8 @@ def with_parity(platt: Platt, trained: Trained, frame: Frame, catalog: Catalog, 
         log.warning("exposure parity: no fresh item was shown on the calibration days; fresh logits stay as they are")
         return platt
     logits = predict_encoded(trained, TensorFrame(mixed, trained.encoder, catalog))
-    scaled = np.asarray(platt.slope) * logits + np.asarray(platt.intercept)
     rows = mixed.rows
-    shift = parity_shift(scaled, np.asarray(schema.utilities, np.float64),
+    shift = parity_shift(platt.scaled(logits), np.asarray(schema.utilities, np.float64),
                          (rows[ITEM_AGE] < schema.fresh_days).to_numpy(), rows[USER_ROW].to_numpy().astype(np.int64),
                          rows[ITEM_ID].to_numpy(), config.top)  # fmt: skip
     bounded = float(np.clip(shift, -config.max_fresh_shift, config.max_fresh_shift))

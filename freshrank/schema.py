@@ -147,6 +147,11 @@ class Feature(BaseModel):
     snapshot: bool = False
     """True for what the daily snapshots hold (built from the log), False for what the users and items tables hold."""
 
+    @property
+    def missing(self) -> float:
+        """What a numeric feature holds where there is no value: its default, or NaN for the missing mask."""
+        return float("nan") if self.default is None else self.default
+
 
 class HistoryConfig(BaseModel):
     """Which historical features are built from the log."""

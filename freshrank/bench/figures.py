@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from rich.progress import track
 
-from freshrank import analysis, calibration, daily, encoding, frames, history, steps, training
+from freshrank import analysis, calibration, daily, frames, steps, training
 from freshrank.analysis import How
 from freshrank.bench.findings import (
     ABLATED,
@@ -32,6 +32,7 @@ from freshrank.bench.findings import (
 )
 from freshrank.bench.rows import BASELINE as TABLE_BASELINE
 from freshrank.bench.rows import ROWS, config_of, layers_of, tuned
+from freshrank.bench.work import training_code
 from freshrank.config import (
     CalibrationConfig,
     MixupConfig,
@@ -47,11 +48,9 @@ from freshrank.config import (
 from freshrank.datasets.contract import Dataset
 from freshrank.evaluation import ALL, FRESH
 from freshrank.frames import JUDGED_AGE, Frame
-from freshrank.models import inputs, ranker
 from freshrank.schema import IN_EVALUATION, IN_TRAINING
 from freshrank.statistics import Bools
 from freshrank.storage import atomic_write, fingerprint, read_json, sha256_of, write_json
-from freshrank.techniques import mixup, residual, score_reg
 
 if TYPE_CHECKING:
     from freshrank.datasets.kuairand import Protocol
@@ -62,7 +61,6 @@ RECIPES = {
     SCORE_REG: TechniquesConfig(score_reg=ScoreRegConfig()),
     MIXUP: TechniquesConfig(mixup=MixupConfig()),
 }
-_CODE = (analysis, calibration, encoding, frames, history, training, inputs, ranker, mixup, residual, score_reg)
 _REMOVED: dict[How, str] = {
     "missing": "encoded as a missing value; an item's id becomes that of a new item, a sequence an empty one",
     "permuted": "shuffled among the user-days, item-days or impressions that carry it",
@@ -134,7 +132,7 @@ def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missin
     model, fit = base.model, base.training
     split = evidence.split
     days = [*split.train, *split.calibration, *split.evaluation]
-    code = [sha256_of(Path(inspect.getfile(module))) for module in _CODE]
+    code = [training_code(), *(sha256_of(Path(inspect.getfile(module))) for module in (analysis, calibration))]
     sections = [section.model_dump(mode="json") for section in (model, technique, fit)]
     key = fingerprint({"data": evidence.run.read(days), "days": days, "sections": sections, "code": code,
                        "ablation": ablation if recipe in ABLATED else None})  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from freshrank import calibration, evaluation, exposure, statistics, training
 from freshrank.bench.data import Evidence, Judgeable, Source, load_evidence
 from freshrank.bench.rows import BOOSTED
-from freshrank.calibration import Platt, fit_platt
+from freshrank.calibration import fit_platt
 from freshrank.config import EvaluationConfig, RunConfig
 from freshrank.encoding import Catalog
 from freshrank.evaluation import ALL, FRESH, WARM, Evaluation, Judged, MetricName, Weighting
@@ -26,8 +26,8 @@ from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_o
 from freshrank.workspace import Workspace
 
 PACKAGE = Path(training.__file__).parent
-_TRAINED_BY = ("training.py", "transforms.py", "encoding.py", "frames.py", "history.py", "feature_store.py",
-               "models/*.py", "techniques/*.py")  # fmt: skip
+_TRAINED_BY = ("training.py", "pretraining.py", "transforms.py", "encoding.py", "frames.py", "history.py",
+               "feature_store.py", "calibration.py", "exposure.py", "models/*.py", "techniques/*.py")  # fmt: skip
 _JUDGED_BY = (calibration, evaluation, statistics)
 MEASURES = ((MetricName.HITS, FRESH), (MetricName.HITS, ALL), (MetricName.MATCHED_HITS, FRESH),
             (MetricName.LOG_LOSS, FRESH), (MetricName.LOG_LOSS, WARM))  # fmt: skip
@@ -62,8 +62,8 @@ class Task:
     def directory(self) -> Path:
         """Where predictions lie."""
         sections = {name: getattr(self.config, name).model_dump(mode="json")
-                    for name in ("model", "techniques", "training")}  # fmt: skip
-        key = fingerprint({"data": _data_fingerprint(self.source), "sections": sections, "code": _training_code()})
+                    for name in ("model", "techniques", "training", "calibration")}  # fmt: skip
+        key = fingerprint({"data": _data_fingerprint(self.source), "sections": sections, "code": training_code()})
         return _folder(self.source) / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
 
     @property
@@ -89,7 +89,8 @@ def _data_fingerprint(source: Source) -> str:
 
 
 @cache
-def _training_code() -> str:
+def training_code() -> str:
+    """Fingerprint of all source that a ranker's weights and its constant on fresh logits can depend on."""
     files = [file for pattern in _TRAINED_BY for file in sorted(PACKAGE.glob(pattern))]
     return fingerprint([sha256_of(file) for file in files])
 
@@ -145,20 +146,14 @@ def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
     utilities = np.asarray(schema.utilities, np.float64)
     boost = float(read_json(task.directory / "facts.json").get("fresh_shift", 0.0))
     if task.boosted:
-        boost = chosen_boost(calibrated, scaled(platt, logits["calibration"]), utilities, schema, config)
-    judged = judged_of(rows, scaled(platt, logits["evaluation"]), utilities, boost)
+        boost = chosen_boost(calibrated, platt.scaled(logits["calibration"]), utilities, schema, config)
+    judged = judged_of(rows, platt.scaled(logits["evaluation"]), utilities, boost)
     found = evaluation.evaluate(judged, schema, config)
     by_list = list_sums(judged, schema, config)
     save_file(by_list, directory / "lists.safetensors")
     facts = {"rows": rows.fingerprint(schema.actions), "actions": schema.actions, "boost": boost,
              "parameters": read_json(task.directory / "facts.json")["parameters"]}  # fmt: skip
     write_json(directory / "metrics.json", facts | {"metrics": _flat(found)})
-
-
-def scaled(platt: Platt, logits: np.ndarray) -> np.ndarray:
-    """Calibrated logits [N, A]."""
-    calibrated: np.ndarray = np.asarray(platt.slope) * logits.astype(np.float64) + np.asarray(platt.intercept)
-    return calibrated
 
 
 def judged_of(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, boost: float = 0.0) -> Judged:
@@ -228,9 +223,7 @@ def _losses(judged: Judged, fresh_days: float, name: str, lists: int) -> tuple[n
     """Observed labels and summed log loss [U, A] per list on fresh or warm rows."""
     fresh = judged.age_days < fresh_days
     kept = (fresh if name == FRESH else ~fresh)[:, None] & ~np.isnan(judged.labels)
-    p = np.clip(judged.probabilities, 1e-7, 1 - 1e-7)
-    labels = np.nan_to_num(judged.labels)
-    losses = np.where(kept, -(labels * np.log(p) + (1 - labels) * np.log1p(-p)), 0.0)
+    losses = np.where(kept, statistics.row_losses(judged.probabilities, np.nan_to_num(judged.labels)), 0.0)
 
     def per_list(values: np.ndarray) -> np.ndarray:
         return np.stack([np.bincount(judged.list_id, column, lists) for column in values.T], axis=1)

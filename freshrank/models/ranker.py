@@ -160,8 +160,11 @@ class Ranker(nn.Module):
     def cold(self, inputs: Inputs) -> Tensor:
         """Whom the student answers for, bool [N]: items younger than ``fresh_days``, and all without an id of their
         own (new, rare, unknown), whatever their age."""
-        young = inputs["row_numeric"][:, self.age_column] < self.fresh_days
-        return young | (inputs["item_id"] < FIRST_KNOWN)
+        return self.fresh(inputs) | (inputs["item_id"] < FIRST_KNOWN)
+
+    def fresh(self, inputs: Inputs) -> Tensor:
+        """Items younger than ``fresh_days``, bool [N]."""
+        return inputs["row_numeric"][:, self.age_column] < self.fresh_days
 
     def represent(self, inputs: Inputs) -> Representation:
         return self.combine(self.groups(inputs))
