@@ -11,7 +11,8 @@ DATA ?=
 DATE ?=
 PROTOCOL ?=
 DATASET := $(or $(DATA),.freshrank/data/simulated)
-PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+# One thread per worker: two workers with two threads each wait for one another at every small tensor.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve stop test test-slow lint format lock clean
