@@ -159,6 +159,16 @@ def _is_unreachable(error: InferenceServerException) -> bool:
     return error.status() == "StatusCode.UNAVAILABLE" and any(words in error.message() for words in _UNREACHABLE)
 
 
+def on_wire(request: Tensors) -> Tensors:
+    """Tensors of ``protocol.INPUTS`` as the server takes them, with a leading dimension of 1."""
+    return {name: value[None] for name, value in request.items()}
+
+
+def off_wire(answer: Tensors) -> Tensors:
+    """The inverse, for an answer."""
+    return {name: value[0] for name, value in answer.items()}
+
+
 def _input(name: str, value: np.ndarray[Any, Any]) -> InferInput:
     tensor = InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
     return tensor.set_data_from_numpy(value)
@@ -184,6 +194,8 @@ class Answer:
     known: np.ndarray[Any, Any]
     """bool [N]: whether the online store holds the item."""
     model_version: int
+    arm: int
+    """Of the running experiment: 0 the champion, also without an experiment; 1, ... the challengers in their order."""
     degraded: bool
     """The online store could not be read, and every feature counted as missing."""
 
@@ -208,6 +220,7 @@ class Answer:
             cold=answer["cold"],
             known=answer["known"],
             model_version=int(answer["model_version"][0]),
+            arm=int(answer["arm"][0]),
             degraded=bool(answer["degraded"][0]),
         )
 
@@ -270,8 +283,8 @@ class Client:
 
     def _ask(self, items: Sequence[Id], request: Tensors) -> Answer:
         self._require_own_server()
-        answer = self._triton.infer(RANKING, request, [spec.name for spec in OUTPUTS])
-        return Answer.of(items, self.schema, answer)
+        answer = self._triton.infer(RANKING, on_wire(request), [spec.name for spec in OUTPUTS])
+        return Answer.of(items, self.schema, off_wire(answer))
 
     def _require_own_server(self) -> None:
         if not self._is_own_server:
@@ -310,11 +323,11 @@ class AsyncClient:
         with _refusals(self.url, f"asking {RANKING}"):
             result = await self._client.infer(
                 RANKING,
-                [_input(name, value) for name, value in request.items()],
+                [_input(name, value) for name, value in on_wire(request).items()],
                 outputs=[InferRequestedOutput(name) for name in names],
                 client_timeout=self.timeout,
             )
-        return Answer.of(item_ids, self.schema, _outputs(result, names))
+        return Answer.of(item_ids, self.schema, off_wire(_outputs(result, names)))
 
     async def _require_own_server(self) -> None:
         async with self._checking:

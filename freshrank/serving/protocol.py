@@ -1,12 +1,16 @@
 """What a client sends to the model ``ranking`` and gets back: the one place its tensors are named.
 
 Context columns are those of role ``context`` of the schema, in its order, one value per request.
+On the wire every tensor has a leading dimension of 1, so that Triton may hand over several waiting requests at once;
+the shapes here are without it.
 """
 
 from freshrank.schema import Kind, Role, Schema
 from freshrank.serving.bundle import TensorSpec
 
 MAX_CANDIDATES = 2000
+MAX_BATCH = 16
+"""Requests that are waiting at the same time and may be answered together."""
 INPUTS = (
     TensorSpec(name="user_id", dtype="int64", shape=(1,)),
     TensorSpec(name="item_ids", dtype="int64", shape=(-1,)),
@@ -18,6 +22,8 @@ INPUTS = (
     TensorSpec(name="context_numeric", dtype="float32", shape=(-1,)),
     # Categorical, then numeric columns: which of the values are there; absent: all that were sent.
     TensorSpec(name="context_present", dtype="bool", shape=(-1,)),
+    # A loaded version that is to answer, whatever the pointer and the experiment say; 0 or absent: they decide.
+    TensorSpec(name="version", dtype="int64", shape=(1,)),
 )
 REQUIRED = ("user_id", "item_ids")
 OPTIONAL = tuple(spec.name for spec in INPUTS if spec.name not in REQUIRED)
@@ -26,6 +32,8 @@ OUTPUTS = (
     TensorSpec(name="probabilities", dtype="float32", shape=(-1, -1)),
     TensorSpec(name="score", dtype="float32", shape=(-1,)),
     TensorSpec(name="model_version", dtype="int64", shape=(1,)),
+    # Which arm of the experiment the user is in: 0 the champion, also where there is none; 1, ... the challengers.
+    TensorSpec(name="arm", dtype="int64", shape=(1,)),
     # [N]: younger than ``fresh_days``, or not known at all; and whether the online store knows the item.
     TensorSpec(name="cold", dtype="bool", shape=(-1,)),
     TensorSpec(name="known", dtype="bool", shape=(-1,)),

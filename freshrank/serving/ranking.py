@@ -248,6 +248,7 @@ class RankingService:
             "probabilities": answer["probabilities"],
             "score": answer["score"],
             "model_version": np.array([version.number]),
+            "arm": np.array([0]),
             "cold": cold,
             "known": known,
             "degraded": np.array([degraded]),

@@ -30,7 +30,7 @@ from freshrank.serving.bundle import (
     read_info,
     read_signature,
 )
-from freshrank.serving.protocol import INPUTS, OPTIONAL, OUTPUTS
+from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT
 from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
 
@@ -188,6 +188,7 @@ class ModelRepository:
             inputs=INPUTS,
             outputs=OUTPUTS,
             optional=OPTIONAL,
+            max_batch=MAX_BATCH,
         )
         _write_text(self.models / RANKING / "config.pbtxt", config)
 

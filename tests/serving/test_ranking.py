@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from freshrank.errors import ServingError
 from freshrank.frames import Frame
 from freshrank.serving.bundle import Tensors
-from freshrank.serving.client import Answer, Client, TritonClient
+from freshrank.serving.client import Answer, Client, TritonClient, on_wire
 from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.ranking import BadRequest, NothingPublished, OnlineReader, Query, RankingService
@@ -135,7 +135,7 @@ def test_a_malformed_request_is_told_what_was_received_and_expected(
     """The code is INVALID_ARGUMENT, so that a client does not try again."""
     with GrpcClient(settings().triton_grpc_url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
         inputs = []
-        for name, value in request(**tensors).items():
+        for name, value in on_wire(request(**tensors)).items():
             inputs.append(InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype)))
             inputs[-1].set_data_from_numpy(value)
         with pytest.raises(InferenceServerException, match=sentence) as caught:

@@ -51,7 +51,7 @@ class TritonPythonModel:
             log.exception("a request failed")
             return self._refusal("failed", error, pb_utils.TritonError.INTERNAL)
         self.metrics.count(answer)
-        return pb_utils.InferenceResponse([to_tensor(spec.name, answer[spec.name]) for spec in OUTPUTS])
+        return pb_utils.InferenceResponse([to_tensor(spec.name, answer[spec.name][None]) for spec in OUTPUTS])
 
     def _refusal(self, outcome: str, error: Exception, code: Any) -> Any:
         self.metrics.requests(outcome)
@@ -83,7 +83,14 @@ def refuse_wrong_conversions() -> None:
 
 def _given(request: Any) -> Tensors:
     tensors = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in INPUTS}
-    return {name: to_array(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return {name: _alone(name, to_array(tensor)) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _alone(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Without the leading dimension of 1."""
+    if len(value) != 1:
+        raise BadRequest(f"{name}: received {len(value)} requests in one, expected a leading dimension of 1")
+    return value[0]
 
 
 class Metrics:
