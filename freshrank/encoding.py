@@ -4,7 +4,8 @@ Every feature has a place in a block; a missing value is index 0 (categorical), 
 padding (sequences), so any frame, however incomplete, encodes to finite-scoring inputs (cold-complete).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
+from freshrank.columns import Bool, Columns, Float, Int, Layout, integers
 from freshrank.frames import Frame
 from freshrank.schema import (
     ITEM_ID,
@@ -24,6 +26,7 @@ from freshrank.schema import (
     Group,
     Kind,
     Schema,
+    affinity_crosses,
     affinity_lists,
 )
 from freshrank.storage import atomic_write, read_json, write_json
@@ -32,8 +35,6 @@ MISSING, NEW, FIRST_KNOWN = 0, 1, 2
 """Rows of every embedding table: nothing there, never or rarely seen in training, then the known values."""
 
 Blocks = dict[str, npt.NDArray[Any]]
-Int = npt.NDArray[np.int64]
-Float = npt.NDArray[np.float32]
 _ENTITIES = (Entity.USER, Entity.ITEM, Entity.ROW)
 
 
@@ -60,7 +61,7 @@ class Vocabulary:
         return _table_rows(self.values, values, present)
 
     def encode_series(self, series: pl.Series) -> Int:
-        return self.encode(_integers(series), series.is_not_null().to_numpy())
+        return self.encode(integers(series), series.is_not_null().to_numpy())
 
 
 @dataclass(frozen=True)
@@ -86,37 +87,44 @@ class Encoder:
         return cls(schema, encoder.vocabularies, encoder._statistics(frame))
 
     def _statistics(self, frame: Frame) -> dict[Entity, NumericStatistics]:
-        rows = self._row_numeric(frame)
         numeric = {
-            Entity.USER: numeric_block(frame.users, self.numeric(Entity.USER)),
-            Entity.ITEM: numeric_block(frame.items, self.numeric(Entity.ITEM)),
-            Entity.ROW: rows,
+            Entity.USER: Columns.of(frame.users, Layout.of(self.numeric(Entity.USER))).arrays.get(Kind.NUMERIC),
+            Entity.ITEM: Columns.of(frame.items, Layout.of(self.numeric(Entity.ITEM))).arrays.get(Kind.NUMERIC),
+            Entity.ROW: self._row_numeric(self._rows(frame)),
         }
-        return {e: _moments(block, self.numeric(e)) for e, block in numeric.items()}
+        empty = np.zeros((0, 0), np.float32)
+        return {e: _moments(empty if block is None else block, self.numeric(e)) for e, block in numeric.items()}
+
+    @cached_property
+    def _selected(self) -> dict[Entity, dict[Kind, list[Feature]]]:
+        return {entity: Layout.of(self.schema.select(entity)).kinds for entity in _ENTITIES}
 
     def numeric(self, entity: Entity) -> list[Feature]:
-        return self.schema.select(entity, Kind.NUMERIC)
+        return self._selected[entity].get(Kind.NUMERIC, [])
 
     def categorical(self, entity: Entity) -> list[Feature]:
-        return self.schema.select(entity, Kind.CATEGORICAL)
+        return self._selected[entity].get(Kind.CATEGORICAL, [])
 
     def multi_valued(self, entity: Entity) -> list[Feature]:
-        return self.schema.select(entity, Kind.MULTI_VALUED)
+        return self._selected[entity].get(Kind.MULTI_VALUED, [])
 
     def embedding(self, entity: Entity) -> list[Feature]:
-        return self.schema.select(entity, Kind.EMBEDDING)
+        return self._selected[entity].get(Kind.EMBEDDING, [])
 
-    def users(self, frame: Frame, catalog: "Catalog") -> Blocks:
-        """Blocks with leading dimension U (rows of ``frame.users``), sequences looked up in ``catalog``."""
-        return self.users_without_sequences(frame) | self.sequences(frame.users, catalog)
+    @cached_property
+    def layouts(self) -> dict[Entity, Layout]:
+        """What of each entity is read; crosses are computed from users and items."""
+        return layouts(self.schema)
 
     def users_without_sequences(self, frame: Frame) -> Blocks:
-        return self._entity(Entity.USER, frame.users)
+        """Blocks with leading dimension U (rows of ``frame.users``)."""
+        features = [f for f in self.layouts[Entity.USER].features if f.kind is not Kind.SEQUENCE]
+        return self._entity(Entity.USER, Columns.of(frame.users, Layout.of(features)))
 
-    def sequences(self, users: pl.DataFrame, catalog: "Catalog") -> Blocks:
+    def sequences(self, users: Columns, catalog: "Catalog") -> Blocks:
         """``sequence_items`` [U, L], ``sequence_actions`` [U, L] (bitmask + 1, 0 = padding), ``sequence_categorical``
         [U, L, C]."""
-        places, actions = self.sequence_places(users, catalog)
+        places, actions = self._sequence_places(users, catalog)
         blocks = {"sequence_items": catalog.item_id[places], "sequence_actions": actions}
         if self.categorical(Entity.ITEM):
             blocks["sequence_categorical"] = catalog.categorical[places]
@@ -124,24 +132,45 @@ class Encoder:
 
     def sequence_places(self, users: pl.DataFrame, catalog: "Catalog") -> tuple[Int, Int]:
         """Rows of ``catalog`` and action codes of each user's sequence, [U, L] each, newest last."""
-        length = self.schema.history.sequence_length
-        items, present = padded(users[SEQUENCE_ITEMS], length)
-        masks, _ = padded(users[SEQUENCE_ACTIONS], length)
+        kept = [f for f in self.layouts[Entity.USER].features if f.name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)]
+        return self._sequence_places(Columns.of(users, Layout.of(kept)), catalog)
+
+    def _sequence_places(self, users: Columns, catalog: "Catalog") -> tuple[Int, Int]:
+        present = users.present(SEQUENCE_ITEMS)
         limit = 2 ** len(self.schema.actions) - 1
-        codes = np.where(present, np.clip(masks, 0, limit) + 1, 0)
-        return catalog.places(items, present), codes
+        codes = np.where(present, np.clip(users.values(SEQUENCE_ACTIONS), 0, limit) + 1, 0)
+        return catalog.places(users.values(SEQUENCE_ITEMS), present), codes
 
     def items(self, frame: Frame) -> Blocks:
         """Blocks with leading dimension I (rows of ``frame.items``)."""
-        ids = self.vocabularies[ITEM_ID].encode_series(frame.items[ITEM_ID])
-        return {"item_id": ids} | self._entity(Entity.ITEM, frame.items)
+        return self._items(integers(frame.items[ITEM_ID]), Columns.of(frame.items, self.layouts[Entity.ITEM]))
+
+    def _items(self, ids: Int, items: Columns) -> Blocks:
+        known = np.ones(len(ids), np.bool_)
+        return {"item_id": self.vocabularies[ITEM_ID].encode(ids, known)} | self._entity(Entity.ITEM, items)
 
     def rows(self, frame: Frame, catalog: "Catalog") -> Blocks:
         """Blocks with leading dimension N (rows of ``frame.rows``)."""
-        blocks = self._entity(Entity.ROW, frame.rows, numeric=self._row_numeric(frame))
-        if self.schema.has_query:
-            series = frame.rows[QUERY_ITEM_ID]
-            places = catalog.places(_integers(series), series.is_not_null().to_numpy())
+        return self._row_blocks(self._rows(frame), catalog)
+
+    def _rows(self, frame: Frame) -> "Rows":
+        crossed = [name for column in self.schema.history.affinity for name in self._affinity_lists(column)]
+        users = [f for f in self.layouts[Entity.USER].features if f.name in crossed]
+        items = [f for f in self.layouts[Entity.ITEM].features if f.name in self.schema.history.affinity]
+        query = frame.rows[QUERY_ITEM_ID] if self.schema.has_query else None
+        return Rows(
+            users=Columns.of(frame.users, Layout.of(users)),
+            items=Columns.of(frame.items, Layout.of(items)),
+            rows=Columns.of(frame.rows, self.layouts[Entity.ROW]),
+            user_row=frame.rows["user_row"].to_numpy(),
+            item_row=frame.rows["item_row"].to_numpy(),
+            query=None if query is None else (integers(query), query.is_not_null().to_numpy()),
+        )
+
+    def _row_blocks(self, rows: "Rows", catalog: "Catalog") -> Blocks:
+        blocks = self._entity(Entity.ROW, rows.rows, numeric=self._row_numeric(rows))
+        if rows.query is not None:
+            places = catalog.places(*rows.query)
             blocks |= {"query_item_id": catalog.item_id[places]}
             if self.categorical(Entity.ITEM):
                 blocks["query_categorical"] = catalog.categorical[places]
@@ -149,54 +178,52 @@ class Encoder:
 
     def inputs(self, frame: Frame, catalog: "Catalog") -> Blocks:
         """What the ranker takes: user blocks [U, ..], candidate blocks [N, ..] and ``user_index`` [N]."""
-        item_row = frame.rows["item_row"].to_numpy()
-        items = {name: block[item_row] for name, block in self.items(frame).items()}
-        index = {"user_index": frame.rows["user_row"].to_numpy().astype(np.int64)}
-        return self.users(frame, catalog) | items | self.rows(frame, catalog) | index
+        rows = self._rows(frame)
+        users, items = (Columns.of(table, self.layouts[entity])
+                        for table, entity in ((frame.users, Entity.USER), (frame.items, Entity.ITEM)))  # fmt: skip
+        return self.encode(replace(rows, users=users, items=items), integers(frame.items[ITEM_ID]), catalog)
 
-    def _entity(self, entity: Entity, table: pl.DataFrame, numeric: Float | None = None) -> Blocks:
+    def encode(self, rows: "Rows", item_ids: Int, catalog: "Catalog") -> Blocks:
+        """:meth:`inputs` of features that were read already; ``item_ids`` [I] of ``rows.items``."""
+        items = {name: block[rows.item_row] for name, block in self._items(item_ids, rows.items).items()}
+        users = self._entity(Entity.USER, rows.users) | self.sequences(rows.users, catalog)
+        index = {"user_index": rows.user_row.astype(np.int64)}
+        return users | items | self._row_blocks(rows, catalog) | index
+
+    def _entity(self, entity: Entity, columns: Columns, numeric: Float | None = None) -> Blocks:
         blocks: Blocks = {}
         if features := self.categorical(entity):
-            columns = [self.vocabularies[f.name].encode_series(table[f.name]) for f in features]
-            blocks[f"{entity}_categorical"] = np.stack(columns, axis=1)
+            blocks[f"{entity}_categorical"] = np.stack([self.encoded(columns, f) for f in features], axis=1)
         if features := self.multi_valued(entity):
-            blocks[f"{entity}_multi"] = np.concatenate([self._multi(f, table) for f in features], axis=1)
-        if features := self.numeric(entity):
-            blocks[f"{entity}_numeric"] = numeric_block(table, features) if numeric is None else numeric
-        if features := self.embedding(entity):
-            vectors = [_vectors(table[f.name], f.dim) for f in features]
-            blocks[f"{entity}_embedding"] = np.concatenate(vectors, axis=1)
+            blocks[f"{entity}_multi"] = np.concatenate([self.encoded(columns, f) for f in features], axis=1)
+        if self.numeric(entity):
+            blocks[f"{entity}_numeric"] = columns.arrays[Kind.NUMERIC] if numeric is None else numeric
+        if self.embedding(entity):
+            blocks[f"{entity}_embedding"] = columns.arrays[Kind.EMBEDDING]
         return blocks
 
-    def _multi(self, feature: Feature, table: pl.DataFrame) -> Int:
-        values, present = padded(table[feature.name], feature.dim, keep="first")
+    def encoded(self, columns: Columns, feature: Feature) -> Int:
+        values, present = columns.values(feature.name), columns.present(feature.name)
         return self.vocabularies[feature.name].encode(values, present)
 
-    def _row_numeric(self, frame: Frame) -> Float:
-        crosses = self._crosses(frame)
-        columns = [crosses[f.name] if f.name in crosses else _floats(frame.rows, f) for f in self.numeric(Entity.ROW)]
-        return np.stack(columns, axis=1)
+    def _row_numeric(self, rows: "Rows") -> Float:
+        crosses = [self._affinity(column, rows) for column in self.schema.history.affinity]
+        return np.concatenate([rows.rows.arrays[Kind.NUMERIC], *crosses], axis=1)
 
-    def _crosses(self, frame: Frame) -> dict[str, Float]:
-        crosses: dict[str, Float] = {}
-        for column in self.schema.history.affinity:
-            crosses |= self._affinity(column, frame)
-        return crosses
+    def _affinity(self, column: str, rows: "Rows") -> Float:
+        """What the user did with the candidate's category: impressions, then a rate per action, [N, 1 + A]."""
+        values, *counts = self._affinity_lists(column)
+        category, known = _first_value(rows.items, column)
+        seen = rows.users.values(values)[rows.user_row] == category[rows.item_row, None]
+        match = seen & rows.users.present(values)[rows.user_row] & known[rows.item_row, None]
+        sums = [(rows.users.values(name)[rows.user_row] * match).sum(axis=1).astype(np.float32) for name in counts]
+        impressions, *positives = sums
+        some = impressions > 0
+        rates = [np.divide(p, impressions, out=np.full_like(p, np.nan), where=some) for p in positives]
+        return np.stack([impressions, *rates], axis=1)
 
-    def _affinity(self, column: str, frame: Frame) -> dict[str, Float]:
-        """What the user did with the candidate's category: impressions [N] and a rate [N] per action."""
-        size, actions = self.schema.history.affinity_size, self.schema.actions
-        values, present = padded(frame.users[affinity_lists(column, actions)[0]], size)
-        user_row, item_row = (frame.rows[name].to_numpy() for name in ("user_row", "item_row"))
-        category, known = _first_value(frame.items[column])
-        match = (values[user_row] == category[item_row, None]) & present[user_row] & known[item_row, None]
-        seen, *positives = (
-            (padded(frame.users[name], size)[0][user_row] * match).sum(axis=1).astype(np.float32)
-            for name in affinity_lists(column, actions)[1:]
-        )
-        rates = [np.divide(p, seen, out=np.full_like(seen, np.nan), where=seen > 0) for p in positives]
-        names = [f"cross_affinity_{column}_{action}_rate" for action in actions]
-        return {f"cross_affinity_{column}_impressions": seen} | dict(zip(names, rates, strict=True))
+    def _affinity_lists(self, column: str) -> list[str]:
+        return affinity_lists(column, self.schema.actions)
 
     def without_siblings(self) -> "Encoder":
         """The encoder of the same frame for a ranker that does not read sibling rates."""
@@ -227,6 +254,19 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """N (user, candidate) pairs as they are encoded: ``user_row`` and ``item_row`` [N] point at rows of ``users`` and
+    ``items``; ``query`` is the raw item id of each pair's query [N] and whether there is one."""
+
+    users: Columns
+    items: Columns
+    rows: Columns
+    user_row: npt.NDArray[Any]
+    item_row: npt.NDArray[Any]
+    query: tuple[Int, Bool] | None
+
+
+@dataclass(frozen=True)
 class Catalog:
     """What a sequence or a query looks up of an item: its embedding row and its content categories.
 
@@ -241,13 +281,18 @@ class Catalog:
     def build(cls, items: pl.DataFrame, encoder: Encoder) -> "Catalog":
         """From a table with item_id and the schema's categorical content columns, one row per item."""
         items = items.unique(ITEM_ID, keep="first").sort(ITEM_ID)
-        item_id = encoder.vocabularies[ITEM_ID].encode_series(items[ITEM_ID])
-        features = encoder.categorical(Entity.ITEM)
-        columns = [encoder.vocabularies[f.name].encode_series(items[f.name]) for f in features]
-        categorical = np.stack(columns, axis=1) if columns else np.zeros((len(items), 0), np.int64)
+        content = Columns.of(items, Layout.of(encoder.categorical(Entity.ITEM)))
+        return cls.of(integers(items[ITEM_ID]), content, encoder)
+
+    @classmethod
+    def of(cls, ids: Int, items: Columns, encoder: Encoder) -> "Catalog":
+        """From the features of items with ascending ``ids`` [I], the categorical ones at least."""
+        item_id = encoder.vocabularies[ITEM_ID].encode(ids, np.ones(len(ids), np.bool_))
+        columns = [encoder.encoded(items, feature) for feature in encoder.categorical(Entity.ITEM)]
+        categorical = np.stack(columns, axis=1) if columns else np.zeros((len(ids), 0), np.int64)
         unknown = np.full((1, categorical.shape[1]), NEW)
         return cls(
-            ids=items[ITEM_ID].cast(pl.Int64).to_numpy(),
+            ids=ids,
             item_id=np.concatenate([[MISSING, NEW], item_id]),
             categorical=np.concatenate([np.zeros_like(unknown), unknown, categorical]),
         )
@@ -266,33 +311,11 @@ def _table_rows(known: Int, values: Int, present: npt.NDArray[np.bool_]) -> Int:
     return np.where(present, np.where(found, place + FIRST_KNOWN, NEW), MISSING).astype(np.int64)
 
 
-def numeric_block(table: pl.DataFrame, features: list[Feature]) -> Float:
-    """[N, columns] float32, NaN where missing and no default is declared."""
-    if not features:
-        return np.zeros((len(table), 0), np.float32)
-    return np.stack([_floats(table, f) for f in features], axis=1)
-
-
 def transformed(block: Float, features: list[Feature]) -> Float:
     """Apply each feature's declared transform; NaN stays NaN."""
     logs = np.array([f.transform == "log1p" for f in features], dtype=bool)
     signed = np.sign(block) * np.log1p(np.abs(block))
     return np.where(logs, signed, block).astype(np.float32)
-
-
-def padded(series: pl.Series, width: int, keep: str = "last") -> tuple[Int, npt.NDArray[np.bool_]]:
-    """A list column as int64 [N, width], left-aligned, and where a value is present.
-
-    Lists longer than ``width`` keep their ``first`` or ``last`` values; a null list or element is absent.
-    """
-    lists = series.list.head(width) if keep == "first" else series.list.tail(width)
-    lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
-    present = np.arange(width)[None, :] < lengths[:, None]
-    flat = lists.filter(lists.list.len() > 0).explode()
-    values = np.zeros((len(series), width), np.int64)
-    values[present] = _integers(flat)
-    present[present] = flat.is_not_null().to_numpy()
-    return values, present
 
 
 def _vocabularies(frame: Frame, schema: Schema, min_count: int) -> dict[str, Vocabulary]:
@@ -324,29 +347,15 @@ def _moments(block: Float, features: list[Feature]) -> NumericStatistics:
     return NumericStatistics(mean.astype(np.float32), std.astype(np.float32))
 
 
-def _integers(series: pl.Series) -> Int:
-    values: Int = series.cast(pl.Int64).fill_null(0).to_numpy()
-    return values
+def _first_value(items: Columns, name: str) -> tuple[Int, Bool]:
+    values, present = items.values(name), items.present(name)
+    return (values, present) if values.ndim == 1 else (values[:, 0], present[:, 0])
 
 
-def _floats(table: pl.DataFrame, feature: Feature) -> Float:
-    series = table[feature.name].cast(pl.Float32)
-    values: Float = series.fill_null(feature.missing).to_numpy()
-    return values
-
-
-def _vectors(series: pl.Series, dim: int) -> Float:
-    """[N, dim] float32 of a list column, NaN where the vector is null."""
-    out = np.full((len(series), dim), np.nan, np.float32)
-    present = series.is_not_null().to_numpy()
-    flat = series.drop_nulls().explode().cast(pl.Float32).to_numpy()
-    out[present] = flat.reshape(-1, dim)
-    return out
-
-
-def _first_value(series: pl.Series) -> tuple[Int, npt.NDArray[np.bool_]]:
-    first = series.list.first() if isinstance(series.dtype, pl.List) else series
-    return _integers(first), first.is_not_null().to_numpy()
+def layouts(schema: Schema) -> dict[Entity, Layout]:
+    """Features that are read, by entity: all but the crosses of a user's and an item's."""
+    crosses = {name for column in schema.history.affinity for name in affinity_crosses(column, schema.actions)}
+    return {e: Layout.of(f for f in schema.select(e) if f.name not in crosses) for e in _ENTITIES}
 
 
 def historical_columns(features: list[Feature]) -> list[int]:

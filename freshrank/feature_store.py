@@ -222,6 +222,11 @@ class FeatureStore:
             self._read_at = monotonic()
         return self._instants
 
+    def held_seconds(self) -> dict[str, float]:
+        """Per view of histories the instant its online rows stand for, in seconds since 1970, as the registry has it
+        now; a view that holds nothing is not there."""
+        return {view: at.timestamp() for view, at in self._history_instants(0).items() if at}
+
     def _views(self) -> dict[tuple[Entity, bool], str]:
         return {key: view for key, view in VIEWS.items() if view_columns(self.schema, *key)}
 

@@ -339,12 +339,9 @@ class Schema(BaseModel):
     def _crosses(self) -> list[Feature]:
         crosses = []
         for column in self.history.affinity:
-            name = f"affinity_{column}_impressions"
-            crosses.append(_historical(f"cross_{name}", Entity.ROW, default=0.0, transform="log1p", stored=False))
-            crosses += [
-                _historical(f"cross_affinity_{column}_{action}_rate", Entity.ROW, stored=False)
-                for action in self.actions
-            ]
+            impressions, *rates = affinity_crosses(column, self.actions)
+            crosses.append(_historical(impressions, Entity.ROW, default=0.0, transform="log1p", stored=False))
+            crosses += [_historical(name, Entity.ROW, stored=False) for name in rates]
         return crosses
 
 
@@ -356,6 +353,11 @@ def impressions_of(entity: Entity, window: int) -> str:
 def affinity_lists(column: str, actions: list[str]) -> list[str]:
     """Names of the parallel lists a user's affinity to ``column`` is stored as: values, impressions, actions."""
     return [f"affinity_{column}_{part}" for part in ("values", "impressions", *actions)]
+
+
+def affinity_crosses(column: str, actions: list[str]) -> list[str]:
+    """Names of what a user did with a candidate's category: impressions, then a rate per action."""
+    return [f"cross_affinity_{column}_{part}" for part in ("impressions", *(f"{action}_rate" for action in actions))]
 
 
 def sibling_columns(entry: str) -> list[str]:

@@ -30,7 +30,7 @@ from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.pretraining import ContentFields
-from freshrank.schema import ITEM_AGE, ITEM_ID, Entity
+from freshrank.schema import ITEM_AGE, ITEM_ID, Entity, Schema
 from freshrank.serving.bundle import check_bundle
 from freshrank.storage import read_json, write_json
 from freshrank.training import (
@@ -348,7 +348,9 @@ def test_pretraining_reads_one_row_per_item_its_newest() -> None:
 def test_a_schema_without_content_of_items_has_nothing_to_generate_ids_of_or_to_pretrain() -> None:
     """Both errors name the switch and the mend."""
     content = [f.name for f in SCHEMA.select(Entity.ITEM) if f.group == "non_historical" and f.stored]
-    schema = SCHEMA.model_copy(update={"items": {k: v for k, v in SCHEMA.items.items() if k not in content}})
+    history = SCHEMA.history.model_copy(update={"affinity": ()})
+    items = {k: v for k, v in SCHEMA.items.items() if k not in content}
+    schema = Schema.model_validate(SCHEMA.model_copy(update={"items": items, "history": history}).model_dump())
     assert content == ["category", "tags", "duration", "vector"]
     for techniques, switch in ((META, "meta_embedding"), (VIME, "pretraining")):
         with pytest.raises(ConfigError, match=rf"techniques.{switch}: .*set techniques.{switch}=null"):

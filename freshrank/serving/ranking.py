@@ -5,8 +5,8 @@ cannot say in time, is a missing feature: the answer is finite and says that it 
 """
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,27 +14,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
+from freshrank.columns import Columns, Int
 from freshrank.datasets.contract import Dataset
-from freshrank.encoding import Blocks, Catalog, Encoder
+from freshrank.encoding import Blocks, Catalog, Encoder, Rows
 from freshrank.errors import ServingError
-from freshrank.feature_store import CREATED_AT_US, FeatureStore
-from freshrank.frames import assemble_request
-from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, SEQUENCE_ITEMS, Kind, Schema
+from freshrank.feature_store import FeatureStore
+from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Kind, Schema
 from freshrank.serving.bundle import Tensors, TensorSpec
 from freshrank.serving.feast_import import import_feast
+from freshrank.serving.features import Known, OnlineFeatures
+from freshrank.serving.online import Held, Online, online_rows
 from freshrank.serving.protocol import INPUTS, MAX_CANDIDATES, REQUIRED, context_columns
+from freshrank.serving.ranked import Ranked
 from freshrank.serving.repository import ModelRepository, Pointer
+from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
-READ_SECONDS = 1.0
-"""A read of the online store that takes longer is given up; it takes some 10 milliseconds."""
-OPEN_SECONDS = 30.0
 CallRanker = Callable[[int, Blocks], Blocks]
+KEPT_ENCODERS = 8
+"""Versions that were named by requests and are ready to answer, beyond those the pointer holds."""
 _SPECS = {spec.name: spec for spec in INPUTS}
 _KINDS = {"context_categorical": Kind.CATEGORICAL, "context_numeric": Kind.NUMERIC}
+_USER_BLOCKS = ("user_categorical", "user_multi", "user_numeric", "user_embedding", "sequence_")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECONDS = 1_000_000
+_DAY_SECONDS = timedelta(days=1).total_seconds()
 _LAST_MICROSECOND = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 
 log = logging.getLogger(__name__)
@@ -50,42 +55,58 @@ class NothingPublished(ServingError):
 
 @dataclass(frozen=True)
 class Query:
-    """A checked request; ``context`` holds arrays of one value per candidate, by column."""
+    """A checked request; ``context`` holds one value by column, the query item among them."""
 
     user_id: int
-    item_ids: npt.NDArray[np.int64]
-    at: datetime
-    context: dict[str, npt.NDArray[Any]]
+    item_ids: Int
+    at_us: int
+    """Microseconds since 1970, UTC."""
+    context: dict[str, Any]
+    request_id: str = ""
 
     @property
-    def query_items(self) -> list[int]:
-        return self.context[QUERY_ITEM_ID][:1].tolist() if QUERY_ITEM_ID in self.context else []
+    def at(self) -> datetime:
+        return _EPOCH + timedelta(microseconds=self.at_us)
+
+    @property
+    def lookups(self) -> list[int]:
+        return [self.context[QUERY_ITEM_ID]] if QUERY_ITEM_ID in self.context else []
 
     @classmethod
-    def parse(cls, request: Tensors, schema: Schema) -> "Query":
+    def parse(cls, request: Tensors, schema: Schema, request_id: str = "") -> "Query":
         """Check a request's tensors against ``protocol.INPUTS`` and the schema's context columns.
 
         Raises:
             BadRequest: a tensor is missing, not known, or not what was expected.
         """
-        _check_tensors(request)
+        check_tensors(request)
         count = len(request["item_ids"])
         if not 1 <= count <= MAX_CANDIDATES:
             raise BadRequest(f"item_ids: received {count} candidates, expected 1 to {MAX_CANDIDATES}")
-        given = _context(request, schema)
+        context = _context(request, schema)
         if schema.has_query and QUERY_ITEM_ID in request:
-            given[QUERY_ITEM_ID] = request[QUERY_ITEM_ID]
-        context = {name: np.repeat(value, count) for name, value in given.items()}
-        return cls(int(request["user_id"][0]), request["item_ids"], _event_time(request), context)
+            context[QUERY_ITEM_ID] = int(request[QUERY_ITEM_ID][0])
+        return cls(int(request["user_id"][0]), request["item_ids"], _event_time(request), context, request_id)
 
 
-def _check_tensors(request: Tensors) -> None:
+def check_tensors(request: Tensors) -> None:
+    """BadRequest unless the tensors are those of the protocol, whatever the schema."""
     unknown = sorted(set(request) - set(_SPECS))
     missing = [name for name in REQUIRED if name not in request]
     if unknown or missing:
         raise BadRequest(f"received tensors {sorted(request)}, expected {list(REQUIRED)} and any of {list(_SPECS)}")
     for name, value in request.items():
         _check_tensor(value, _SPECS[name])
+
+
+def _alone(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Without the leading dimension of the wire."""
+    if value.ndim == 0 or len(value) != 1:
+        raise BadRequest(
+            f"{name}: received {value.dtype} of shape {list(value.shape)}, expected a leading dimension of 1"
+        )
+    alone: npt.NDArray[Any] = value[0]
+    return alone
 
 
 def _check_tensor(value: npt.NDArray[Any], spec: TensorSpec) -> None:
@@ -96,21 +117,21 @@ def _check_tensor(value: npt.NDArray[Any], spec: TensorSpec) -> None:
         raise BadRequest(f"{spec.name}: received {value.dtype} of shape {list(value.shape)}, expected {expected}")
 
 
-def _context(request: Tensors, schema: Schema) -> dict[str, npt.NDArray[Any]]:
-    """The context values that are there: arrays of length 1, by column."""
+def _context(request: Tensors, schema: Schema) -> dict[str, Any]:
+    """The context values that are there, by column."""
     columns = {tensor: context_columns(schema, kind) for tensor, kind in _KINDS.items()}
     order = [name for names in columns.values() for name in names]
     sent = {name for tensor, names in columns.items() if tensor in request for name in names}
     present = request.get("context_present", np.array([name in sent for name in order], dtype=np.bool_))
     _check_length("context_present", present, order)
-    values: dict[str, npt.NDArray[Any]] = {}
+    values: dict[str, Any] = {}
     for tensor in columns.keys() & request.keys():
         _check_length(tensor, request[tensor], columns[tensor])
-        values |= dict(zip(columns[tensor], request[tensor].reshape(-1, 1), strict=True))
+        values |= dict(zip(columns[tensor], request[tensor].tolist(), strict=True))
     there = {name: values[name] for name, is_there in zip(order, present, strict=True) if is_there and name in values}
     for name, value in there.items():
-        if not np.isfinite(value[0]):
-            raise BadRequest(f"context column '{name}': received {value[0]}, expected a finite number; "
+        if not np.isfinite(value):
+            raise BadRequest(f"context column '{name}': received {value}, expected a finite number; "
                              "mark a missing value in context_present")  # fmt: skip
     return there
 
@@ -122,101 +143,112 @@ def _check_length(tensor: str, values: npt.NDArray[Any], columns: list[str]) -> 
         )
 
 
-def _event_time(request: Tensors) -> datetime:
-    microseconds = int(request.get("event_time", np.zeros(1))[0])
+def _event_time(request: Tensors) -> int:
+    microseconds = int(request["event_time"][0]) if "event_time" in request else 0
     if not 0 <= microseconds < _LAST_MICROSECOND:
         raise BadRequest(f"event_time: received {microseconds}, expected microseconds since 1970 UTC, or 0 for now")
-    return _EPOCH + timedelta(microseconds=microseconds) if microseconds else datetime.now(UTC)
+    return microseconds or time.time_ns() // 1000
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the online store says about one request: a row for the user, one per distinct item, sequence and query
-    included."""
+class Batch:
+    """Requests that one version answers together; ``starts`` [R + 1] are the bounds of their candidates."""
 
-    users: pl.DataFrame
-    items: pl.DataFrame
+    queries: Sequence[Query]
 
-    def inputs(self, query: Query, encoder: Encoder) -> tuple[Blocks, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """The ranker's inputs, and which candidates are cold and which are known; what is not held is missing."""
-        users = _rows(self.users, [query.user_id])
-        items = _rows(self.items, query.item_ids)
-        frame = assemble_request(encoder.schema, users, items, query.at, query.context)
+    @property
+    def user_ids(self) -> Int:
+        return np.array([query.user_id for query in self.queries], np.int64)
+
+    @property
+    def item_ids(self) -> Int:
+        return np.concatenate([query.item_ids for query in self.queries])
+
+    @property
+    def lookups(self) -> Int:
+        return np.array([number for query in self.queries for number in query.lookups], np.int64)
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where the candidates of each request lie."""
+        ends = np.cumsum([len(query.item_ids) for query in self.queries]).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def blocks(self, known: Known, encoder: Encoder) -> tuple[Blocks, npt.NDArray[np.bool_]]:
+        """The ranker's inputs, and which candidates are cold."""
+        counts = [len(query.item_ids) for query in self.queries]
+        item_ids = self.item_ids
+        ages = self._ages(known, counts)
+        rows = Rows(
+            users=known.users,
+            items=known.items.columns,
+            rows=self._rows(encoder, ages),
+            user_row=np.repeat(np.arange(len(counts)), counts),
+            item_row=np.arange(len(item_ids)),
+            query=self._query(encoder.schema, len(item_ids)),
+        )
         # As in training, an item of a sequence that the items table does not hold is new, not empty.
-        catalog = Catalog.build(self.items.filter(pl.col(CREATED_AT_US).is_not_null()), encoder)
-        cold = (frame.rows[ITEM_AGE] < encoder.schema.fresh_days).to_numpy()
-        return encoder.inputs(frame, catalog), cold, items[CREATED_AT_US].is_not_null().to_numpy()
+        catalog = Catalog.of(known.looked_up_ids, known.looked_up.columns, encoder)
+        return encoder.encode(rows, item_ids, catalog), ages < encoder.schema.fresh_days
 
+    def _ages(self, known: Known, counts: list[int]) -> npt.NDArray[np.float32]:
+        """Days since creation; 0 for an item that is not known: to the platform it is brand new."""
+        at = np.repeat(np.array([query.at_us for query in self.queries], np.int64), counts)
+        ages = (at - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
+        return np.where(known.items.known, ages.clip(min=0), 0).astype(np.float32)
 
-def _rows(table: pl.DataFrame, ids: npt.ArrayLike) -> pl.DataFrame:
-    """One row per id, in their order; nulls where the table has none."""
-    key = table.columns[0]
-    wanted = pl.DataFrame({key: np.asarray(ids, dtype=np.int64)})
-    return wanted.join(table, on=key, how="left", maintain_order="left")
+    def _rows(self, encoder: Encoder, ages: npt.NDArray[np.float32]) -> Columns:
+        rows = Columns.missing(encoder.layouts[Entity.ROW], len(ages))
+        rows.put(ITEM_AGE, slice(None), ages)
+        for query, place in zip(self.queries, self.slices, strict=True):
+            for name, value in query.context.items():
+                if name != QUERY_ITEM_ID:
+                    rows.put(name, place, value)
+        return rows
 
-
-class OnlineReader:
-    """Reads the online store in bounded time: ``seconds``, but for the first read, which opens it."""
-
-    def __init__(self, schema: Schema, home: Path, seconds: float = READ_SECONDS) -> None:
-        self.schema = schema
-        self._workspace = Workspace.of(schema.name, home)
-        self._seconds = seconds
-        self._limit = OPEN_SECONDS
-        self._store = self._connect()
-        self._executor = ThreadPoolExecutor(1, "online-store")
-        self._pending: Future[Known] | None = None
-
-    def read(self, user_id: int, item_ids: list[int]) -> Known:
-        """What is known of the user, of ``item_ids`` and of the items of the user's sequence.
-
-        Raises TimeoutError when it takes too long, and otherwise whatever Feast raises: the next read connects afresh.
-        """
-        # One thread at most can hang in a store that never answers; the requests meanwhile do not wait for it.
-        if self._pending and not self._pending.done():
-            raise TimeoutError("an earlier read of the online store still hangs")
-        limit, self._limit = self._limit, self._seconds
-        self._pending = self._executor.submit(self._read, self._store, user_id, item_ids)
-        try:
-            return self._pending.result(limit)
-        except TimeoutError:
-            raise TimeoutError(f"no answer from the online store within {limit:g} s") from None
-        except Exception:
-            self._store = self._connect()
-            raise
-
-    def nothing(self) -> Known:
-        """An empty answer with the columns of a full one; the store is not asked."""
-        return Known(self._store.online_users([]), self._store.online_items([]))
-
-    def _connect(self) -> FeatureStore:
-        # Reading online takes the schema alone: neither the log nor its manifest need to be where the server is.
-        return FeatureStore(Dataset(Path(), self.schema, {}), self._workspace)
-
-    @staticmethod
-    def _read(store: FeatureStore, user_id: int, item_ids: list[int]) -> Known:
-        users = store.online_users([user_id])
-        sequence = users[SEQUENCE_ITEMS].explode().drop_nulls().to_list()
-        return Known(users, store.online_items(list(dict.fromkeys([*item_ids, *sequence]))))
+    def _query(self, schema: Schema, count: int) -> tuple[Int, npt.NDArray[np.bool_]] | None:
+        if not schema.has_query:
+            return None
+        values, present = np.zeros(count, np.int64), np.zeros(count, np.bool_)
+        for query, place in zip(self.queries, self.slices, strict=True):
+            for number in query.lookups:
+                values[place], present[place] = number, True
+        return values, present
 
 
 @dataclass(frozen=True)
 class _Version:
     number: int
     encoder: Encoder
-    reader: OnlineReader
+    features: OnlineFeatures
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """Who answers a request."""
+
+    version: _Version
+    query: Query
 
 
 class RankingService:
     """Answers requests with the served version of ``repository``; features come from the online store of ``home``.
 
-    ``call_ranker(version, blocks)`` gives that version's outputs by name. Not for use by several threads.
+    ``call_ranker(version, blocks)`` gives that version's outputs by name. ``on_stages(version, seconds)`` hears how
+    long the stages of each batch took. Not for use by several threads.
     """
 
-    def __init__(self, repository: ModelRepository, home: Path, call_ranker: CallRanker) -> None:
+    def __init__(
+        self,
+        repository: ModelRepository,
+        home: Path,
+        call_ranker: CallRanker,
+        on_stages: Callable[[int, dict[str, float]], None] = lambda version, seconds: None,
+    ) -> None:
         self._repository = repository
         self._home = home
         self._call_ranker = call_ranker
+        self._on_stages = on_stages
         self._seen: tuple[int, int, int] | None = None
         self._pointer: Pointer | None = None
         self._versions: dict[int, _Version] = {}
@@ -226,46 +258,78 @@ class RankingService:
         """Import Feast, and where a version is served load it and open its store, so that no request waits for it."""
         import_feast()
         try:
-            version = self._version(self._served())
-            version.reader.read(0, [0])
+            nobody = np.zeros(1, np.int64)
+            self._note(self._version(self._served().version).features.read(nobody, nobody, nobody).problem)
         except NothingPublished as error:
             log.info("%s", error)
         except Exception as error:
             self._note(error)
 
-    def rank(self, request: Tensors) -> Tensors:
-        """Tensors of ``protocol.OUTPUTS`` for tensors of ``protocol.INPUTS``.
+    def rank(self, requests: Sequence[Tensors], request_ids: Sequence[str] = ()) -> list[Ranked | Exception]:
+        """Answer tensors of ``protocol.INPUTS`` as they are on the wire: what was ranked or why it was not, in order.
 
-        Raises:
-            BadRequest: the request is not what the protocol says.
-            NothingPublished: there is no version to answer.
+        A request that is not what the protocol says gets BadRequest, one that no version can answer
+        NothingPublished, one whose version fails whatever it raised; the others are answered all the same.
         """
-        version = self._version(self._served())
-        query = Query.parse(request, version.encoder.schema)
-        (blocks, cold, known), degraded = self._inputs(version, query)
+        names = request_ids or [""] * len(requests)
+        found = [self._assigned(*request) for request in zip(requests, names, strict=True)]
+        answers: dict[int, Ranked | Exception] = {}
+        for number in dict.fromkeys(each.version.number for each in found if isinstance(each, _Assigned)):
+            together = [(i, a) for i, a in enumerate(found) if isinstance(a, _Assigned) and a.version.number == number]
+            places, assigned = zip(*together, strict=True)
+            answers |= zip(places, self._together(assigned), strict=True)
+        return [each if isinstance(each, Exception) else answers[place] for place, each in enumerate(found)]
+
+    def _assigned(self, tensors: Tensors, request_id: str) -> _Assigned | Exception:
+        try:
+            request = {name: _alone(name, value) for name, value in tensors.items()}
+            check_tensors(request)
+            named = int(request["version"][0]) if "version" in request else 0
+            version = self._named(named) if named else self._version(self._served().version)
+            return _Assigned(version, Query.parse(request, version.encoder.schema, request_id))
+        except Exception as error:
+            return error
+
+    def _named(self, number: int) -> _Version:
+        if number not in self._versions and number not in (installed := self._repository.versions()):
+            raise BadRequest(f"version: received {number}, expected one of the installed versions {installed}, or 0")
+        return self._version(number)
+
+    def _together(self, assigned: Sequence[_Assigned]) -> Sequence[Ranked | Exception]:
+        try:
+            return self._answered(assigned[0].version, Batch([each.query for each in assigned]))
+        except Exception as error:
+            return [error] * len(assigned)
+
+    def _answered(self, version: _Version, batch: Batch) -> list[Ranked]:
+        clock = [time.perf_counter()]
+        known = version.features.read(batch.user_ids, batch.item_ids, batch.lookups)
+        self._note(known.problem)
+        clock.append(time.perf_counter())
+        blocks, cold = batch.blocks(known, version.encoder)
+        clock.append(time.perf_counter())
         answer = self._call_ranker(version.number, blocks)
-        return {
-            "probabilities": answer["probabilities"],
-            "score": answer["score"],
+        clock.append(time.perf_counter())
+        self._on_stages(version.number, dict(zip(("features", "encode", "ranker"), np.diff(clock), strict=True)))
+        flags = {"cold": cold, "known": known.items.known}
+        alike = {
             "model_version": np.array([version.number]),
             "arm": np.array([0]),
-            "cold": cold,
-            "known": known,
-            "degraded": np.array([degraded]),
+            "degraded": np.array([known.problem is not None]),
         }
-
-    def _inputs(
-        self, version: _Version, query: Query
-    ) -> tuple[tuple[Blocks, npt.NDArray[np.bool_], npt.NDArray[np.bool_]], bool]:
-        try:
-            wanted = [*query.item_ids.tolist(), *query.query_items]
-            inputs = version.reader.read(query.user_id, wanted).inputs(query, version.encoder)
-        except Exception as error:
-            # Whatever is wrong with the store, a ranking without features is better than none.
-            self._note(error)
-            return version.reader.nothing().inputs(query, version.encoder), True
-        self._note(None)
-        return inputs, False
+        per_candidate = {name: answer[name] for name in ("probabilities", "score")} | flags
+        return [
+            Ranked(
+                request_id=query.request_id,
+                user_id=query.user_id,
+                item_ids=query.item_ids,
+                at=query.at,
+                context=query.context,
+                answer={name: value[place] for name, value in per_candidate.items()} | alike,
+                inputs=_own(blocks, number, place, len(batch.queries)),
+            )
+            for number, (query, place) in enumerate(zip(batch.queries, batch.slices, strict=True))
+        ]
 
     def _note(self, error: Exception | None) -> None:
         """Log when the store breaks and when it is back, not at every request between."""
@@ -289,14 +353,38 @@ class RankingService:
         assert self._pointer
         return self._pointer
 
-    def _version(self, pointer: Pointer) -> _Version:
-        if pointer.version not in self._versions:
-            encoder = Encoder.load(self._repository.version_directory(pointer.version))
-            kept = {number: version for number, version in self._versions.items() if number in pointer.live}
-            self._versions = kept | {pointer.version: _Version(pointer.version, encoder, self._reader(encoder.schema))}
-        return self._versions[pointer.version]
+    def _version(self, number: int) -> _Version:
+        if number not in self._versions:
+            encoder = Encoder.load(self._repository.version_directory(number))
+            live = self._pointer.live if self._pointer else []
+            spare = [each for each in self._versions if each not in live][:-KEPT_ENCODERS]
+            self._versions = {n: version for n, version in self._versions.items() if n not in spare}
+            self._versions[number] = _Version(number, encoder, self._features(encoder.schema))
+        return self._versions[number]
 
-    def _reader(self, schema: Schema) -> OnlineReader:
-        """That of a version of the same schema, where there is one: a new version then finds its store open."""
-        readers = [version.reader for version in self._versions.values() if version.encoder.schema == schema]
-        return readers[0] if readers else OnlineReader(schema, self._home)
+    def _features(self, schema: Schema) -> OnlineFeatures:
+        """Those of a version of the same schema, where there is one: a new version then finds its items in memory."""
+        opened = [version.features for version in self._versions.values() if version.encoder.schema == schema]
+        return opened[0] if opened else online_features(schema, Workspace.of(schema.name, self._home))
+
+
+def _own(blocks: Blocks, number: int, place: slice, count: int) -> Blocks:
+    """One request's part of a batch of ``count``."""
+    if count == 1:
+        return blocks
+    user = slice(number, number + 1)
+    own = {name: block[user if name.startswith(_USER_BLOCKS) else place] for name, block in blocks.items()}
+    return own | {"user_index": np.zeros_like(own["user_index"])}
+
+
+def online_features(schema: Schema, workspace: Workspace) -> OnlineFeatures:
+    """Features of a dataset whose log need not be where the server is: reading online takes its schema alone."""
+    registry = FeatureStore(Dataset(Path(), schema, {}), workspace)
+
+    def connect() -> Online:
+        return Online(schema, online_rows(schema, workspace))
+
+    def held() -> Held:
+        return registry.held_seconds()
+
+    return OnlineFeatures(connect, held, settings().item_cache_seconds)

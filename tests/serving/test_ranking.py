@@ -2,9 +2,9 @@
 
 import os
 import signal
-import threading
+import sqlite3
 import time
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -20,9 +20,10 @@ from freshrank.errors import ServingError
 from freshrank.frames import Frame
 from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import Answer, Client, TritonClient, on_wire
+from freshrank.serving.features import PAUSE_SECONDS
 from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.publish import publish, rollback
-from freshrank.serving.ranking import BadRequest, NothingPublished, OnlineReader, Query, RankingService
+from freshrank.serving.ranking import BadRequest, NothingPublished, Query, RankingService, online_features
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
@@ -167,19 +168,21 @@ def test_a_context_value_marked_as_absent_is_missing_whatever_it_holds() -> None
     schema = tiny_schema()
     sent = request(context_categorical=np.array([2]), context_numeric=np.array([np.nan], np.float32),
                    context_present=np.array([True, False]))  # fmt: skip
-    assert {name: value.tolist() for name, value in Query.parse(sent, schema).context.items()} == {"surface": [2, 2, 2]}
+    assert Query.parse(sent, schema).context == {"surface": 2}
     assert not Query.parse(request(), schema).context
 
 
 def test_a_broken_online_store_degrades_the_answer_and_mends_without_a_restart(world: RankingWorld) -> None:
-    """Damaged or gone: finite answers from missing features, marked and counted; once it is back all is as before."""
+    """Damaged or gone: finite answers, marked and counted, items read lately still known and all others missing; once
+    the store is back all is as before."""
     before, degraded = rank_noon(world, 1, [1, 2, 3]), counted(world, "degraded")
     content = world.online_store.read_bytes()
     for damage in (b"not a database" * 500, b""):
         world.online_store.write_bytes(damage)
-        answer = rank_noon(world, 1, [1, 2, 3])
+        answer = rank_noon(world, 1, [1, 2, 3, never_asked(world)])
         assert answer.degraded
-        assert answer.cold.all()
+        assert answer.known.tolist() == [True, True, True, False]
+        assert answer.cold[3]
         assert np.isfinite(answer.probabilities).all()
         assert np.isfinite(answer.score).all()
     assert counted(world, "degraded") == degraded + 2
@@ -187,6 +190,13 @@ def test_a_broken_online_store_degrades_the_answer_and_mends_without_a_restart(w
     after = rank_noon(world, 1, [1, 2, 3])
     assert not after.degraded
     assert np.abs(after.score - before.score).max() < 1e-6
+
+
+def never_asked(world: RankingWorld) -> int:
+    """An item that the store holds and that no request of these tests names otherwise."""
+    asked = world.dataset.impressions([RUN_DATE]).select("item_id", "query_item_id").collect()
+    named = {*asked["item_id"], *asked["query_item_id"], *range(151)}
+    return next(number for number in world.dataset.items()["item_id"] if number not in named)
 
 
 def counted(world: RankingWorld, outcome: str) -> float:
@@ -198,41 +208,35 @@ def counted(world: RankingWorld, outcome: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("freshrank_ranking_req") and label in line)
 
 
-def test_a_store_that_never_answers_costs_one_deadline_and_no_more(world: RankingWorld) -> None:
-    """The first read is given up in time, later ones do not wait behind it, and once it ends all is well again."""
-    reader = OnlineReader(world.dataset.schema, settings().home, seconds=0.5)
-    before = reader.read(1, [1])
-    release, started = hang(reader), time.monotonic()
-    for sentence in ("no answer from the online store within 0.5 s", "still hangs", "still hangs"):
-        with pytest.raises(TimeoutError, match=sentence):
-            reader.read(1, [1])
-    assert time.monotonic() - started < 1
-    release()
-    assert reader._pending
-    reader._pending.exception(10)
-    with pytest.raises(ConnectionError):
-        reader.read(1, [1])
-    assert reader.read(1, [1]).items.equals(before.items)
-
-
-def hang(reader: OnlineReader) -> Callable[[], None]:
-    """Let the reader's store wait, and then fail, at its next read until the returned function is called."""
-    released, store = threading.Event(), reader._store
-
-    def wait(ids: list[int]) -> None:
-        released.wait(30)
-        raise ConnectionError("the store is gone")
-
-    store.online_users = wait
-    return released.set
+def test_a_store_that_does_not_answer_costs_one_deadline_and_no_more(world: RankingWorld) -> None:
+    """While somebody else holds the store: the first read is given up in time and the next ones do not wait; after a
+    moment it is asked again, and once it answers all is well."""
+    features = online_features(world.dataset.schema, world.workspace)
+    nobody, items = np.zeros(0, np.int64), np.array([1])
+    before = features.read(np.array([1]), items, nobody)
+    with closing(sqlite3.connect(world.online_store, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        problems = [str(features.read(np.array([1]), items, nobody).problem) for _ in range(50)]
+        other.execute("ROLLBACK")
+    assert problems[0] == "database is locked"
+    assert set(problems[1:]) == {"the online store did not answer in time a moment ago and is left alone"}
+    assert time.monotonic() - started < 3 * settings().online_timeout_seconds
+    time.sleep(PAUSE_SECONDS)
+    after = features.read(np.array([1]), items, nobody)
+    assert before.problem is None
+    assert after.problem is None
+    for name, array in before.users.arrays.items():
+        np.testing.assert_array_equal(after.users.arrays[name], array)
 
 
 def test_before_anything_is_published_a_request_is_told_so(tmp_path: Path) -> None:
     """`ranking` loads without a pointer: the server can stand before the first bundle exists."""
     service = RankingService(ModelRepository(tmp_path), tmp_path, lambda version, blocks: {})
     service.warm_up()
-    with pytest.raises(NothingPublished, match="freshrank publish"):
-        service.rank(request())
+    (refused,) = service.rank([on_wire(request())])
+    assert isinstance(refused, NothingPublished)
+    assert "freshrank publish" in str(refused)
 
 
 def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world: RankingWorld) -> None:

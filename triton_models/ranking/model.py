@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 from freshrank.errors import ServingError
 from freshrank.serving.bundle import Tensors
 from freshrank.serving.protocol import INPUTS, OUTPUTS
+from freshrank.serving.ranked import Ranked
 from freshrank.serving.ranking import BadRequest, NothingPublished, RankingService
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.serving.tensors import to_array, to_tensor
@@ -38,24 +39,23 @@ class TritonPythonModel:
         self.service.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._respond(request) for request in requests]
+        given = [_given(request) for request in requests]
+        found = self.service.rank(given, [request.request_id() for request in requests])
+        return [self._respond(each) for each in found]
 
-    def _respond(self, request: Any) -> Any:
-        try:
-            answer = self.service.rank(_given(request))
-        except BadRequest as error:
-            return self._refusal("refused", error, pb_utils.TritonError.INVALID_ARG)
-        except NothingPublished as error:
-            return self._refusal("unpublished", error, pb_utils.TritonError.UNAVAILABLE)
-        except Exception as error:
-            log.exception("a request failed")
-            return self._refusal("failed", error, pb_utils.TritonError.INTERNAL)
-        self.metrics.count(answer)
-        return pb_utils.InferenceResponse([to_tensor(spec.name, answer[spec.name][None]) for spec in OUTPUTS])
-
-    def _refusal(self, outcome: str, error: Exception, code: Any) -> Any:
+    def _respond(self, found: Ranked | Exception) -> Any:
+        if isinstance(found, Ranked):
+            self.metrics.count(found.answer)
+            return pb_utils.InferenceResponse([to_tensor(s.name, found.answer[s.name][None]) for s in OUTPUTS])
+        outcome, code = _REFUSALS.get(type(found), ("failed", "INTERNAL"))
+        if outcome == "failed":
+            log.error("a request failed", exc_info=found)
         self.metrics.requests(outcome)
-        return pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code))
+        return pb_utils.InferenceResponse([], pb_utils.TritonError(str(found), getattr(pb_utils.TritonError, code)))
+
+
+# By name: Triton adds its errors to the module only after it has imported this one.
+_REFUSALS = {BadRequest: ("refused", "INVALID_ARG"), NothingPublished: ("unpublished", "UNAVAILABLE")}
 
 
 def call_ranker(version: int, blocks: Tensors) -> Tensors:
@@ -83,14 +83,7 @@ def refuse_wrong_conversions() -> None:
 
 def _given(request: Any) -> Tensors:
     tensors = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in INPUTS}
-    return {name: _alone(name, to_array(tensor)) for name, tensor in tensors.items() if tensor is not None}
-
-
-def _alone(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Without the leading dimension of 1."""
-    if len(value) != 1:
-        raise BadRequest(f"{name}: received {len(value)} requests in one, expected a leading dimension of 1")
-    return value[0]
+    return {name: to_array(tensor) for name, tensor in tensors.items() if tensor is not None}
 
 
 class Metrics:
