@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     """How long a request waits for the online store before it is answered without it."""
     item_cache_seconds: Annotated[float, Field(ge=0)] = 30
     """How long the server answers from an item's features before it reads them again; 0 reads them every time."""
+    ranking_instances: Annotated[int, Field(ge=0)] = 0
+    """Processes of the model `ranking` per server; 0 is one per two cores."""
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""

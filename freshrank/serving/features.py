@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from freshrank.columns import Arrays, Columns, Int, Layout
-from freshrank.schema import SEQUENCE_ITEMS, Entity
+from freshrank.schema import SEQUENCE_ITEMS, Entity, Kind
 from freshrank.serving.online import Found, Held, Online
 
 CAPACITY = 200_000
-"""Items kept at most; a full memory is emptied, which costs each of the next requests a longer read."""
+"""Items kept, more or less; a full memory is emptied, which costs each of the next requests a longer read."""
 UNKNOWN_SECONDS = 5.0
 """An item that the store did not hold is asked for again after this long, or sooner where items are kept shorter."""
 PAUSE_SECONDS = 1.0
@@ -53,6 +53,11 @@ class ItemCache:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def make_room(self, count: int) -> None:
+        """Before ``count`` items are asked for: nothing is dropped while a request is put together."""
+        if len(self._slots) + count > self._capacity:
+            self.clear()
+
     def stale(self, ids: Int, now: float) -> Int:
         """Those of ``ids`` that must be read, each once."""
         slots = self.slots(ids)
@@ -68,8 +73,6 @@ class ItemCache:
         """Keep what was ``found`` of distinct ``ids``."""
         if not len(ids):
             return
-        if len(self._slots) + len(ids) > self._capacity:
-            self.clear()
         slots = self._reserved(ids)
         for name, rows in (found.columns.arrays | {_CREATED: found.created_us, _KNOWN: found.known}).items():
             self._arrays[name][slots] = rows
@@ -135,22 +138,28 @@ class OnlineFeatures:
     def read(self, user_ids: Int, item_ids: Int, lookups: Int) -> Known:
         """Users and items in the given order; ``lookups`` are items of which only the content matters."""
         now = time.monotonic()
+        users = Columns.missing(self._online.layouts[Entity.USER], len(user_ids))
+        sequences, problem = np.zeros(0, np.int64), None
         try:
-            users = self._fresh(user_ids, np.concatenate([item_ids, lookups]), now)
-            self._fresh(np.zeros(0, np.int64), sequences := _sequences(users), now)
-            problem = None
+            held = self._held_for(len(item_ids) + len(lookups) + users.arrays[Kind.SEQUENCE].size)
+            users = self._fresh(user_ids, np.concatenate([item_ids, lookups]), held, now)
+            self._fresh(np.zeros(0, np.int64), sequences := _sequences(users), held, now)
         except Exception as error:
-            users = Columns.missing(self._online.layouts[Entity.USER], len(user_ids))
-            sequences, problem = np.zeros(0, np.int64), error
+            problem = error
         looked_up, ids = self._known(np.concatenate([sequences, lookups]))
         return Known(users, self._cache.take(self._cache.slots(item_ids)), looked_up, ids, problem)
 
-    def _fresh(self, user_ids: Int, item_ids: Int, now: float) -> Columns:
-        """Features of users, and every one of ``item_ids`` in the cache."""
+    def _held_for(self, count: int) -> Held:
+        """Which snapshots stand, with room for ``count`` items of theirs."""
         held = self._held.value()
         if held != self._cached_for:
             self._cache.clear()
             self._cached_for = held
+        self._cache.make_room(count)
+        return held
+
+    def _fresh(self, user_ids: Int, item_ids: Int, held: Held, now: float) -> Columns:
+        """Features of users, and every one of ``item_ids`` in the cache."""
         wanted = self._cache.stale(item_ids, now)
         if not len(wanted) and not len(user_ids):
             return Columns.missing(self._online.layouts[Entity.USER], 0)

@@ -6,6 +6,7 @@ cannot say in time, is a missing feature: the answer is finite and says that it 
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,8 @@ from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
 CallRanker = Callable[[int, Blocks], Blocks]
+MAX_TOGETHER = 4000
+"""Candidates of one call of the ranker, as far as whole requests allow: more would take memory and save nothing."""
 KEPT_ENCODERS = 8
 """Versions that were named by requests and are ready to answer, beyond those the pointer holds."""
 _SPECS = {spec.name: spec for spec in INPUTS}
@@ -273,12 +276,11 @@ class RankingService:
         """
         names = request_ids or [""] * len(requests)
         found = [self._assigned(*request) for request in zip(requests, names, strict=True)]
-        answers: dict[int, Ranked | Exception] = {}
-        for number in dict.fromkeys(each.version.number for each in found if isinstance(each, _Assigned)):
-            together = [(i, a) for i, a in enumerate(found) if isinstance(a, _Assigned) and a.version.number == number]
-            places, assigned = zip(*together, strict=True)
+        answers: dict[int, Ranked | Exception] = {i: a for i, a in enumerate(found) if isinstance(a, Exception)}
+        for group in _groups([(i, a) for i, a in enumerate(found) if isinstance(a, _Assigned)]):
+            places, assigned = zip(*group, strict=True)
             answers |= zip(places, self._together(assigned), strict=True)
-        return [each if isinstance(each, Exception) else answers[place] for place, each in enumerate(found)]
+        return [answers[place] for place in range(len(found))]
 
     def _assigned(self, tensors: Tensors, request_id: str) -> _Assigned | Exception:
         try:
@@ -366,6 +368,17 @@ class RankingService:
         """Those of a version of the same schema, where there is one: a new version then finds its items in memory."""
         opened = [version.features for version in self._versions.values() if version.encoder.schema == schema]
         return opened[0] if opened else online_features(schema, Workspace.of(schema.name, self._home))
+
+
+def _groups(assigned: list[tuple[int, _Assigned]]) -> list[list[tuple[int, _Assigned]]]:
+    """What is answered in one call: requests of one version, as many as have at most MAX_TOGETHER candidates."""
+    groups: dict[tuple[int, int], list[tuple[int, _Assigned]]] = {}
+    sizes: Counter[int] = Counter()
+    for place, each in assigned:
+        number, count = each.version.number, len(each.query.item_ids)
+        sizes[number] += count
+        groups.setdefault((number, (sizes[number] - 1) // MAX_TOGETHER), []).append((place, each))
+    return list(groups.values())
 
 
 def _own(blocks: Blocks, number: int, place: slice, count: int) -> Blocks:

@@ -9,6 +9,7 @@ The pointer is the only state: config.pbtxt is derived from it, so switching and
 """
 
 import fcntl
+import os
 import py_compile
 import shutil
 from collections.abc import Collection, Iterator
@@ -31,7 +32,7 @@ from freshrank.serving.bundle import (
     read_signature,
 )
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
-from freshrank.settings import PROJECT_ROOT
+from freshrank.settings import PROJECT_ROOT, settings
 from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
 
 RANKER = "ranker"
@@ -189,6 +190,7 @@ class ModelRepository:
             outputs=OUTPUTS,
             optional=OPTIONAL,
             max_batch=MAX_BATCH,
+            instances=settings().ranking_instances or max(1, len(os.sched_getaffinity(0)) // 2),
         )
         _write_text(self.models / RANKING / "config.pbtxt", config)
 

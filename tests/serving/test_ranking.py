@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import time
 from contextlib import closing
+from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -19,10 +20,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from freshrank.errors import ServingError
 from freshrank.frames import Frame
 from freshrank.serving.bundle import Tensors
-from freshrank.serving.client import Answer, Client, TritonClient, on_wire
+from freshrank.serving.client import Answer, Client, TritonClient, off_wire, on_wire
 from freshrank.serving.features import PAUSE_SECONDS
 from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.publish import publish, rollback
+from freshrank.serving.ranked import Ranked
 from freshrank.serving.ranking import BadRequest, NothingPublished, Query, RankingService, online_features
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import settings
@@ -32,15 +34,13 @@ UNKNOWN = 10_000_000
 TOLERANCE = 1e-5
 
 
-def ask(world: RankingWorld, logged: Frame) -> Answer:
+def ask(client: Client, rows: pl.DataFrame) -> Answer:
     """Send a logged request as a client would."""
-    rows = logged.rows
     first = rows.row(0, named=True)
-    with Client.for_dataset(world.data) as client:
-        return client.rank(
-            first["user_id"], rows["item_id"].to_list(), first["event_timestamp"],
-            {"surface": first["surface"]}, first["query_item_id"],
-        )  # fmt: skip
+    return client.rank(
+        first["user_id"], rows["item_id"].to_list(), first["event_timestamp"],
+        {"surface": first["surface"]}, first["query_item_id"],
+    )  # fmt: skip
 
 
 def rank_noon(world: RankingWorld, user: int, items: list[int]) -> Answer:
@@ -54,41 +54,43 @@ def request(**tensors: object) -> Tensors:
     return {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
 
 
-def test_the_server_answers_logged_requests_as_the_offline_features_would(world: RankingWorld) -> None:
-    """No skew: online and offline features of the same request give the same probabilities, and they do differ."""
-    ranker, items = world.served_ranker(), world.dataset.items()
-    everything = []
-    for logged in world.requests(60):
-        expected, answer = ranker.score(logged, items), ask(world, logged)
-        assert np.abs(answer.probabilities - expected["probabilities"]).max() < TOLERANCE
-        assert np.abs(answer.score - expected["score"]).max() < TOLERANCE * sum(world.dataset.schema.utilities)
-        assert (answer.cold == (logged.rows["item_age_days"] < WORLD.fresh_days).to_numpy()).all()
-        assert answer.known.all()
-        assert not answer.degraded
-        everything.append(answer.probabilities)
-    assert np.concatenate(everything).std(axis=0).min() > 100 * TOLERANCE
+@pytest.mark.parametrize("missing", [(), ("user",), ("item",), ("user", "item")], ids="-".join)
+def test_the_server_answers_every_logged_request_as_the_trainer_would(
+    world: RankingWorld, missing: tuple[str, ...]
+) -> None:
+    """No skew: over 1,000 requests, as logged and with users, items or both that nobody knows, online and offline
+    features give the same probabilities and scores within 1e-5; and they do differ from one another."""
+    whole = without(world.logged, missing)
+    expected = world.served_ranker().score(whole, world.dataset.items())
+    utility = sum(world.dataset.schema.utilities)
+    logged = whole.rows.with_row_index("place").partition_by("request_id", maintain_order=True)
+    assert len(logged) >= 333
+    with Client.for_dataset(world.data) as client:
+        for rows in logged:
+            answer, places = ask(client, rows), rows["place"]
+            assert np.abs(answer.probabilities - expected["probabilities"][places]).max() < TOLERANCE
+            assert np.abs(answer.score - expected["score"][places]).max() < TOLERANCE * utility
+            assert (answer.cold == (rows["item_age_days"] < WORLD.fresh_days).to_numpy()).all()
+            assert (answer.known == ("item" not in missing)).all()
+            assert not answer.degraded
+    if "item" not in missing:
+        assert expected["probabilities"].std(axis=0).min() > 100 * TOLERANCE
 
 
-def test_features_that_are_missing_altogether_score_the_same_online_and_offline(world: RankingWorld) -> None:
-    """Unknown user, unknown items, unknown query: what the model sees is what nulls in a frame would show it."""
-    ranker, items = world.served_ranker(), world.dataset.items()
-    for logged in world.requests(10):
-        missing = without_features(logged)
-        answer = ask(world, missing)
-        expected = ranker.score(missing, items)["probabilities"]
-        assert np.abs(answer.probabilities - expected).max() < TOLERANCE
-        assert answer.cold.all()
-        assert not answer.known.any()
+def without(frame: Frame, missing: tuple[str, ...]) -> Frame:
+    """The frame of users or items that nothing is known of."""
 
-
-def without_features(frame: Frame) -> Frame:
     def emptied(table: pl.DataFrame, key: str) -> pl.DataFrame:
         nulls = [pl.lit(None, table.schema[name]).alias(name) for name in table.columns if name not in (key, "day")]
         return table.with_columns(pl.col(key) + UNKNOWN, *nulls)
 
-    ids = [pl.col(name) + UNKNOWN for name in ("user_id", "item_id", "query_item_id")]
-    rows = frame.rows.with_columns(*ids, pl.lit(0.0, pl.Float32).alias("item_age_days"))
-    return Frame(emptied(frame.users, "user_id"), emptied(frame.items, "item_id"), rows)
+    rows, tables = frame.rows, {"user": frame.users, "item": frame.items}
+    for name in missing:
+        tables[name] = emptied(tables[name], f"{name}_id")
+        rows = rows.with_columns(pl.col(column) + UNKNOWN for column in rows.columns if column.endswith(f"{name}_id"))
+    if "item" in missing:
+        rows = rows.with_columns(pl.lit(0.0, pl.Float32).alias("item_age_days"))
+    return Frame(tables["user"], tables["item"], rows)
 
 
 def test_unknown_candidates_stand_beside_known_ones_without_touching_them(world: RankingWorld) -> None:
@@ -230,6 +232,33 @@ def test_a_store_that_does_not_answer_costs_one_deadline_and_no_more(world: Rank
         np.testing.assert_array_equal(after.users.arrays[name], array)
 
 
+def test_requests_that_are_answered_together_get_the_answers_they_get_alone(world: RankingWorld) -> None:
+    """Other users, lengths and times beside them, and requests that are refused, change nothing."""
+    service = RankingService(world.repository, settings().home, lambda version, blocks: ranker.run(blocks))
+    ranker = world.served_ranker()
+    requests = [
+        request(user_id=np.array([user]), item_ids=np.arange(1, 2 + 7 * user), event_time=np.array([noon_us(user)]))
+        for user in range(1, 8)
+    ]
+    requests[3:3] = [request(item_ids=np.zeros(0, np.int64)), request(version=np.array([77]))]
+    together = service.rank([on_wire(each) for each in requests])
+    assert [type(each) for each in together[3:5]] == [BadRequest, BadRequest]
+    assert "version: received 77, expected one of the installed versions" in str(together[4])
+    for each, found in zip(requests, together, strict=True):
+        (alone,) = service.rank([on_wire(each)])
+        if isinstance(found, Ranked):
+            assert isinstance(alone, Ranked)
+            assert len(found.answer["score"]) == len(each["item_ids"])
+            np.testing.assert_allclose(found.answer["score"], alone.answer["score"], atol=1e-6)
+            assert (found.answer["cold"] == alone.answer["cold"]).all()
+            np.testing.assert_equal(found.inputs, alone.inputs)
+
+
+def noon_us(user: int) -> int:
+    """Noon of the day that many days before the served one, in microseconds."""
+    return int(datetime.fromisoformat(noon(RUN_DATE - timedelta(days=user))).timestamp() * 1e6)
+
+
 def test_before_anything_is_published_a_request_is_told_so(tmp_path: Path) -> None:
     """`ranking` loads without a pointer: the server can stand before the first bundle exists."""
     service = RankingService(ModelRepository(tmp_path), tmp_path, lambda version, blocks: {})
@@ -240,12 +269,17 @@ def test_before_anything_is_published_a_request_is_told_so(tmp_path: Path) -> No
 
 
 def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world: RankingWorld) -> None:
-    """Publication and roll-back both take effect at once, for requests that name no version."""
+    """Publication and roll-back both take effect at once; a request that names a loaded version is answered by it."""
     first = rank_noon(world, 1, [1, 2, 3])
     second_version = world.publish(seed=1).version
     second = rank_noon(world, 1, [1, 2, 3])
     rollback(settings().triton_grpc_url, world.repository)
     third = rank_noon(world, 1, [1, 2, 3])
+    with TritonClient(settings().triton_grpc_url) as client:
+        named = off_wire(client.infer("ranking", on_wire(request(version=np.array([second_version]),
+                         event_time=np.array([noon_us(0)]))), ["model_version", "score"]))  # fmt: skip
+    assert named["model_version"] == [second_version]
+    assert np.abs(named["score"] - second.score).max() < 1e-6
     assert [first.model_version, second.model_version, third.model_version] == [1, second_version, 1]
     assert np.abs(second.probabilities - first.probabilities).max() > 100 * TOLERANCE
     assert np.abs(third.probabilities - first.probabilities).max() < 1e-6
