@@ -60,6 +60,11 @@ clean: ## Remove caches and build outputs; .venv and the workspace .freshrank st
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The tests talk to a real Redis, which no Python package carries.
+REDIS = command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	&& apt-get update -qq && apt-get install -qq --yes --no-install-recommends redis-server >/dev/null; } \
+	|| echo "setup: redis-server is missing, and the tests of Redis need it; on Debian: apt-get install redis-server"
+
 # Bytecode is compiled here because every import would do it again where PYTHONDONTWRITEBYTECODE is set.
 $(STAMP): pyproject.toml requirements/test.lock requirements/bootstrap.lock requirements/triton.lock
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -75,4 +80,5 @@ $(STAMP): pyproject.toml requirements/test.lock requirements/bootstrap.lock requ
 	$(PYTHON) -m compileall -q $(PACKAGES)
 	$(PYTHON) -m pip check | grep -v -e '^nvidia-pytriton ' -e '^No broken requirements' && exit 1 || true
 	$(PYTHON) tests/helm_binary.py --dest $(VENV)/bin
+	@$(REDIS)
 	touch $@

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ranking_world import RankingWorld
+from ranking_world import RankingWorld, served_world
 from served import Served, free_ports
 
 from freshrank.serving.repository import ModelRepository
 from freshrank.serving.server import TritonServer
-from freshrank.settings import settings
 
 
 @pytest.fixture
@@ -39,16 +38,5 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankingWorld]:
     """A world whose first bundle is served; tests that break something mend it again."""
-    with pytest.MonkeyPatch.context() as environment:
-        home, ports = tmp_path_factory.mktemp("ranking"), free_ports()
-        environment.setenv("FRESHRANK_HOME", str(home))
-        for name, port in ports:
-            environment.setenv(f"FRESHRANK_TRITON_{name.upper()}_PORT", str(port))
-        settings.cache_clear()
-        world = RankingWorld(home)
-        world.build_features()
-        world.server.start()
-        world.publish(seed=0)
+    with served_world(tmp_path_factory.mktemp("ranking")) as world:
         yield world
-        world.server.stop()
-    settings.cache_clear()

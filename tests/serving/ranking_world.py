@@ -1,11 +1,15 @@
 """A small simulated world with a trained bundle, a materialized online store and a server: what ranking needs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
 
 import polars as pl
+import pytest
+from served import free_ports
 
 from freshrank import steps
 from freshrank.config import CalibrationConfig, ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
@@ -86,16 +90,35 @@ class RankingWorld:
         """What was asked on the served day, with features from the offline store."""
         return load_frame(self.dataset, self.workspace, [RUN_DATE])
 
-    def requests(self, count: int) -> list[Frame]:
-        """The first ``count`` logged requests, one frame each."""
-        parts = self.logged.rows.partition_by("request_id", maintain_order=True)[:count]
-        return [Frame(self.logged.users, self.logged.items, rows) for rows in parts]
-
     def young_items(self) -> pl.DataFrame:
         """Items born in the week before the served day."""
         week = pl.lit(RUN_DATE - timedelta(days=WORLD.fresh_days - 1)).cast(pl.Datetime("us", "UTC"))
         return self.dataset.items().filter(pl.col("created_at").is_between(week, pl.lit(RUN_DATE)))
 
 
+def never_asked(world: RankingWorld) -> int:
+    """An item that the store holds and that no request of these tests names otherwise."""
+    asked = world.dataset.impressions([RUN_DATE]).select("item_id", "query_item_id").collect()
+    named = {*asked["item_id"], *asked["query_item_id"], *range(151)}
+    return next(number for number in world.dataset.items()["item_id"] if number not in named)
+
+
 def noon(day: date) -> str:
     return f"{day.isoformat()}T12:00:00+00:00"
+
+
+@contextmanager
+def served_world(home: Path, **variables: str) -> Iterator[RankingWorld]:
+    """A world whose first bundle is served, under settings of its own: FRESHRANK_<variable>."""
+    with pytest.MonkeyPatch.context() as environment:
+        ports = {f"TRITON_{name.upper()}_PORT": str(port) for name, port in free_ports()}
+        for name, value in ({"HOME": str(home)} | ports | variables).items():
+            environment.setenv(f"FRESHRANK_{name}", value)
+        settings.cache_clear()
+        world = RankingWorld(home)
+        world.build_features()
+        world.server.start()
+        world.publish(seed=0)
+        yield world
+        world.server.stop()
+    settings.cache_clear()

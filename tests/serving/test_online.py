@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from online_reads import assert_reads_as_feast
 from ranking_world import RankingWorld
 
 from freshrank.columns import Columns
 from freshrank.feature_store import FeatureStore
-from freshrank.schema import ITEM_ID, USER_ID, Entity
+from freshrank.schema import ITEM_ID, Entity
 from freshrank.serving.features import ItemCache
 from freshrank.serving.online import Found, Online, online_rows
 
@@ -23,23 +24,9 @@ def online(world: RankingWorld) -> Iterator[Online]:
     opened.close()
 
 
-def test_a_direct_read_equals_that_of_feasts_client_bit_for_bit(world: RankingWorld, online: Online) -> None:
+def test_a_direct_read_of_sqlite_equals_that_of_feasts_client_bit_for_bit(world: RankingWorld, online: Online) -> None:
     """Every user and item of the log and some that are unknown: values, masks and defaults."""
-    store = FeatureStore(world.dataset, world.workspace)
-    users = np.array([*world.dataset.users()[USER_ID], -1, UNKNOWN])
-    items = np.array([UNKNOWN, *world.dataset.items()[ITEM_ID], 2**62])
-    found = online.read({Entity.USER: users, Entity.ITEM: items}, store.held_seconds())
-    for entity, table in {
-        Entity.USER: store.online_users(users.tolist()),
-        Entity.ITEM: store.online_items(items.tolist()),
-    }.items():
-        expected = Columns.of(table, online.layouts[entity])
-        assert found[entity].columns.arrays.keys() == expected.arrays.keys()
-        for name, array in expected.arrays.items():
-            np.testing.assert_array_equal(found[entity].columns.arrays[name], array, strict=True)
-    births = store.online_items(items.tolist())["created_at_us"]
-    assert found[Entity.ITEM].created_us.tolist() == births.fill_null(0).to_list()
-    assert found[Entity.ITEM].known.tolist() == births.is_not_null().to_list()
+    assert_reads_as_feast(world, online)
 
 
 def test_rows_older_than_what_the_registry_holds_are_missing(world: RankingWorld, online: Online) -> None:

@@ -12,7 +12,7 @@ from urllib.request import ProxyHandler, build_opener
 import numpy as np
 import polars as pl
 import pytest
-from ranking_world import RUN_DATE, WORLD, RankingWorld, noon
+from ranking_world import RUN_DATE, WORLD, RankingWorld, never_asked, noon
 from tritonclient.grpc import InferenceServerClient as GrpcClient
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -192,13 +192,6 @@ def test_a_broken_online_store_degrades_the_answer_and_mends_without_a_restart(w
     after = rank_noon(world, 1, [1, 2, 3])
     assert not after.degraded
     assert np.abs(after.score - before.score).max() < 1e-6
-
-
-def never_asked(world: RankingWorld) -> int:
-    """An item that the store holds and that no request of these tests names otherwise."""
-    asked = world.dataset.impressions([RUN_DATE]).select("item_id", "query_item_id").collect()
-    named = {*asked["item_id"], *asked["query_item_id"], *range(151)}
-    return next(number for number in world.dataset.items()["item_id"] if number not in named)
 
 
 def counted(world: RankingWorld, outcome: str) -> float:
