@@ -464,6 +464,46 @@ def bench_epoch(
               f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
 
 
+@bench.command("serving")
+def bench_serving(
+    data: Data,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            help="Workspace of its own for the model and the servers. Default: bench_serving in the workspace."
+        ),
+    ] = None,
+    candidates: Annotated[str, typer.Option(help="Sizes of requests.")] = "50,100,500,2000",
+    callers: Annotated[str, typer.Option(help="Concurrent callers, at 500 candidates.")] = "1,2,4,8,16",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each slice.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Slices of each system, in turn.")] = 5,
+    recipe_name: Recipe = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/serving.json"
+    ),
+) -> None:
+    """Latency and throughput of `ranking` against its floor and a FastAPI server, from a real Redis, in one run."""
+    from freshrank.bench.serving import Plan, serving
+    from freshrank.settings import settings
+
+    plan = Plan(sizes=_numbers(candidates), callers=_numbers(callers), seconds=seconds, rounds=rounds)
+    found = serving(data, home or settings().home / "bench_serving", plan, target, recipe(recipe_name, overrides), out)
+    for ratio in found.ratios:
+        verdict = {True: "met", False: "NOT met", None: ""}[ratio.met]
+        out.print(
+            f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}) {ratio.target} {verdict}"
+        )
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"received {text!r}, expected whole numbers with commas between, e.g. 50,500") from None
+
+
 def _bench_data(
     data: Path, protocol: Any, day: str | None, train_days: int, evaluation_days: int, oracle: Path | None
 ) -> Any:

@@ -131,7 +131,7 @@ def train(
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Train the ranker on the training days into directory ``out``."""
-    from freshrank import encoding, frames, history, pretraining, transforms
+    from freshrank import columns, encoding, frames, history, pretraining, transforms
     from freshrank import training as training_module
     from freshrank.models import inputs, ranker
     from freshrank.techniques import aldi, feature_dropout, history_masking, meta_embedding, mixup, residual, score_reg
@@ -139,7 +139,7 @@ def train(
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    code = _code(encoding, frames, history, training_module, transforms, inputs, ranker, aldi, feature_dropout,
+    code = _code(columns, encoding, frames, history, training_module, transforms, inputs, ranker, aldi, feature_dropout,
                  history_masking, mixup, residual, score_reg, meta_embedding, pretraining, objectives)  # fmt: skip
     key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 

@@ -26,7 +26,7 @@ from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_o
 from freshrank.workspace import Workspace
 
 PACKAGE = Path(training.__file__).parent
-_TRAINED_BY = ("training.py", "pretraining.py", "transforms.py", "encoding.py", "frames.py", "history.py",
+_TRAINED_BY = ("training.py", "pretraining.py", "transforms.py", "columns.py", "encoding.py", "frames.py", "history.py",
                "feature_store.py", "calibration.py", "exposure.py", "models/*.py", "techniques/*.py")  # fmt: skip
 _JUDGED_BY = (calibration, evaluation, statistics)
 MEASURES = ((MetricName.HITS, FRESH), (MetricName.HITS, ALL), (MetricName.MATCHED_HITS, FRESH),

@@ -210,14 +210,14 @@ class RedisRows:
     """One HMGET per entity, all in one pipeline."""
 
     def __init__(self, schema: Schema, url: str, seconds: float) -> None:
-        self._client = _redis(url, seconds)
+        self.client = _redis(url, seconds)
         self._project = schema.name.encode()
         self._prefixes = {entity: key_prefix(entity) for entity in KEYS}
         self._views = views(schema)
         self._fields = {entity: _fields(found) for entity, found in self._views.items()}
 
     def read(self, wanted: Mapping[Entity, Int]) -> dict[Entity, dict[str, Read]]:
-        with self._client.pipeline(transaction=False) as pipeline:
+        with self.client.pipeline(transaction=False) as pipeline:
             for entity, ids in wanted.items():
                 for key in self.keys(entity, ids):
                     pipeline.execute_command("HMGET", key, *self._fields[entity])
@@ -233,7 +233,7 @@ class RedisRows:
         return self._fields[entity]
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
     def _by_view(self, entity: Entity, columns: list[Values]) -> dict[str, Read]:
         found: dict[str, Read] = {}
