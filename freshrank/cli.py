@@ -30,6 +30,8 @@ app.add_typer(imports, name="import")
 app.add_typer(features, name="features")
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes its evidence.")
 app.add_typer(bench, name="bench")
+experiment = typer.Typer(no_args_is_help=True, help="Two versions at once: who is answered by which, and who shadows.")
+app.add_typer(experiment, name="experiment")
 out = Console()
 err = Console(stderr=True, log_path=False)
 
@@ -354,6 +356,14 @@ def rank(
     candidates: Annotated[str, typer.Option(help="Item ids, comma-separated; unknown ones are answered too.")],
     at: Annotated[str | None, typer.Option(help="Time of the request, ISO 8601 with zone. Default: now.")] = None,
     context: Annotated[list[str] | None, typer.Option(help="Context column: name=value (repeat).")] = None,
+    query: Annotated[str | None, typer.Option(help="Item the request starts from, where the log has one.")] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            help="Loaded version that is to answer. Default: the one that serves, or the one of the user's arm."
+        ),
+    ] = None,
+    request_id: Annotated[str, typer.Option(help="Name under which the request log keeps it.")] = "",
     top: Annotated[int, typer.Option(help="How many to print; 0 for all.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -361,7 +371,8 @@ def rank(
     from freshrank.serving.client import Client
 
     with Client.for_dataset(data) as client:
-        answer = client.rank(user, [c.strip() for c in candidates.split(",") if c.strip()], at=at, context=context)
+        items = [candidate.strip() for candidate in candidates.split(",") if candidate.strip()]
+        answer = client.rank(user, items, at, context, query, version=version, request_id=request_id)
     _print_answer(answer, top, as_json)
 
 
@@ -373,6 +384,44 @@ def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
             sys.stdout.write(json.dumps(row) + "\n")
     else:
         out.print(ranking_table(answer, top))
+
+
+ShareOf = Annotated[list[str] | None, typer.Option(metavar="VERSION=SHARE", help="Repeat for several.")]
+
+
+@experiment.command("start")
+def experiment_start(
+    data: Data,
+    name: Annotated[str, typer.Option(help="Name of the experiment, and what users are drawn by.")],
+    challenger: ShareOf = None,
+    shadow: ShareOf = None,
+    salt: Annotated[str, typer.Option(help="Name of an earlier experiment whose users are to be kept.")] = "",
+) -> None:
+    """Let challengers answer a share of users, or shadows score it unseen; both are loaded and verified first."""
+    from freshrank.serving.experiments import planned, start
+    from freshrank.settings import settings
+
+    plan = planned(name, salt, challenger or [], shadow or [])
+    start(settings().triton_grpc_url, _repository(data), plan)
+    experiment_show(data)
+
+
+@experiment.command("show")
+def experiment_show(data: Data) -> None:
+    """The arms of the running experiment."""
+    from freshrank.serving.experiments import described
+
+    out.print(described(_repository(data)))
+
+
+@experiment.command("stop")
+def experiment_stop(data: Data) -> None:
+    """Let the champion answer everybody again."""
+    from freshrank.serving.experiments import stop as stop_experiment
+    from freshrank.settings import settings
+
+    ended = stop_experiment(settings().triton_grpc_url, _repository(data))
+    out.print(f"experiment '{ended.name}' has ended" if ended else "no experiment runs")
 
 
 # ---------------------------------------------------------------- evidence

@@ -257,7 +257,8 @@ def _table(summary: RunSummary) -> Table:
 def ranking_table(answer: "Answer", top: int) -> Table:
     """The first ``top`` candidates (0: all) of a ranking, best first."""
     rows = answer.rows()[: top or None]
-    title = f"model version {answer.model_version}{', degraded' if answer.degraded else ''}"
+    arm = f", arm {answer.arm} of the experiment" if answer.arm else ""
+    title = f"model version {answer.model_version}{arm}{', degraded' if answer.degraded else ''}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in rows[0]:
         table.add_column(name, justify="right")

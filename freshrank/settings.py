@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     """How long the server answers from an item's features before it reads them again; 0 reads them every time."""
     ranking_instances: Annotated[int, Field(ge=0)] = 0
     """Processes of the model `ranking` per server; 0 is one per two cores."""
+    request_log_share: Annotated[float, Field(ge=0, le=1)] = 0
+    """Share of requests that the server keeps in `requests/` of the workspace, with what it answered and why."""
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""

@@ -78,6 +78,11 @@ class Workspace:
         return self.home / "runs" / self.dataset / run_date.isoformat()
 
     @property
+    def requests(self) -> Path:
+        """The request log: ``<UTC date>/<process>-<number>.parquet``."""
+        return self.home / "requests" / self.dataset
+
+    @property
     def triton(self) -> Path:
         """Model repository, pointer and server state of this dataset."""
         return self.home / "triton" / self.dataset

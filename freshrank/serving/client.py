@@ -116,7 +116,9 @@ class TritonClient:
         with _refusals(self.url, f"unloading {model}"):
             self._client.unload_model(model, headers=self._control, client_timeout=self.timeout)
 
-    def infer(self, model: str, inputs: Tensors, outputs: list[str], version: int | None = None) -> Tensors:
+    def infer(
+        self, model: str, inputs: Tensors, outputs: list[str], version: int | None = None, request_id: str = ""
+    ) -> Tensors:
         """Ask ``model``, at ``version`` where given, and return ``outputs`` by name."""
         with _refusals(self.url, f"asking {model}" + ("" if version is None else f" version {version}")):
             result = self._client.infer(
@@ -124,6 +126,7 @@ class TritonClient:
                 [_input(name, value) for name, value in inputs.items()],
                 model_version="" if version is None else str(version),
                 outputs=[InferRequestedOutput(name) for name in outputs],
+                request_id=request_id,
                 client_timeout=self.timeout,
             )
             return _outputs(result, outputs)
@@ -225,15 +228,36 @@ class Answer:
         )
 
 
-class Client:
-    """Ranks candidates for users of one dataset; close it, or use it in a ``with``."""
+class _Speaker:
+    """What both clients share: the log's own ids, times and values on one side, tensors on the other."""
 
-    def __init__(self, url: str, schema: Schema, mappings: Path) -> None:
-        """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
+    def __init__(self, schema: Schema, mappings: Path) -> None:
         self.schema = schema
         self._codes = Codes(mappings)
-        self._triton = TritonClient(url)
         self._is_own_server = False
+
+    def _request(
+        self,
+        user: Id,
+        candidates: Sequence[Id],
+        at: str | datetime | None,
+        context: Sequence[str] | Mapping[str, Any] | None,
+        query: Id | None,
+        version: int | None,
+    ) -> Tensors:
+        tensors = _context(context, self.schema, self._codes)
+        tensors |= {} if query is None else {QUERY_ITEM_ID: np.array([self._codes.id(ITEM_ID, query)])}
+        ids = [self._codes.id(ITEM_ID, item) for item in candidates]
+        return _request(self._codes.id(USER_ID, user), ids, at, version) | tensors
+
+
+class Client(_Speaker):
+    """Ranks candidates for users of one dataset; close it, or use it in a ``with``."""
+
+    def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
+        """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
+        super().__init__(schema, mappings)
+        self._triton = TritonClient(url, timeout)
 
     @classmethod
     def for_dataset(cls, data: Path) -> Self:
@@ -259,6 +283,9 @@ class Client:
         at: str | datetime | None = None,
         context: Sequence[str] | Mapping[str, Any] | None = None,
         query: Id | None = None,
+        *,
+        version: int | None = None,
+        request_id: str = "",
     ) -> Answer:
         """Rank ``candidates`` for ``user``; ids as in the log, unknown ones included.
 
@@ -266,47 +293,45 @@ class Client:
             at: time of the request: ISO 8601 with a zone, or an aware datetime; now by default.
             context: values of context columns, by name or as ``name=value``; one not named is missing.
             query: the item the request starts from, where the schema has ``query_item_id``.
+            version: a loaded version that is to answer, whatever serves and whatever experiment runs.
+            request_id: what the request log calls it; outcomes are joined on it.
 
         Raises:
             ConfigError: a time without a zone, or a context column or value that cannot be.
             ServingError: no server, one of another dataset, nothing published, or the server refused.
         """
-        tensors = _context(context, self.schema, self._codes)
-        if query is not None:
-            tensors[QUERY_ITEM_ID] = np.array([self._codes.id(ITEM_ID, query)])
-        ids = [self._codes.id(ITEM_ID, item) for item in candidates]
-        return self._ask(candidates, _request(self._codes.id(USER_ID, user), ids, at) | tensors)
+        return self._ask(candidates, self._request(user, candidates, at, context, query, version), request_id)
 
-    def rank_ids(self, user_id: int, item_ids: Sequence[int], at: datetime | None = None) -> Answer:
+    def rank_ids(
+        self, user_id: int, item_ids: Sequence[int], at: datetime | None = None, request_id: str = ""
+    ) -> Answer:
         """Rank by the int64 ids of the imported dataset."""
-        return self._ask(item_ids, _request(user_id, item_ids, at))
+        return self._ask(item_ids, _request(user_id, item_ids, at), request_id)
 
-    def _ask(self, items: Sequence[Id], request: Tensors) -> Answer:
-        self._require_own_server()
-        answer = self._triton.infer(RANKING, on_wire(request), [spec.name for spec in OUTPUTS])
-        return Answer.of(items, self.schema, off_wire(answer))
-
-    def _require_own_server(self) -> None:
+    def _ask(self, items: Sequence[Id], request: Tensors, request_id: str) -> Answer:
         if not self._is_own_server:
             self._triton.require_project(self.schema.name)
             self._is_own_server = True
+        names = [spec.name for spec in OUTPUTS]
+        answer = self._triton.infer(RANKING, on_wire(request), names, request_id=request_id)
+        return Answer.of(items, self.schema, off_wire(answer))
 
 
-class AsyncClient:
+class AsyncClient(_Speaker):
     """The asyncio twin of :class:`Client`, for services that hold many requests at once; ``async with``."""
 
-    def __init__(self, url: str, schema: Schema, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
+        super().__init__(schema, mappings)
         self.url = url
-        self.schema = schema
         self.timeout = timeout
-        self._is_own_server = False
         self._checking = asyncio.Lock()
         self._client = aio.InferenceServerClient(url, channel_args=_CHANNEL)
 
     @classmethod
     def for_dataset(cls, data: Path) -> Self:
         """For the imported dataset at ``data`` and the server that the settings name."""
-        return cls(settings().triton_grpc_url, Dataset.open(data).schema)
+        dataset = Dataset.open(data)
+        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
 
     async def __aenter__(self) -> Self:
         return self
@@ -314,20 +339,43 @@ class AsyncClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         await self._client.close()
 
-    async def rank_ids(self, user_id: int, item_ids: Sequence[int], at: datetime | None = None) -> Answer:
+    async def rank(
+        self,
+        user: Id,
+        candidates: Sequence[Id],
+        at: str | datetime | None = None,
+        context: Sequence[str] | Mapping[str, Any] | None = None,
+        query: Id | None = None,
+        *,
+        version: int | None = None,
+        request_id: str = "",
+    ) -> Answer:
+        """As :meth:`Client.rank`."""
+        return await self._ask(candidates, self._request(user, candidates, at, context, query, version), request_id)
+
+    async def rank_ids(
+        self, user_id: int, item_ids: Sequence[int], at: datetime | None = None, request_id: str = ""
+    ) -> Answer:
         """Rank by the int64 ids of the imported dataset."""
+        return await self._ask(item_ids, _request(user_id, item_ids, at), request_id)
+
+    async def _ask(self, items: Sequence[Id], request: Tensors, request_id: str) -> Answer:
         await self._require_own_server()
-        request, names = _request(user_id, item_ids, at), [spec.name for spec in OUTPUTS]
+        names = [spec.name for spec in OUTPUTS]
         with _refusals(self.url, f"asking {RANKING}"):
             result = await self._client.infer(
                 RANKING,
                 [_input(name, value) for name, value in on_wire(request).items()],
                 outputs=[InferRequestedOutput(name) for name in names],
+                request_id=request_id,
                 client_timeout=self.timeout,
             )
-        return Answer.of(item_ids, self.schema, off_wire(_outputs(result, names)))
+        return Answer.of(items, self.schema, off_wire(_outputs(result, names)))
 
     async def _require_own_server(self) -> None:
         async with self._checking:
@@ -368,9 +416,10 @@ class Codes:
         return self._loaded[name]
 
 
-def _request(user_id: int, item_ids: Sequence[int], at: str | datetime | None) -> Tensors:
+def _request(user_id: int, item_ids: Sequence[int], at: str | datetime | None, version: int | None = None) -> Tensors:
     tensors = {"user_id": np.array([user_id], np.int64), "item_ids": np.array(item_ids, np.int64)}
-    return tensors if at is None else tensors | {"event_time": np.array([_microseconds(at)])}
+    tensors |= {} if at is None else {"event_time": np.array([_microseconds(at)])}
+    return tensors if version is None else tensors | {"version": np.array([version], np.int64)}
 
 
 def _microseconds(at: str | datetime) -> int:

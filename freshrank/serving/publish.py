@@ -45,7 +45,7 @@ def publish(
         try:
             _load_and_verify(client, repository, version, tolerance)
         except ServingError as error:
-            if before is None or version not in before.live:
+            if version not in repository.live():
                 repository.reject(version, str(error))
             raise
         pointer = _advanced(before, repository, version)
@@ -99,7 +99,7 @@ def _target(before: Pointer, repository: ModelRepository, to: int | None) -> int
 
 def _load_and_verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float) -> None:
     before = repository.served()
-    live = before.live if before else []
+    live = repository.live()
     try:
         client.load(RANKER, repository.ranker_config_json({*live, version}))
         verify(client, repository, version, tolerance)
@@ -143,7 +143,7 @@ def _serve(client: TritonClient, repository: ModelRepository, pointer: Pointer) 
     try:
         for model in models:
             # Triton skips a load whose config.pbtxt is older than the last override, so ranker is told outright.
-            client.load(model, repository.ranker_config_json(pointer.live) if model == RANKER else None)
+            client.load(model, repository.ranker_config_json(repository.live()) if model == RANKER else None)
         repository.prune(KEPT_VERSIONS)
     except ServingError as error:
         log.warning("version %d is served; tidying up after it failed: %s", pointer.version, error)

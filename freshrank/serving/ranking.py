@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from freshrank.errors import ServingError
 from freshrank.feature_store import FeatureStore
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Kind, Schema
 from freshrank.serving.bundle import Tensors, TensorSpec
+from freshrank.serving.experiment import CHAMPION, Assignment, ExperimentFile
 from freshrank.serving.feast_import import import_feast
 from freshrank.serving.features import Known, OnlineFeatures
 from freshrank.serving.online import Held, Online, online_rows
@@ -219,6 +220,22 @@ class Batch:
         return values, present
 
 
+class Watch:
+    """Hears what happens to requests beyond their answers; this one only logs what went wrong."""
+
+    def stages(self, version: int, seconds: dict[str, float]) -> None:
+        """How long the stages of a batch took."""
+
+    def shadowed(self, version: int, outcome: str, error: Exception | None = None) -> None:
+        """A shadow scored a batch, or failed to."""
+        if error:
+            log.warning("shadow version %d failed: %s", version, str(error).partition("\n")[0])
+
+    def fell_back(self, version: int, error: Exception) -> None:
+        """A challenger could not answer, and the champion answers for it."""
+        log.warning("version %d cannot answer, the champion does: %s", version, str(error).partition("\n")[0])
+
+
 @dataclass(frozen=True)
 class _Version:
     number: int
@@ -232,13 +249,14 @@ class _Assigned:
 
     version: _Version
     query: Query
+    assignment: Assignment
 
 
 class RankingService:
     """Answers requests with the served version of ``repository``; features come from the online store of ``home``.
 
-    ``call_ranker(version, blocks)`` gives that version's outputs by name. ``on_stages(version, seconds)`` hears how
-    long the stages of each batch took. Not for use by several threads.
+    ``call_ranker(version, blocks)`` gives that version's outputs by name; ``watch`` hears of what happened on the way.
+    Not for use by several threads.
     """
 
     def __init__(
@@ -246,12 +264,13 @@ class RankingService:
         repository: ModelRepository,
         home: Path,
         call_ranker: CallRanker,
-        on_stages: Callable[[int, dict[str, float]], None] = lambda version, seconds: None,
+        watch: Watch | None = None,
     ) -> None:
         self._repository = repository
         self._home = home
         self._call_ranker = call_ranker
-        self._on_stages = on_stages
+        self._watch = watch or Watch()
+        self._experiment = ExperimentFile(repository.root)
         self._seen: tuple[int, int, int] | None = None
         self._pointer: Pointer | None = None
         self._versions: dict[int, _Version] = {}
@@ -286,11 +305,24 @@ class RankingService:
         try:
             request = {name: _alone(name, value) for name, value in tensors.items()}
             check_tensors(request)
-            named = int(request["version"][0]) if "version" in request else 0
-            version = self._named(named) if named else self._version(self._served().version)
-            return _Assigned(version, Query.parse(request, version.encoder.schema, request_id))
+            version, assignment = self._chosen(request)
+            return _Assigned(version, Query.parse(request, version.encoder.schema, request_id), assignment)
         except Exception as error:
             return error
+
+    def _chosen(self, request: Tensors) -> tuple[_Version, Assignment]:
+        """The version the request names, else the one of the user's arm, else the served one."""
+        if "version" in request and (named := int(request["version"][0])):
+            return self._named(named), Assignment()
+        served, experiment = self._served().version, self._experiment.read()
+        if experiment is None:
+            return self._version(served), Assignment()
+        assignment = experiment.assign(int(request["user_id"][0]))
+        try:
+            return self._version(assignment.version or served), assignment
+        except Exception as error:
+            self._watch.fell_back(assignment.version or served, error)
+            return self._version(served), replace(assignment, arm=CHAMPION)
 
     def _named(self, number: int) -> _Version:
         if number not in self._versions and number not in (installed := self._repository.versions()):
@@ -299,11 +331,18 @@ class RankingService:
 
     def _together(self, assigned: Sequence[_Assigned]) -> Sequence[Ranked | Exception]:
         try:
-            return self._answered(assigned[0].version, Batch([each.query for each in assigned]))
+            return self._answered(assigned[0].version, assigned)
         except Exception as error:
-            return [error] * len(assigned)
+            if all(each.assignment.arm == CHAMPION for each in assigned):
+                return [error] * len(assigned)
+            # A challenger that cannot answer must not cost its users an answer.
+            self._watch.fell_back(assigned[0].version.number, error)
+            champion = self._version(self._served().version)
+            return self._together([replace(each, version=champion, assignment=replace(each.assignment, arm=CHAMPION))
+                                   for each in assigned])  # fmt: skip
 
-    def _answered(self, version: _Version, batch: Batch) -> list[Ranked]:
+    def _answered(self, version: _Version, assigned: Sequence[_Assigned]) -> list[Ranked]:
+        batch = Batch([each.query for each in assigned])
         clock = [time.perf_counter()]
         known = version.features.read(batch.user_ids, batch.item_ids, batch.lookups)
         self._note(known.problem)
@@ -312,13 +351,10 @@ class RankingService:
         clock.append(time.perf_counter())
         answer = self._call_ranker(version.number, blocks)
         clock.append(time.perf_counter())
-        self._on_stages(version.number, dict(zip(("features", "encode", "ranker"), np.diff(clock), strict=True)))
+        self._watch.stages(version.number, dict(zip(("features", "encode", "ranker"), np.diff(clock), strict=True)))
         flags = {"cold": cold, "known": known.items.known}
-        alike = {
-            "model_version": np.array([version.number]),
-            "arm": np.array([0]),
-            "degraded": np.array([known.problem is not None]),
-        }
+        alike = {"model_version": np.array([version.number]), "degraded": np.array([known.problem is not None])}
+        shadows = self._shadowed(assigned, batch, known)
         per_candidate = {name: answer[name] for name in ("probabilities", "score")} | flags
         return [
             Ranked(
@@ -327,11 +363,30 @@ class RankingService:
                 item_ids=query.item_ids,
                 at=query.at,
                 context=query.context,
-                answer={name: value[place] for name, value in per_candidate.items()} | alike,
+                answer=_part(per_candidate, place) | alike | {"arm": np.array([assigned[number].assignment.arm])},
                 inputs=_own(blocks, number, place, len(batch.queries)),
+                experiment=assigned[number].assignment.experiment,
+                shadows=_parts(shadows, assigned[number].assignment.shadows, place),
             )
             for number, (query, place) in enumerate(zip(batch.queries, batch.slices, strict=True))
         ]
+
+    def _shadowed(self, assigned: Sequence[_Assigned], batch: Batch, known: Known) -> dict[int, Tensors]:
+        """What the shadows of these users say; one that fails is counted and harms nobody."""
+        answers = {}
+        for number in sorted({version for each in assigned for version in each.assignment.shadows}):
+            started = time.perf_counter()
+            try:
+                shadow = self._version(number)
+                if shadow.encoder.schema != assigned[0].version.encoder.schema:
+                    raise ServingError("it reads other features than the version it shadows")
+                answer = self._call_ranker(number, batch.blocks(known, shadow.encoder)[0])
+                answers[number] = {name: answer[name] for name in ("probabilities", "score")}
+                self._watch.shadowed(number, "ok")
+            except Exception as error:
+                self._watch.shadowed(number, "failed", error)
+            self._watch.stages(number, {"shadow": time.perf_counter() - started})
+        return answers
 
     def _note(self, error: Exception | None) -> None:
         """Log when the store breaks and when it is back, not at every request between."""
@@ -358,11 +413,15 @@ class RankingService:
     def _version(self, number: int) -> _Version:
         if number not in self._versions:
             encoder = Encoder.load(self._repository.version_directory(number))
-            live = self._pointer.live if self._pointer else []
+            live = self._repository.live()
             spare = [each for each in self._versions if each not in live][:-KEPT_ENCODERS]
             self._versions = {n: version for n, version in self._versions.items() if n not in spare}
             self._versions[number] = _Version(number, encoder, self._features(encoder.schema))
         return self._versions[number]
+
+    def encoder(self, number: int) -> Encoder:
+        """That of a version that has answered."""
+        return self._version(number).encoder
 
     def _features(self, schema: Schema) -> OnlineFeatures:
         """Those of a version of the same schema, where there is one: a new version then finds its items in memory."""
@@ -379,6 +438,14 @@ def _groups(assigned: list[tuple[int, _Assigned]]) -> list[list[tuple[int, _Assi
         sizes[number] += count
         groups.setdefault((number, (sizes[number] - 1) // MAX_TOGETHER), []).append((place, each))
     return list(groups.values())
+
+
+def _part(tensors: Tensors, place: slice) -> Tensors:
+    return {name: value[place] for name, value in tensors.items()}
+
+
+def _parts(shadows: dict[int, Tensors], wanted: Sequence[int], place: slice) -> dict[int, Tensors]:
+    return {version: _part(said, place) for version, said in shadows.items() if version in wanted}
 
 
 def _own(blocks: Blocks, number: int, place: slice, count: int) -> Blocks:

@@ -31,6 +31,7 @@ from freshrank.serving.bundle import (
     read_info,
     read_signature,
 )
+from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT, settings
 from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
@@ -117,8 +118,7 @@ class ModelRepository:
 
     def prune(self, keep: int) -> list[int]:
         """Remove the oldest versions beyond ``keep``, never a live one; return what was removed."""
-        pointer = self.served()
-        live = pointer.live if pointer else []
+        live = self.live()
         doomed = [version for version in self.versions()[:-keep] if version not in live]
         for version in doomed:
             shutil.rmtree(self.version_directory(version))
@@ -130,11 +130,16 @@ class ModelRepository:
             return None
         return Pointer.model_validate(read_json(self.pointer_path))
 
+    def live(self) -> list[int]:
+        """Versions that stay loaded and installed: those of the pointer, and of the experiment that runs."""
+        pointer, experiment = self.served(), ExperimentFile(self.root).read()
+        wanted = {*(pointer.live if pointer else []), *(experiment.versions if experiment else [])}
+        return sorted(wanted & set(self.versions()))
+
     def point_to(self, pointer: Pointer) -> list[str]:
         """Serve ``pointer.version`` from the next request on; return the models a server should have loaded."""
-        before = self.served()
         # A server that restarts between these writes finds the version of either pointer in its config.
-        self._write_ranker_config({*pointer.live, *(before.live if before else [])})
+        self._write_ranker_config({*pointer.live, *self.live()})
         write_json(self.pointer_path, pointer.model_dump(mode="json"))
         return self.write_configs()
 
@@ -170,7 +175,7 @@ class ModelRepository:
                 f"{self.pointer_path} serves version {pointer.version}, but only {self.versions()} are installed "
                 f"in {self.models / RANKER}; restore it, or remove {self.pointer_path} and publish again"
             )
-        self._write_ranker_config(pointer.live)
+        self._write_ranker_config(self.live())
         return [RANKER, RANKING]
 
     def _write_ranker_config(self, versions: Collection[int]) -> None:

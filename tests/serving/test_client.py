@@ -136,7 +136,7 @@ def ask(url: str, schema: Schema) -> None:
 
 def ask_async(url: str, schema: Schema) -> None:
     async def once() -> None:
-        async with AsyncClient(url, schema) as client:
+        async with AsyncClient(url, schema, Path()) as client:
             await client.rank_ids(1, [1])
 
     asyncio.run(once())

@@ -6,7 +6,6 @@ back changed. It needs no published version: until there is one, requests are an
 
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ import triton_python_backend_utils as pb_utils
 
 from freshrank.errors import ServingError
 from freshrank.serving.bundle import Tensors
+from freshrank.serving.metrics import RankingMetrics
 from freshrank.serving.protocol import INPUTS, OUTPUTS
 from freshrank.serving.ranked import Ranked
-from freshrank.serving.ranking import BadRequest, NothingPublished, RankingService
+from freshrank.serving.ranking import BadRequest, NothingPublished, RankingService, Watch
 from freshrank.serving.repository import RANKER, ModelRepository
+from freshrank.serving.request_log import RequestLog
 from freshrank.serving.tensors import to_array, to_tensor
 from freshrank.settings import settings
+from freshrank.workspace import Workspace
 
 RANKER_OUTPUTS = ["probabilities", "score"]
 
@@ -33,9 +35,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         refuse_wrong_conversions()
-        self.metrics = Metrics()
+        self.metrics = RankingMetrics(_counters)
         repository = ModelRepository(Path(parameters["repository"]["string_value"]))
-        self.service = RankingService(repository, settings().home, call_ranker)
+        self.log = _request_log(parameters["project"]["string_value"])
+        self.service = RankingService(repository, settings().home, call_ranker, Counted(self.metrics))
         self.service.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -43,15 +46,52 @@ class TritonPythonModel:
         found = self.service.rank(given, [request.request_id() for request in requests])
         return [self._respond(each) for each in found]
 
+    def finalize(self) -> None:
+        """Write what the request log still holds."""
+        if self.log:
+            self.log.close()
+
     def _respond(self, found: Ranked | Exception) -> Any:
         if isinstance(found, Ranked):
-            self.metrics.count(found.answer)
+            self._record(found)
             return pb_utils.InferenceResponse([to_tensor(s.name, found.answer[s.name][None]) for s in OUTPUTS])
         outcome, code = _REFUSALS.get(type(found), ("failed", "INTERNAL"))
         if outcome == "failed":
             log.error("a request failed", exc_info=found)
-        self.metrics.requests(outcome)
+        self.metrics.refused(outcome)
         return pb_utils.InferenceResponse([], pb_utils.TritonError(str(found), getattr(pb_utils.TritonError, code)))
+
+    def _record(self, ranked: Ranked) -> None:
+        self.metrics.answered(ranked, self.service.encoder(int(ranked.answer["model_version"][0])))
+        if self.log and (kept := self.log.offer(ranked)) is not None:
+            self.metrics.add("log_requests_total", 1, outcome="kept" if kept else "dropped")
+
+
+class Counted(Watch):
+    """Counts what the service tells."""
+
+    def __init__(self, metrics: RankingMetrics) -> None:
+        self.metrics = metrics
+
+    def stages(self, version: int, seconds: dict[str, float]) -> None:
+        self.metrics.stages(version, seconds)
+
+    def shadowed(self, version: int, outcome: str, error: Exception | None = None) -> None:
+        super().shadowed(version, outcome, error)
+        self.metrics.add("shadow_batches_total", 1, version=version, outcome=outcome)
+
+    def fell_back(self, version: int, error: Exception) -> None:
+        super().fell_back(version, error)
+        self.metrics.add("fallbacks_total", 1, version=version)
+
+
+def _counters(name: str, description: str) -> Any:
+    return pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER)
+
+
+def _request_log(project: str) -> RequestLog | None:
+    share = settings().request_log_share
+    return RequestLog(Workspace.of(project).requests, share) if share else None
 
 
 # By name: Triton adds its errors to the module only after it has imported this one.
@@ -84,27 +124,3 @@ def refuse_wrong_conversions() -> None:
 def _given(request: Any) -> Tensors:
     tensors = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in INPUTS}
     return {name: to_array(tensor) for name, tensor in tensors.items() if tensor is not None}
-
-
-class Metrics:
-    """Counters on Triton's own metrics port."""
-
-    def __init__(self) -> None:
-        counter = pb_utils.MetricFamily.COUNTER
-        self._families = [
-            pb_utils.MetricFamily("freshrank_ranking_requests_total", "Requests by outcome", counter),
-            pb_utils.MetricFamily("freshrank_ranking_candidates_total", "Ranked candidates by kind", counter),
-        ]
-        outcomes = ("ok", "degraded", "refused", "unpublished", "failed")
-        kinds = ("warm", "cold", "unknown")
-        self._requests = {o: self._families[0].Metric(labels={"outcome": o}) for o in outcomes}
-        self._candidates = {k: self._families[1].Metric(labels={"kind": k}) for k in kinds}
-
-    def requests(self, outcome: str) -> None:
-        self._requests[outcome].increment(1)
-
-    def count(self, answer: Tensors) -> None:
-        self.requests("degraded" if answer["degraded"][0] else "ok")
-        kinds = np.where(answer["known"], np.where(answer["cold"], "cold", "warm"), "unknown")
-        for kind, number in Counter(kinds.tolist()).items():
-            self._candidates[kind].increment(number)

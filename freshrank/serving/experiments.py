@@ -1,0 +1,99 @@
+"""Start and stop an experiment: versions are loaded and verified before the first user meets them."""
+
+from contextlib import suppress
+
+from pydantic import ValidationError
+
+from freshrank.errors import ConfigError, ServingError
+from freshrank.serving.client import TritonClient
+from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
+from freshrank.serving.publish import verify
+from freshrank.serving.repository import RANKER, ModelRepository
+
+
+def planned(name: str, salt: str, challengers: list[str], shadows: list[str]) -> Experiment:
+    """An experiment from ``VERSION=SHARE`` texts; ConfigError says what cannot be."""
+    try:
+        return Experiment(name=name, salt=salt, challengers=_arms(challengers), shadows=_arms(shadows))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        said = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"experiment: {where + ': ' if where else ''}{said}") from None
+
+
+def _arms(texts: list[str]) -> tuple[Arm, ...]:
+    return tuple(_arm(text) for text in texts)
+
+
+def _arm(text: str) -> Arm:
+    version, _, share = text.partition("=")
+    try:
+        return Arm(version=int(version), share=float(share))
+    except ValueError:
+        raise ConfigError(f"experiment: received {text!r}, expected VERSION=SHARE with a share above 0 and at most 1, "
+                          "e.g. 4=0.1") from None  # fmt: skip
+
+
+def described(repository: ModelRepository) -> str:
+    """The running experiment as a person wants to read it."""
+    running, served = ExperimentFile(repository.root).read(), repository.served()
+    if running is None:
+        return "no experiment runs"
+    rest = 1 - sum(arm.share for arm in running.challengers)
+    champion = served.version if served else "?"
+    lines = [f"experiment '{running.name}'", f"arm 0  champion    version {champion}  {rest:.1%} of users"]
+    lines += [f"arm {number}  challenger  version {arm.version}  {arm.share:.1%} of users"
+              for number, arm in enumerate(running.challengers, start=1)]  # fmt: skip
+    lines += [f"       shadow      version {arm.version}  {arm.share:.1%} of users" for arm in running.shadows]
+    return "\n".join(lines)
+
+
+def start(server_url: str, repository: ModelRepository, experiment: Experiment) -> None:
+    """Load and verify every version of ``experiment`` beside what serves, then write its file; it replaces another one.
+
+    Raises:
+        ConfigError: a version is not installed, or is the one that serves.
+        ServingError: a version does not load or gives wrong golden answers; nothing has changed then.
+    """
+    with repository.lock(), TritonClient(server_url) as client:
+        client.require_ready()
+        served = repository.served()
+        if served is None:
+            raise ServingError("nothing is served yet; publish a bundle first")
+        for version in experiment.versions:
+            _require(version, served.version, repository.versions())
+        try:
+            client.load(RANKER, repository.ranker_config_json({*repository.live(), *experiment.versions}))
+            for version in experiment.versions:
+                verify(client, repository, version)
+        except ServingError as error:
+            with suppress(ServingError):
+                client.load(RANKER, repository.ranker_config_json(repository.live()))
+            raise ServingError(f"experiment '{experiment.name}' was not started: {error}") from error
+        ExperimentFile(repository.root).write(experiment)
+        _settle(client, repository)
+
+
+def stop(server_url: str, repository: ModelRepository) -> Experiment | None:
+    """All users meet the champion again, what nobody needs is unloaded; returns the experiment that ran."""
+    with repository.lock(), TritonClient(server_url) as client:
+        file = ExperimentFile(repository.root)
+        running = file.read()
+        file.remove()
+        if client.is_ready():
+            _settle(client, repository)
+        return running
+
+
+def _settle(client: TritonClient, repository: ModelRepository) -> None:
+    repository.write_configs()
+    if live := repository.live():
+        client.load(RANKER, repository.ranker_config_json(live))
+
+
+def _require(version: int, served: int, installed: list[int]) -> None:
+    if version == served:
+        raise ConfigError(f"experiment: version {version} serves already, it is the champion; name another one")
+    if version not in installed:
+        raise ConfigError(f"experiment: version {version} is not installed, expected one of {installed}")
