@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from freshrank.encoding import Blocks
+from freshrank.schema import QUERY_ITEM_ID
 from freshrank.serving.ranked import Ranked
 from freshrank.storage import atomic_write
 
@@ -99,7 +100,8 @@ class RequestLog:
                 pl.DataFrame([_row(*each) for each in kept], schema=_schema(kept)).write_parquet(
                     temporary, compression="zstd"
                 )
-        except OSError as error:
+        except Exception as error:
+            # A full disk, or a row that cannot be written, costs these rows and not the ones to come.
             log.warning("request log: %d requests are lost, %s cannot be written: %s", len(kept), path, error)
 
 
@@ -110,7 +112,9 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
         "event_timestamp": ranked.at,
         "served_at": served_at,
         "user_id": ranked.user_id,
-        "context": {name: float(value) for name, value in ranked.context.items()},
+        "query_item_id": ranked.context.get(QUERY_ITEM_ID),
+        "context": [{"name": name, "value": float(value)} for name, value in ranked.context.items()
+                    if name != QUERY_ITEM_ID],
         "experiment": ranked.experiment,
         "arm": int(answer["arm"][0]),
         "model_version": int(answer["model_version"][0]),
@@ -130,12 +134,11 @@ def _tensor(block: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _schema(kept: list[_Kept]) -> dict[str, Any]:
-    context = sorted({name for ranked, _ in kept for name in ranked.context})
     blocks = sorted({name for ranked, _ in kept for name in ranked.inputs})
     utc, floats = pl.Datetime("us", "UTC"), pl.List(pl.Float32)
     return {
         "request_id": pl.String, "event_timestamp": utc, "served_at": utc, "user_id": pl.Int64,
-        "context": pl.Struct(dict.fromkeys(context, pl.Float64)),
+        "query_item_id": pl.Int64, "context": pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})),
         "experiment": pl.String, "arm": pl.Int64, "model_version": pl.Int64, "degraded": pl.Boolean,
         "item_ids": pl.List(pl.Int64), "score": floats, "probabilities": pl.List(floats),
         "cold": pl.List(pl.Boolean), "known": pl.List(pl.Boolean),

@@ -1,0 +1,84 @@
+"""What `ranking` counts, with numbers a person can add up."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from metric_families import Families
+from ranking_world import RankingWorld
+
+from freshrank.serving.metrics import DEFAULTS_EVERY, RankingMetrics
+from freshrank.serving.ranked import Ranked
+from freshrank.serving.ranking import RankingService
+from freshrank.settings import settings
+
+
+@pytest.fixture
+def ranked(world: RankingWorld) -> Ranked:
+    """User 1 and candidates 1, 2 and one nobody knows."""
+    ranker = world.served_ranker()
+    service = RankingService(world.repository, settings().home, lambda version, blocks: ranker.run(blocks))
+    (found,) = service.rank([{"user_id": np.array([[1]]), "item_ids": np.array([[1, 2, 10_000_000]])}])
+    assert isinstance(found, Ranked)
+    return found
+
+
+def test_requests_candidates_and_probabilities_are_counted_per_version_and_kind(
+    world: RankingWorld, ranked: Ranked
+) -> None:
+    """Two known candidates, warm at this age, and an unknown one: two and one, and the sums of their probabilities."""
+    families = Families()
+    metrics = RankingMetrics(families)
+    encoder = world.served_ranker().encoder
+    for _ in range(2):
+        metrics.answered(ranked, encoder)
+    metrics.refused("refused")
+    metrics.stages(1, {"encode": 0.25})
+    version = int(ranked.answer["model_version"][0])
+    assert families.value("requests_total", outcome="ok", version=version) == 2
+    assert families.value("requests_total", outcome="refused", version=0) == 1
+    assert families.value("candidates_total", kind="warm", version=version) == 4
+    assert families.value("candidates_total", kind="unknown", version=version) == 2
+    clicks = ranked.answer["probabilities"][:, 0]
+    total = families.value("probability_sum", action="click", kind="warm", version=version)
+    assert total == pytest.approx(2 * clicks[:2].sum(), rel=1e-5)
+    assert families.value("stage_seconds_total", stage="encode", version=1) == 0.25
+
+
+def test_defaults_are_counted_per_feature_and_weighed_for_what_is_skipped(world: RankingWorld, ranked: Ranked) -> None:
+    """The unknown item lacks its category: 1 of 3; in the first of every eight requests, times eight."""
+    families = Families()
+    metrics = RankingMetrics(families)
+    for _ in range(DEFAULTS_EVERY):
+        metrics.answered(ranked, world.served_ranker().encoder)
+    labels: dict[str, Any] = {"feature": "category", "version": int(ranked.answer["model_version"][0])}
+    assert families.value("values_total", **labels) == 3 * DEFAULTS_EVERY
+    assert families.value("defaults_total", **labels) == 1 * DEFAULTS_EVERY
+
+
+def test_counting_is_cheap_beside_the_ranking(world: RankingWorld, ranked: Ranked) -> None:
+    """500 candidates: well below a millisecond, the request in eight with its defaults included."""
+    rows = np.arange(500) % 3
+    per_candidate = {"probabilities", "score", "cold", "known"}
+    answer = {name: value[rows] if name in per_candidate else value for name, value in ranked.answer.items()}
+    users = ("user_cat", "user_multi", "user_num", "user_emb", "sequence")
+    inputs = {name: b if name.startswith(users) else b[rows] for name, b in ranked.inputs.items()}
+    wide = Ranked("", 1, ranked.item_ids[rows], ranked.at, {}, answer, inputs)
+    metrics, encoder = RankingMetrics(Families()), world.served_ranker().encoder
+    metrics.answered(wide, encoder)
+    started = time.perf_counter()
+    for _ in range(10 * DEFAULTS_EVERY):
+        metrics.answered(wide, encoder)
+    assert (time.perf_counter() - started) / (10 * DEFAULTS_EVERY) < 1e-3
+
+
+def test_a_family_is_made_once_and_described() -> None:
+    """All under one prefix; the same counter for the same labels."""
+    families = Families()
+    metrics = RankingMetrics(families)
+    metrics.refused("failed")
+    metrics.refused("failed")
+    assert Counter(families.made.values()) == Counter({"freshrank_ranking_requests_total": 1})
+    assert all(families.descriptions.values())
