@@ -30,7 +30,7 @@ def publish(
     already served is verified again and changes nothing. The version the pointer was rolled back from stays out
     unless ``force``: somebody took it out, and running its day again must not undo that.
     """
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         client.require_ready()
         before = repository.served()
         if before and not force and _was_rolled_back(before, bundle, repository):
@@ -70,7 +70,7 @@ def rollback(server_url: str, repository: ModelRepository, to: int | None = None
 
     Rolling back twice goes back once: the second call finds its work done. To go further back, name ``to``.
     """
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         client.require_ready()
         before = repository.served()
         if before is None:
