@@ -164,7 +164,7 @@ class TritonServer:
         return [
             *self._identity(),
             f"--backend-directory={self._stub.parent.parent}",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix()}",
+            f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             "--model-control-mode=explicit",
             # Every config is complete; completing it would start one more Python process per version.
             "--disable-auto-complete-config",
@@ -185,7 +185,9 @@ class TritonServer:
     def _identity(self) -> list[str]:
         return [str(self._wheel.binary), f"--model-repository={self.repository.models}"]
 
-    def _shared_memory_prefix(self) -> str:
+    @property
+    def shared_memory_prefix(self) -> str:
+        """Of the names under SHARED_MEMORY."""
         return f"freshrank_{uuid.uuid5(uuid.NAMESPACE_URL, str(self.repository.root)).hex}_"
 
     def _running(self) -> _Record | None:
@@ -231,7 +233,7 @@ class TritonServer:
             with suppress(psutil.Error):
                 process.kill()
         _wait_until(lambda: not any(self._own_processes()), 5.0)
-        for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix()}*"):
+        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
         self.pid_path.unlink(missing_ok=True)
 
