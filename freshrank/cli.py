@@ -464,27 +464,6 @@ def bench_epoch(
               f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
 
 
-@bench.command("swap")
-def bench_swap(
-    data: Data,
-    swaps: Annotated[int, typer.Option(min=1, help="Publications of a version nobody has seen.")] = 100,
-    rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 20,
-    candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/swap.json"
-    ),
-) -> None:
-    """Swap and roll back under constant load: lost and wrong requests, latency during and between, memory."""
-    from freshrank.bench.swap import Plan, swap
-
-    found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
-    for sentence in found.sentences():
-        out.print(sentence, highlight=False)
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
-    raise typer.Exit(0 if found.passed else 1)
-
-
 def _bench_data(
     data: Path, protocol: Any, day: str | None, train_days: int, evaluation_days: int, oracle: Path | None
 ) -> Any:
@@ -531,6 +510,27 @@ def bench_figures(
     for figure in found:
         out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
     out.print(f"{page}", soft_wrap=True)
+
+
+@bench.command("swap")
+def bench_swap(
+    data: Data,
+    swaps: Annotated[int, typer.Option(min=1, help="Publications of a version nobody has seen.")] = 100,
+    rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 20,
+    candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/swap.json"
+    ),
+) -> None:
+    """Swap and roll back under constant load: lost and wrong requests, latency during and between, memory."""
+    from freshrank.bench.swap import Plan, swap
+
+    found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+    raise typer.Exit(0 if found.passed else 1)
 
 
 # ---------------------------------------------------------------- shared

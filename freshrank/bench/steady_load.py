@@ -115,20 +115,20 @@ def _run(pipe: Connection, target: Target) -> None:
 
 
 async def _ask_until_told(pipe: Connection, target: Target) -> list[tuple[Any, ...]]:
-    told, rows = asyncio.Event(), []
+    told = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe.fileno(), told.set)
     async with AsyncClient(target.url, Dataset.open(target.data).schema) as client:
         await _row(client, target, 0, time.perf_counter())
         pipe.send("ready")
         # A collection of this process's garbage would look like a slow answer.
         gc.disable()
-        tasks, start = [], time.perf_counter() + _STARTS_IN
+        tasks: list[asyncio.Task[tuple[Any, ...]]] = []
+        start = time.perf_counter() + _STARTS_IN
         while not told.is_set():
             due = start + len(tasks) / target.rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.append(asyncio.create_task(_row(client, target, len(tasks), due)))
-        rows = await asyncio.gather(*tasks)
-    return rows
+        return await asyncio.gather(*tasks)
 
 
 async def _row(client: AsyncClient, target: Target, number: int, due: float) -> tuple[Any, ...]:
