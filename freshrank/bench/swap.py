@@ -218,15 +218,15 @@ class _Bench:
         pid = self.world.server.status().pid
         assert pid
         server = psutil.Process(pid)
-        own = [server, *server.children(recursive=True)]
+        own = [found for each in [server, *server.children(recursive=True)] if (found := _of_process(each))]
         shared = list(SHARED_MEMORY.glob(f"{self.world.server.shared_memory_prefix}*"))
         return Usage(
             seconds=time.perf_counter() - self.began,
             processes=len(own),
-            threads=sum(each.num_threads() for each in own),
-            open_files=sum(each.num_fds() for each in own),
-            rss_mib=sum(each.memory_info().rss for each in own) / _MIB,
-            server_rss_mib=server.memory_info().rss / _MIB,
+            threads=sum(threads for threads, _, _ in own),
+            open_files=sum(files for _, files, _ in own),
+            rss_mib=sum(rss for _, _, rss in own) / _MIB,
+            server_rss_mib=own[0][2] / _MIB,
             shared_memory=len(shared),
             shared_memory_mib=sum(path.stat().st_blocks * 512 for path in shared) / _MIB,
         )
@@ -254,6 +254,14 @@ class _Bench:
             changes=self.changes,
             usage=self.usage,
         )
+
+
+def _of_process(process: psutil.Process) -> tuple[int, int, int] | None:
+    """Threads, open files and resident bytes; None where it has ended."""
+    try:
+        return process.num_threads(), process.num_fds(), process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _moments(changes: list[Change]) -> pl.Expr:
