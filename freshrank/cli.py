@@ -517,7 +517,7 @@ def bench_swap(
     data: Data,
     swaps: Annotated[int, typer.Option(min=1, help="Publications of a version nobody has seen.")] = 100,
     rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 20,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 40,
     candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
     target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
         "docs/bench/swap.json"

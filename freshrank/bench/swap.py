@@ -1,7 +1,7 @@
 """`freshrank bench swap`: swaps and roll-backs under a constant load, in a workspace and on ports of its own.
 
 Two rankers take turns; each swap publishes a copy of one of them as a version nobody has seen. Between any two changes
-the load goes on for as long as the change took, so that quiet and changing seconds lie side by side through the run.
+the load goes on for at least as long as the change took, so that quiet and changing seconds lie side by side through the run.
 """
 
 import os
@@ -29,6 +29,8 @@ REQUESTS = 64
 """Different requests that the load goes through, again and again."""
 SETTLING_SECONDS = 1.0
 """After a change its tidying goes on in the server: neither quiet nor part of the change."""
+QUIET_SECONDS = 2.0
+"""At least, between two changes."""
 TARGET_RATIO = 1.5
 PARTS = 5
 _MIB = 2**20
@@ -42,7 +44,7 @@ class Plan(BaseModel):
 
     swaps: int = Field(default=100, ge=1)
     rollbacks: int = Field(default=20, ge=0)
-    rate: float = Field(default=20, gt=0)
+    rate: float = Field(default=40, gt=0)
     candidates: int = Field(default=100, ge=1, le=2000)
 
     def changes(self) -> list[Kind]:
@@ -180,7 +182,7 @@ class _Bench:
             time.sleep(SETTLING_SECONDS)
             for kind in track(self.plan.changes(), "swaps", console=console, disable=not console.is_terminal):
                 change = self._change(kind)
-                time.sleep(SETTLING_SECONDS + change.seconds)
+                time.sleep(SETTLING_SECONDS + max(change.seconds, QUIET_SECONDS))
                 self.usage.append(self._usage())
             rows = stop()
         rows = rows.with_columns(pl.col("due") - self.began).filter(pl.col("due") >= 0)
