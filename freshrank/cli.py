@@ -244,7 +244,9 @@ def publish(
 ) -> None:
     """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
     from freshrank import steps
+    from freshrank.scheduling import give_way
 
+    give_way()
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip

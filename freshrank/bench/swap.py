@@ -20,6 +20,7 @@ from freshrank.bench.steady_load import Target, draw, scores, steady_load
 from freshrank.bench.swap_picture import write_picture
 from freshrank.bench.swap_world import SwapWorld, swap_world
 from freshrank.report import library_versions
+from freshrank.scheduling import give_way
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.repository import Pointer
 from freshrank.serving.server import SHARED_MEMORY
@@ -36,7 +37,7 @@ PARTS = 5
 _MIB = 2**20
 
 Kind = Literal["swap", "roll-back"]
-MOMENTS = ("steady", "swap", "roll-back", "settling")
+MOMENTS = ("steady", "swap", "roll-back", "settling", "between")
 
 
 class Plan(BaseModel):
@@ -118,7 +119,8 @@ class SwapBench(BaseModel):
     wrong: int
     """Answers whose scores are not those of the model that the version they name was copied from."""
     latency: dict[str, Latency]
-    """steady; swap and roll-back, from their start to their return; settling, the second after it."""
+    """steady; swap and roll-back, from their start to their return; settling, the second after it; between, while
+    the bench itself writes a bundle or counts memory."""
     ratios: dict[str, float]
     """p99 of swap and of roll-back by that of steady."""
     parts: list[Part]
@@ -178,11 +180,13 @@ class _Bench:
         """What became of every request, with the ``moment`` it was due in."""
         target = self._target(console)
         with steady_load(target) as stop:
+            # As `freshrank publish` does.
+            give_way()
             self.began = time.perf_counter()
             time.sleep(SETTLING_SECONDS)
             for kind in track(self.plan.changes(), "swaps", console=console, disable=not console.is_terminal):
                 change = self._change(kind)
-                time.sleep(SETTLING_SECONDS + max(change.seconds, QUIET_SECONDS))
+                time.sleep(SETTLING_SECONDS + _quiet(change))
                 self.usage.append(self._usage())
             rows = stop()
         rows = rows.with_columns(pl.col("due") - self.began).filter(pl.col("due") >= 0)
@@ -266,13 +270,19 @@ def _of_process(process: psutil.Process) -> tuple[int, int, int] | None:
         return None
 
 
+def _quiet(change: Change) -> float:
+    return max(change.seconds, QUIET_SECONDS)
+
+
 def _moments(changes: list[Change]) -> pl.Expr:
     """Which of MOMENTS each ``due`` falls into."""
-    moment = pl.lit("steady")
+    moment = pl.lit("between")
     for change in changes:
-        moment = pl.when(pl.col("due").is_between(change.start, change.end)).then(pl.lit(change.kind)).when(
-            pl.col("due").is_between(change.end, change.end + SETTLING_SECONDS)).then(
-            pl.lit("settling")).otherwise(moment)  # fmt: skip
+        settled = change.end + SETTLING_SECONDS
+        bounds = {change.kind: (change.start, change.end), "settling": (change.end, settled),
+                  "steady": (settled, settled + _quiet(change))}  # fmt: skip
+        for name, (start, end) in bounds.items():
+            moment = pl.when(pl.col("due").is_between(start, end, "left")).then(pl.lit(name)).otherwise(moment)
     return moment
 
 
