@@ -1,7 +1,8 @@
 """`freshrank bench swap`: swaps and roll-backs under a constant load, in a workspace and on ports of its own.
 
 Two rankers take turns; each swap publishes a copy of one of them as a version nobody has seen. Between any two changes
-the load goes on for at least as long as the change took, so that quiet and changing seconds lie side by side through the run.
+the load goes on undisturbed for at least as long as the change took, so that quiet and changing seconds lie side by
+side through the run.
 """
 
 import os
@@ -190,7 +191,7 @@ class _Bench:
                 self.usage.append(self._usage())
             rows = stop()
         rows = rows.with_columns(pl.col("due") - self.began).filter(pl.col("due") >= 0)
-        return rows.with_columns(moment=_moments(self.changes))
+        return rows.with_columns(moment=moments(self.changes))
 
     def _target(self, console: Console) -> Target:
         """Both rankers have served once when the load begins, and what they answer is known."""
@@ -249,7 +250,7 @@ class _Bench:
             sent=len(rows),
             failed=len(failed),
             errors=failed["error"].unique(maintain_order=True).head(5).to_list(),
-            wrong=_wrong(rows, self.models),
+            wrong=wrong_answers(rows, self.models),
             latency=latency,
             ratios={kind: latency[kind].p99_ms / latency["steady"].p99_ms for kind in kinds},
             parts=_parts(rows),
@@ -274,7 +275,7 @@ def _quiet(change: Change) -> float:
     return max(change.seconds, QUIET_SECONDS)
 
 
-def _moments(changes: list[Change]) -> pl.Expr:
+def moments(changes: list[Change]) -> pl.Expr:
     """Which of MOMENTS each ``due`` falls into."""
     moment = pl.lit("between")
     for change in changes:
@@ -303,7 +304,7 @@ def _parts(rows: pl.DataFrame) -> list[Part]:
     return parts
 
 
-def _wrong(rows: pl.DataFrame, models: dict[int, str]) -> int:
+def wrong_answers(rows: pl.DataFrame, models: dict[int, str]) -> int:
     answered = rows.filter(pl.col("error") == "")
     right = answered["version"].replace_strict(models, default="?", return_dtype=pl.String)
     return int((answered["model"] != right).sum())

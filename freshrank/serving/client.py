@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from freshrank.datasets.contract import MAPPINGS, Dataset
 from freshrank.datasets.mappings import mapping_of
-from freshrank.errors import ConfigError, ServingError
+from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
 from freshrank.serving import control
 from freshrank.serving.bundle import Tensors
@@ -89,7 +89,7 @@ class TritonClient:
 
     def require_ready(self) -> None:
         if not self.is_ready():
-            raise ServingError(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
+            raise ServerUnreachable(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
 
     def require_project(self, project: str) -> None:
         """ServingError unless the server ranks for ``project``: another one would answer with items of its own."""
@@ -156,7 +156,9 @@ def _refusals(url: str, what: str) -> Iterator[None]:
         yield
     except InferenceServerException as error:
         if _is_unreachable(error):
-            raise ServingError(f"no Triton answers at {url}; start it with `freshrank serve --data PATH`") from error
+            raise ServerUnreachable(
+                f"no Triton answers at {url}; start it with `freshrank serve --data PATH`"
+            ) from error
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
         raise ServingError(f"{what}: Triton says: {message}") from error
