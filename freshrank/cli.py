@@ -246,7 +246,9 @@ def publish(
 ) -> None:
     """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
     from freshrank import steps
+    from freshrank.scheduling import give_way
 
+    give_way()
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
@@ -599,6 +601,27 @@ def bench_figures(
     for figure in found:
         out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
     out.print(f"{page}", soft_wrap=True)
+
+
+@bench.command("swap")
+def bench_swap(
+    data: Data,
+    swaps: Annotated[int, typer.Option(min=1, help="Publications of a version nobody has seen.")] = 100,
+    rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 40,
+    candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/swap.json"
+    ),
+) -> None:
+    """Swap and roll back under constant load: lost and wrong requests, latency during and between, memory."""
+    from freshrank.bench.swap import Plan, swap
+
+    found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+    raise typer.Exit(0 if found.passed else 1)
 
 
 # ---------------------------------------------------------------- shared

@@ -5,6 +5,7 @@ FreshrankError (1)
 ├── DataError (3)          the log, the items or the users break the contract
 ├── ValidationFailed (4)   the day's data was read but must not be trained on
 ├── ServingError (5)       Triton or the model repository refused
+│   └── ServerUnreachable (5)  no Triton answers there
 ├── MissingArtifact (6)    a step was asked for before the one it needs
 └── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
 """
@@ -38,6 +39,10 @@ class ServingError(FreshrankError):
     """Triton, the model repository or the online store refused; the served version is unchanged."""
 
     exit_code = 5
+
+
+class ServerUnreachable(ServingError):
+    """No Triton answers, or it died while it was asked; what it was asked about is not to blame."""
 
 
 class MissingArtifact(FreshrankError):

@@ -4,7 +4,8 @@
 ``signature.json``       ``{"inputs": [{"name", "dtype", "shape"}], "outputs": [...]}``, -1 for a dynamic dimension
 ``golden.safetensors``   requests and their expected answers: ``in.<name>``, ``out.<name>``; several cases are
                          numbered ``case0.in.<name>``, ``case1.in.<name>``, ...
-``bundle.json``          at least ``fingerprint`` and ``run_date``; anything else the online side needs
+``bundle.json``          at least ``fingerprint`` and ``run_date``, and ``dataset`` where it comes with an encoder;
+                         anything else the online side needs
 Other files (encoders) are copied along untouched.
 """
 
@@ -66,6 +67,8 @@ class BundleInfo(BaseModel):
 
     fingerprint: str
     run_date: str
+    dataset: str | None = None
+    """Whose requests `ranking` answers with it; None where it has no encoder and is asked at `ranker` alone."""
 
 
 @dataclass(frozen=True)

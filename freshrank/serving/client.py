@@ -20,11 +20,12 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from freshrank.datasets.contract import MAPPINGS, Dataset
 from freshrank.datasets.mappings import mapping_of
-from freshrank.errors import ConfigError, ServingError
+from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
+from freshrank.serving import control
 from freshrank.serving.bundle import Tensors
 from freshrank.serving.protocol import OUTPUTS, context_columns
-from freshrank.serving.repository import RANKING
+from freshrank.serving.repository import RANKING, ModelRepository
 from freshrank.settings import settings
 
 UNKNOWN_ID = -1
@@ -40,7 +41,6 @@ _CHANNEL = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-_CONTROL_HEADER = "triton-grpc-protocol-x-freshrank-control"
 _UNREACHABLE = (
     "failed to connect to all addresses", "errors resolving", "DNS resolution failed", "Connection refused",
     "Connection reset", "Socket closed",
@@ -52,14 +52,22 @@ T = TypeVar("T")
 
 
 class TritonClient:
-    """A gRPC connection to ``url`` (``host:port``); close it, or use it in a ``with``."""
+    """A gRPC connection to ``url`` (``host:port``); close it, or use it in a ``with``.
 
-    def __init__(self, url: str, timeout: float = 30.0) -> None:
+    ``token`` goes with the calls that list, load or unload models and with no other; the settings' by default.
+    """
+
+    def __init__(self, url: str, timeout: float = 30.0, token: str | None = None) -> None:
         self.url = url
         self.timeout = timeout
         self._client = InferenceServerClient(url, channel_args=_CHANNEL)
-        token = settings().triton_control_token.get_secret_value()
-        self._control = {_CONTROL_HEADER: token} if token else None
+        held = settings().triton_control_token.get_secret_value() if token is None else token
+        self._control = {control.GRPC_HEADER: held} if held else None
+
+    @classmethod
+    def controlling(cls, repository: ModelRepository, url: str, timeout: float = 30.0) -> Self:
+        """With the token of the server of ``repository``."""
+        return cls(url, timeout, control.token_of(repository.root))
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +89,7 @@ class TritonClient:
 
     def require_ready(self) -> None:
         if not self.is_ready():
-            raise ServingError(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
+            raise ServerUnreachable(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
 
     def require_project(self, project: str) -> None:
         """ServingError unless the server ranks for ``project``: another one would answer with items of its own."""
@@ -151,7 +159,9 @@ def _refusals(url: str, what: str) -> Iterator[None]:
         yield
     except InferenceServerException as error:
         if _is_unreachable(error):
-            raise ServingError(f"no Triton answers at {url}; start it with `freshrank serve --data PATH`") from error
+            raise ServerUnreachable(
+                f"no Triton answers at {url}; start it with `freshrank serve --data PATH`"
+            ) from error
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
         raise ServingError(f"{what}: Triton says: {message}") from error

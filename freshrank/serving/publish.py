@@ -1,18 +1,23 @@
 """Put a version bundle in service, or take the served one out, without a moment in which no version answers.
 
-A candidate is installed beside what is served, loaded next to it, asked the golden requests at its explicit
-version, and only then pointed to. The pointer moves by one rename after everything that can fail, so a process
-killed at any moment leaves the old or the new version in service, and running the same call again finishes the work.
+A candidate is installed beside what is served, loaded next to it, asked the golden requests and then whole requests at
+its explicit version, and only then pointed to. The pointer moves by one rename after everything that can fail, so a
+process killed at any moment leaves the old or the new version in service, and running the same call again finishes the
+work.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from freshrank.errors import ServingError
-from freshrank.serving.bundle import check_bundle, difference, golden_cases
-from freshrank.serving.client import TritonClient
+import numpy as np
+
+from freshrank.errors import ServerUnreachable, ServingError
+from freshrank.serving.bundle import Tensors, check_bundle, difference, golden_cases
+from freshrank.serving.client import TritonClient, off_wire, on_wire
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
+from freshrank.serving.warm_up_requests import requests_from_nobody, warm_up_requests
 
 TOLERANCE = 1e-5
 WARM_UP_ROUNDS = 2
@@ -26,11 +31,12 @@ def publish(
 ) -> Pointer:
     """Serve ``bundle`` from the Triton at ``server_url`` (gRPC) and return the new pointer.
 
-    On ServingError the pointer is as before and the candidate is unloaded and removed. A bundle whose fingerprint is
+    On ServingError the pointer is as before and the candidate is unloaded and removed; where the server died under it
+    (ServerUnreachable) it stays installed, for the same call again. A bundle whose fingerprint is
     already served is verified again and changes nothing. The version the pointer was rolled back from stays out
     unless ``force``: somebody took it out, and running its day again must not undo that.
     """
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         client.require_ready()
         before = repository.served()
         if before and not force and _was_rolled_back(before, bundle, repository):
@@ -41,9 +47,13 @@ def publish(
         client.ready_versions()
         _ensure_ranking(client, repository)
         client.require_project(repository.project)
+        requests = warm_up_requests(repository.root)
+        _log_step("install", bundle)
         version = repository.install_version(bundle)
         try:
-            _load_and_verify(client, repository, version, tolerance)
+            _load_and_verify(client, repository, version, tolerance, requests)
+        except ServerUnreachable:
+            raise
         except ServingError as error:
             if version not in repository.live():
                 repository.reject(version, str(error))
@@ -70,7 +80,7 @@ def rollback(server_url: str, repository: ModelRepository, to: int | None = None
 
     Rolling back twice goes back once: the second call finds its work done. To go further back, name ``to``.
     """
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         client.require_ready()
         before = repository.served()
         if before is None:
@@ -78,9 +88,10 @@ def rollback(server_url: str, repository: ModelRepository, to: int | None = None
         target = _target(before, repository, to)
         if target == before.version:
             return before
-        _load_and_verify(client, repository, target, TOLERANCE)
-        info = repository.info(target)
-        pointer = Pointer(version=target, rolled_back_from=before.version, **info.model_dump())
+        # Not the recorded requests: a way back must not depend on what else is in the repository.
+        _load_and_verify(client, repository, target, TOLERANCE, requests_from_nobody())
+        _log_step("switch", target)
+        pointer = _pointer(repository, target, rolled_back_from=before.version)
         repository.point_to(pointer)
         return pointer
 
@@ -97,16 +108,26 @@ def _target(before: Pointer, repository: ModelRepository, to: int | None) -> int
     return target
 
 
-def _load_and_verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float) -> None:
+def _log_step(step: str, what: object) -> None:
+    log.info("publish step=%s of=%s", step, what)
+
+
+def _load_and_verify(
+    client: TritonClient, repository: ModelRepository, version: int, tolerance: float, requests: Sequence[Tensors]
+) -> None:
     before = repository.served()
     live = repository.live()
     try:
+        _log_step("load", version)
         client.load(RANKER, repository.ranker_config_json({*live, version}))
+        _log_step("verify", version)
         verify(client, repository, version, tolerance)
+        _log_step("warm-up", version)
+        warm_up(client, repository, version, requests)
     except ServingError as error:
         _withdraw(client, repository, live)
         still = f"version {before.version} is still served" if before else "nothing is served"
-        raise ServingError(f"version {version} was not put in service: {error}; {still}") from error
+        raise type(error)(f"version {version} was not put in service: {error}; {still}") from error
 
 
 def verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float = TOLERANCE) -> None:
@@ -121,6 +142,31 @@ def verify(client: TritonClient, repository: ModelRepository, version: int, tole
                 raise ServingError(f"golden case {number}: {problem}")
 
 
+def warm_up(client: TritonClient, repository: ModelRepository, version: int, requests: Sequence[Tensors]) -> None:
+    """Ask `ranking` for loaded ``version``, so that what it keeps of a version is there before anybody waits for it.
+
+    A version without an encoder has nothing there. ServingError where an answer is not its own, whole and finite.
+    """
+    if repository.info(version).dataset is None:
+        return
+    for request in requests:
+        named = on_wire(request | {"version": np.array([version])})
+        answer = off_wire(client.infer(RANKING, named, ["probabilities", "score", "model_version"]))
+        problem = _defect(answer, version, len(request["item_ids"]))
+        if problem:
+            raise ServingError(f"{RANKING}, asked for {len(request['item_ids'])} candidates at this version, {problem}")
+
+
+def _defect(answer: Tensors, version: int, candidates: int) -> str | None:
+    by = int(answer["model_version"][0])
+    if by != version:
+        return f"answered with version {by}"
+    if len(answer["score"]) != candidates:
+        return f"answered with {len(answer['score'])} scores"
+    finite = all(np.isfinite(answer[name]).all() for name in ("probabilities", "score"))
+    return None if finite else "answered with values that are not finite"
+
+
 def _withdraw(client: TritonClient, repository: ModelRepository, live: list[int]) -> None:
     # The caller must hear why the candidate failed, not that a broken server cannot be tidied either.
     with suppress(ServingError):
@@ -133,12 +179,18 @@ def _withdraw(client: TritonClient, repository: ModelRepository, live: list[int]
 def _advanced(before: Pointer | None, repository: ModelRepository, version: int) -> Pointer:
     if before and before.version == version:
         return before
+    return _pointer(repository, version, previous=before.version if before else None)
+
+
+def _pointer(repository: ModelRepository, version: int, **others: int | None) -> Pointer:
     info = repository.info(version)
-    return Pointer(version=version, previous=before.version if before else None, **info.model_dump())
+    return Pointer(version=version, run_date=info.run_date, fingerprint=info.fingerprint, **others)
 
 
 def _serve(client: TritonClient, repository: ModelRepository, pointer: Pointer) -> None:
+    _log_step("switch", pointer.version)
     models = repository.point_to(pointer)
+    _log_step("tidy", pointer.version)
     # The pointer has moved: what follows only tidies, and the next publication or start would do it as well.
     try:
         for model in models:

@@ -21,6 +21,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from freshrank.errors import ServingError
+from freshrank.serving import control
 from freshrank.serving.client import TritonClient
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.settings import Settings, settings
@@ -103,6 +104,7 @@ class TritonServer:
             else:
                 self._launch()
             self._wait_until_ready(timeout)
+            self._conceal_token()
         return self.status()
 
     def stop(self, timeout: float = STOP_SECONDS) -> bool:
@@ -119,7 +121,7 @@ class TritonServer:
         record = self._running()
         if record is None:
             return ServerStatus(None, False, self.ports, {})
-        with TritonClient(f"{LOOPBACK}:{record.ports.grpc}", timeout=5.0) as client:
+        with TritonClient.controlling(self.repository, f"{LOOPBACK}:{record.ports.grpc}", timeout=5.0) as client:
             ready = client.is_ready()
             return ServerStatus(record.pid, ready, record.ports, client.ready_versions() if ready else {})
 
@@ -142,6 +144,7 @@ class TritonServer:
         self._clear_leftovers()
         self._require_free_ports()
         models = self.repository.write_configs()
+        control.renew_token(self.repository.root)
         self._wheel.assemble_backends(self._stub.parent.parent)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".previous.log"))
@@ -161,7 +164,7 @@ class TritonServer:
         return [
             *self._identity(),
             f"--backend-directory={self._stub.parent.parent}",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix()}",
+            f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             "--model-control-mode=explicit",
             # Every config is complete; completing it would start one more Python process per version.
             "--disable-auto-complete-config",
@@ -176,12 +179,15 @@ class TritonServer:
             f"--metrics-port={self.ports.metrics}",
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=10",
+            *control.restrictions(control.token_of(self.repository.root)),
         ]
 
     def _identity(self) -> list[str]:
         return [str(self._wheel.binary), f"--model-repository={self.repository.models}"]
 
-    def _shared_memory_prefix(self) -> str:
+    @property
+    def shared_memory_prefix(self) -> str:
+        """Of the names under SHARED_MEMORY."""
         return f"freshrank_{uuid.uuid5(uuid.NAMESPACE_URL, str(self.repository.root)).hex}_"
 
     def _running(self) -> _Record | None:
@@ -216,13 +222,18 @@ class TritonServer:
                 fate = "exited" if died else f"was not ready after {timeout:.0f} s"
                 raise ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
 
+    def _conceal_token(self) -> None:
+        record, token = self._running(), control.token_of(self.repository.root)
+        if record and token:
+            control.conceal(record.pid, token)
+
     def _clear_leftovers(self) -> None:
         """Kill what a dead or deaf server left: itself, its stubs, its shared memory and its pid file."""
         for process in self._own_processes():
             with suppress(psutil.Error):
                 process.kill()
         _wait_until(lambda: not any(self._own_processes()), 5.0)
-        for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix()}*"):
+        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
         self.pid_path.unlink(missing_ok=True)
 

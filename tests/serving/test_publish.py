@@ -124,7 +124,7 @@ def test_without_a_server_nothing_is_installed(running: Served, tmp_path: Path) 
 
 def test_a_server_that_stands_without_ranking_gets_it_before_the_pointer_moves(running: Served) -> None:
     """On a cluster the server starts before the model repository holds anything."""
-    with TritonClient(running.url) as client:
+    with TritonClient.controlling(running.repository, running.url) as client:
         client.unload("ranking")
         shutil.rmtree(running.repository.models / "ranking")
         assert not client.is_model_ready("ranking")

@@ -307,7 +307,7 @@ def test_a_refusal_of_the_ranker_is_an_error_not_an_answer(world: RankingWorld) 
     """A version that is not loaded cannot be answered for: the client hears Triton's reason."""
     pointer = world.repository.served()
     assert pointer
-    with TritonClient(settings().triton_grpc_url) as client:
+    with TritonClient.controlling(world.repository, settings().triton_grpc_url) as client:
         client.unload("ranker")
         try:
             with pytest.raises(ServingError, match=f"ranker version {pointer.version}"):

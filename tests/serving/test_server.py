@@ -34,7 +34,7 @@ def test_starts_in_its_own_process_group_and_stops_without_leaving_anything(new_
     assert served.server.stop()
     assert not stubs_of(served)
     assert not served.server.pid_path.exists()
-    assert not list(SHARED_MEMORY.glob(f"{served.server._shared_memory_prefix()}*"))
+    assert not list(SHARED_MEMORY.glob(f"{served.server.shared_memory_prefix}*"))
     assert not served.server.stop()
     assert served.server.status().sentence() == "no Triton runs here; start one with `freshrank serve`"
 

@@ -4,16 +4,21 @@
 when the answer is not the golden one.
 """
 
-import json
-import os
-from pathlib import Path
-from typing import Any
+from freshrank.scheduling import import_giving_way
 
-import onnxruntime
-import triton_python_backend_utils as pb_utils
+# A version starts while another one answers. A failure shows at the import that follows.
+import_giving_way("onnxruntime", "freshrank.serving.bundle")
 
-from freshrank.serving.bundle import GoldenCase, difference, golden_cases, read_signature
-from freshrank.serving.tensors import to_array, to_tensor
+import json  # noqa: E402
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import onnxruntime  # noqa: E402
+import triton_python_backend_utils as pb_utils  # noqa: E402
+
+from freshrank.serving.bundle import GoldenCase, difference, golden_cases, read_signature  # noqa: E402
+from freshrank.serving.tensors import to_array, to_tensor  # noqa: E402
 
 TOLERANCE = 1e-5
 
