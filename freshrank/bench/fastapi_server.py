@@ -15,13 +15,13 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from freshrank.bench.redis_server import LOOPBACK
 from freshrank.datasets.contract import Dataset
 from freshrank.encoding import Catalog
 from freshrank.export import OnnxRanker
 from freshrank.feature_store import FeatureStore
 from freshrank.frames import serving_frame
 from freshrank.schema import SEQUENCE_ITEMS
+from freshrank.serving.server import LOOPBACK
 from freshrank.workspace import Workspace
 
 BUNDLE, HOME = "FRESHRANK_BENCH_BUNDLE", "FRESHRANK_BENCH_HOME"

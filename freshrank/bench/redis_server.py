@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from freshrank.bench.surroundings import free_ports
 from freshrank.errors import ConfigError
+from freshrank.serving.server import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 START_SECONDS = 10.0
 
 
@@ -21,7 +22,7 @@ class RedisServer:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.port = free_port()
+        self.port = free_ports().grpc
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -77,9 +78,3 @@ class RedisServer:
             probe.sendall(b"PING\r\n")
             return probe.recv(16).startswith(b"+PONG")
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

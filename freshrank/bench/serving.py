@@ -25,8 +25,9 @@ from rich.progress import track
 
 from freshrank import steps
 from freshrank.bench.load import Callers, Place, Slice
-from freshrank.bench.redis_server import LOOPBACK, RedisServer, free_port
+from freshrank.bench.redis_server import RedisServer
 from freshrank.bench.serving_picture import write_picture
+from freshrank.bench.surroundings import environment, free_ports, machine
 from freshrank.clock import midnight
 from freshrank.config import RunConfig
 from freshrank.datasets.contract import Dataset
@@ -34,7 +35,7 @@ from freshrank.errors import FreshrankError, ServingError
 from freshrank.report import library_versions
 from freshrank.serving.publish import publish
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.server import Ports, TritonServer
+from freshrank.serving.server import LOOPBACK, TritonServer
 from freshrank.settings import settings
 from freshrank.storage import write_json
 from freshrank.workspace import Workspace
@@ -132,7 +133,7 @@ def serving(data: Path, home: Path, plan: Plan, out: Path, config: RunConfig, co
         items=len(dataset.items()),
         parameters={"ranking_instances": settings().ranking_instances or max(1, (os.cpu_count() or 1) // 2)},
         plan=plan,
-        machine=_machine(),
+        machine=machine(),
         versions=library_versions(),
         wrong=wrong,
         ratios=ratios(rounds, plan),
@@ -143,16 +144,6 @@ def serving(data: Path, home: Path, plan: Plan, out: Path, config: RunConfig, co
     if wrong:
         raise ServingError(f"bench serving: {wrong} answers were wrong or missing; {out} says how many were asked for")
     return found
-
-
-def _machine() -> dict[str, str]:
-    memory = f"{psutil.virtual_memory().total / 2**30:.0f}"
-    return {"cores": str(os.cpu_count()), "memory_gib": memory, "processor": _processor()}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _measured(callers: Callers, plan: Plan, console: Console) -> tuple[Rounds, int]:
@@ -230,36 +221,18 @@ def deployed(data: Path, home: Path, config: RunConfig, console: Console) -> Ite
     """A workspace of its own under ``home`` with Redis, two Tritons and the FastAPI server, all on free ports."""
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer(home / "redis"))
-        names = {"HOME": str(home.resolve()), "ONLINE_STORE": "redis", "REDIS_URL": redis.url}
-        stack.enter_context(_environment(names))
+        stack.enter_context(environment(HOME=str(home.resolve()), ONLINE_STORE="redis", REDIS_URL=redis.url))
         dataset = Dataset.open(data)
         bundle = _bundle(dataset, home, config, console)
         console.print("starting the servers ...")
         ours = stack.enter_context(_triton(Workspace.of(dataset.schema.name).triton, bundle))
-        with _environment({"ITEM_CACHE_SECONDS": "0"}):
+        with environment(ITEM_CACHE_SECONDS="0"):
             uncached = stack.enter_context(_triton(home / "uncached" / dataset.schema.name, bundle))
         fastapi = stack.enter_context(_fastapi(bundle, home))
         noon = midnight(dataset.days[-1], dataset.schema.utc_offset_hours) + timedelta(hours=12)
         served = ModelRepository(Workspace.of(dataset.schema.name).triton).served()
         assert served
         yield Place(data, bundle, served.version, ours, uncached, fastapi, int(noon.timestamp() * 1e6))
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Settings that processes started here inherit."""
-    names = {f"FRESHRANK_{name}": value for name, value in variables.items()}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    settings.cache_clear()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        settings.cache_clear()
 
 
 def _bundle(dataset: Dataset, home: Path, config: RunConfig, console: Console) -> Path:
@@ -278,7 +251,7 @@ def _bundle(dataset: Dataset, home: Path, config: RunConfig, console: Console) -
 @contextmanager
 def _triton(root: Path, bundle: Path) -> Iterator[str]:
     """A server of its own with ``bundle`` in service; its gRPC address."""
-    server = TritonServer(ModelRepository(root), Ports(grpc=free_port(), http=free_port(), metrics=free_port()))
+    server = TritonServer(ModelRepository(root), free_ports())
     try:
         server.start()
         url = f"{LOOPBACK}:{server.ports.grpc}"
@@ -290,7 +263,7 @@ def _triton(root: Path, bundle: Path) -> Iterator[str]:
 
 @contextmanager
 def _fastapi(bundle: Path, home: Path) -> Iterator[str]:
-    port = free_port()
+    port = free_ports().http
     command = [sys.executable, "-m", "freshrank.bench.fastapi_server", "--bundle", str(bundle.resolve()),
                "--home", str(home.resolve()), "--port", str(port)]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True)

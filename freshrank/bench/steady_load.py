@@ -117,7 +117,7 @@ def _run(pipe: Connection, target: Target) -> None:
 async def _ask_until_told(pipe: Connection, target: Target) -> list[tuple[Any, ...]]:
     told = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe.fileno(), told.set)
-    async with AsyncClient(target.url, Dataset.open(target.data).schema) as client:
+    async with AsyncClient(target.url, Dataset.open(target.data).schema, target.data / MAPPINGS) as client:
         await _row(client, target, 0, time.perf_counter())
         pipe.send("ready")
         # A collection of this process's garbage would look like a slow answer.

@@ -5,7 +5,6 @@ the load goes on undisturbed for at least as long as the change took, so that qu
 side through the run.
 """
 
-import os
 import time
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from freshrank.bench.steady_load import Target, draw, scores, steady_load
+from freshrank.bench.surroundings import machine
 from freshrank.bench.swap_picture import write_picture
 from freshrank.bench.swap_world import SwapWorld, swap_world
 from freshrank.report import library_versions
@@ -245,7 +245,7 @@ class _Bench:
         return SwapBench(
             dataset=self.world.dataset.schema.name,
             plan=self.plan,
-            machine=_machine(),
+            machine=machine(),
             versions=library_versions(),
             sent=len(rows),
             failed=len(failed),
@@ -312,10 +312,3 @@ def wrong_answers(rows: pl.DataFrame, models: dict[int, str]) -> int:
 
 def _seconds(found: list[float]) -> dict[str, float]:
     return {"median": median(found), "highest": max(found)}
-
-
-def _machine() -> dict[str, str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cores": str(os.cpu_count()), "processor": model,
-            "memory_gib": f"{psutil.virtual_memory().total / 2**30:.0f}"}  # fmt: skip

@@ -1,8 +1,6 @@
 """Where `freshrank bench swap` happens: a workspace, a server and two rankers that nothing else uses."""
 
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from freshrank import steps
+from freshrank.bench.surroundings import environment, free_ports
 from freshrank.clock import midnight
 from freshrank.config import CalibrationConfig, ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.server import LOOPBACK, Ports, TritonServer
+from freshrank.serving.server import LOOPBACK, TritonServer
 from freshrank.settings import settings
 from freshrank.storage import atomic_directory, read_json, write_json
 from freshrank.workspace import Workspace
@@ -60,7 +59,8 @@ def swap_world(data: Path, console: Console) -> Iterator[SwapWorld]:
     """Serve ``data`` from ``bench_swap`` in the workspace: the two newest installed versions, or two small rankers."""
     dataset = Dataset.open(data)
     installed = _installed(dataset)
-    with _workspace(settings().home / "bench_swap") as home:
+    home = (settings().home / "bench_swap").resolve()
+    with environment(HOME=str(home)):
         day = dataset.days[-1].isoformat()
         windows = WindowConfig(train_days=min(_LONGEST_TRAINING, len(dataset.days) - 3)).model_dump_json()
         console.print("features ...")
@@ -105,29 +105,4 @@ def _fresh_server(dataset: Dataset) -> TritonServer:
     root = Workspace.of(dataset.schema.name).triton
     TritonServer(ModelRepository(root)).stop()
     shutil.rmtree(root, ignore_errors=True)
-    return TritonServer(ModelRepository(root), _free_ports())
-
-
-def _free_ports() -> Ports:
-    sockets = [socket.socket() for _ in Ports.model_fields]
-    for each in sockets:
-        each.bind((LOOPBACK, 0))
-    numbers = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return Ports(**dict(zip(Ports.model_fields, numbers, strict=True)))
-
-
-@contextmanager
-def _workspace(home: Path) -> Iterator[Path]:
-    """Settings, of this process and of those it starts, that name ``home``."""
-    before = os.environ.get("FRESHRANK_HOME")
-    os.environ["FRESHRANK_HOME"] = str(home.resolve())
-    settings.cache_clear()
-    try:
-        yield settings().home
-    finally:
-        os.environ.pop("FRESHRANK_HOME")
-        if before is not None:
-            os.environ["FRESHRANK_HOME"] = before
-        settings.cache_clear()
+    return TritonServer(ModelRepository(root), free_ports())

@@ -56,7 +56,7 @@ def start(server_url: str, repository: ModelRepository, experiment: Experiment) 
         ConfigError: a version is not installed, or is the one that serves.
         ServingError: a version does not load or gives wrong golden answers; nothing has changed then.
     """
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         client.require_ready()
         served = repository.served()
         if served is None:
@@ -77,7 +77,7 @@ def start(server_url: str, repository: ModelRepository, experiment: Experiment) 
 
 def stop(server_url: str, repository: ModelRepository) -> Experiment | None:
     """All users meet the champion again, what nobody needs is unloaded; returns the experiment that ran."""
-    with repository.lock(), TritonClient(server_url) as client:
+    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
         file = ExperimentFile(repository.root)
         running = file.read()
         file.remove()

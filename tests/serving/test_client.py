@@ -174,34 +174,3 @@ def test_a_server_without_a_publication_is_heard_and_not_taken_for_absent(new_se
     served.server.start()
     with pytest.raises(ServingError, match="nothing is published yet; publish a bundle"):
         ask(served.url, tiny_schema().model_copy(update={"name": served.repository.project}))
-
-
-def test_a_restricted_server_obeys_only_who_sends_the_token(
-    new_server: Callable[[], Served], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a cluster everyone can ask for a ranking and only the publisher loads models."""
-    served = new_server()
-    restrict(served, "secret")
-    with with_token(monkeypatch, "secret"):
-        served.server.start()
-        version = served.publish(1.0).version
-        assert served.server.status().models["ranker"] == [version]
-    with pytest.raises(ServingError, match="restricted"):
-        served.publish(2.0)
-    served.ask(version)
-
-
-@contextmanager
-def with_token(monkeypatch: pytest.MonkeyPatch, token: str) -> Iterator[None]:
-    with monkeypatch.context() as environment:
-        environment.setenv("FRESHRANK_TRITON_CONTROL_TOKEN", token)
-        settings.cache_clear()
-        yield
-    settings.cache_clear()
-
-
-def restrict(served: Served, token: str) -> None:
-    """Start the server as the chart does: model control needs a header."""
-    command = served.server._command
-    option = f"--grpc-restricted-protocol=model-repository:x-freshrank-control={token}"
-    served.server._command = lambda models: [*command(models), option]

@@ -107,7 +107,7 @@ PLAN = planned("first", "", ["2=0.5"], ["3=0.5"])
 
 
 def loaded(world: RankingWorld) -> list[int]:
-    with TritonClient(settings().triton_grpc_url) as client:
+    with TritonClient.controlling(world.repository, settings().triton_grpc_url) as client:
         return client.ready_versions()["ranker"]
 
 
@@ -140,7 +140,10 @@ def test_each_user_is_answered_by_the_version_of_its_arm_and_the_answer_says_so(
 def test_a_challenger_that_cannot_answer_costs_its_users_nothing(world: RankingWorld) -> None:
     """Unloaded behind the experiment's back: the champion answers, as arm 0."""
     user = USERS[PLAN.arms(USERS).tolist().index(1)]
-    with TritonClient(settings().triton_grpc_url) as client, Client.for_dataset(world.data) as asking:
+    with (
+        TritonClient.controlling(world.repository, settings().triton_grpc_url) as client,
+        Client.for_dataset(world.data) as asking,
+    ):
         client.load("ranker", world.repository.ranker_config_json([1, 3]))
         try:
             answer = asking.rank(user, [1, 2], noon(RUN_DATE))
