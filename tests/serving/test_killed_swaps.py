@@ -100,7 +100,6 @@ def test_a_publisher_killed_at_any_step_is_finished_by_the_same_call(pair: Serve
         assert not list(pair.repository.root.rglob("*.tmp"))
 
 
-@pytest.mark.slow
 def test_a_publisher_killed_before_any_rename_is_finished_by_the_same_call(pair: Served) -> None:
     """Every change of the repository is a rename: kill before the first, the second, ... until none is left."""
     for number in range(1, MOST_RENAMES):
