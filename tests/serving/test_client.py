@@ -25,7 +25,6 @@ from freshrank.serving.client import (
     _microseconds,
     _require_project,
 )
-from freshrank.serving.control import token_path
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 
@@ -180,12 +179,11 @@ def test_a_server_without_a_publication_is_heard_and_not_taken_for_absent(new_se
 def test_a_restricted_server_obeys_only_who_sends_the_token(
     new_server: Callable[[], Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a cluster, where the token comes from a Secret and no file holds it, everyone can ask for a ranking and only the
-    publisher loads models."""
+    """On a cluster everyone can ask for a ranking and only the publisher loads models."""
     served = new_server()
+    restrict(served, "secret")
     with with_token(monkeypatch, "secret"):
         served.server.start()
-        token_path(served.repository.root).unlink()
         version = served.publish(1.0).version
         assert served.server.status().models["ranker"] == [version]
     with pytest.raises(ServingError, match="restricted"):
@@ -198,8 +196,12 @@ def with_token(monkeypatch: pytest.MonkeyPatch, token: str) -> Iterator[None]:
     with monkeypatch.context() as environment:
         environment.setenv("FRESHRANK_TRITON_CONTROL_TOKEN", token)
         settings.cache_clear()
-        try:
-            yield
-        finally:
-            environment.undo()
-            settings.cache_clear()
+        yield
+    settings.cache_clear()
+
+
+def restrict(served: Served, token: str) -> None:
+    """Start the server as the chart does: model control needs a header."""
+    command = served.server._command
+    option = f"--grpc-restricted-protocol=model-repository:x-freshrank-control={token}"
+    served.server._command = lambda models: [*command(models), option]
