@@ -172,8 +172,8 @@ class SwapBench(BaseModel):
             f"memory {self.before.rss_mib:.0f} -> {self.after.rss_mib:.0f} MiB ({grown:+.0f}), processes "
             f"{self.before.processes} -> {self.after.processes}, open files {self.before.open_files} -> "
             f"{self.after.open_files}, shared memory {self.before.shared_memory} -> {self.after.shared_memory} files",
-            f"tritonserver itself: {self.growth_kib_per_swap:+.0f} KiB per swap; per bare load and unload of an empty model "
-            f"{self.bare_loop.per_load_kib:+.0f} KiB",
+            f"tritonserver itself: {self.growth_kib_per_swap:+.0f} KiB per swap; per bare load and unload of an empty "
+            f"model {self.bare_loop.per_load_kib:+.0f} KiB",
         ]  # fmt: skip
 
 
