@@ -7,9 +7,10 @@ side through the run.
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, Self
 
 import polars as pl
 import psutil
@@ -24,7 +25,7 @@ from freshrank.report import library_versions
 from freshrank.scheduling import give_way
 from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish, rollback
-from freshrank.serving.repository import Pointer
+from freshrank.serving.repository import RANKING, Pointer
 from freshrank.serving.server import SHARED_MEMORY
 from freshrank.storage import write_json
 
@@ -73,6 +74,8 @@ class Usage(BaseModel):
     rss_mib: float
     server_rss_mib: float
     """tritonserver's own process alone."""
+    ranking_rss_mib: float
+    """The processes of `ranking`, which outlive every swap."""
     shared_memory: int
     """Files under /dev/shm."""
     shared_memory_mib: float
@@ -248,15 +251,16 @@ class _Bench:
         pid = self.world.server.status().pid
         assert pid
         server = psutil.Process(pid)
-        own = [found for each in [server, *server.children(recursive=True)] if (found := _of_process(each))]
+        own = [found for each in [server, *server.children(recursive=True)] if (found := _Process.of(each))]
         shared = list(SHARED_MEMORY.glob(f"{self.world.server.shared_memory_prefix}*"))
         return Usage(
             seconds=time.perf_counter() - self.began,
             processes=len(own),
-            threads=sum(threads for threads, _, _ in own),
-            open_files=sum(files for _, files, _ in own),
-            rss_mib=sum(rss for _, _, rss in own) / _MIB,
-            server_rss_mib=own[0][2] / _MIB,
+            threads=sum(each.threads for each in own),
+            open_files=sum(each.files for each in own),
+            rss_mib=sum(each.rss for each in own) / _MIB,
+            server_rss_mib=own[0].rss / _MIB,
+            ranking_rss_mib=sum(each.rss for each in own if each.is_ranking) / _MIB,
             shared_memory=len(shared),
             shared_memory_mib=sum(path.stat().st_blocks * 512 for path in shared) / _MIB,
         )
@@ -318,12 +322,21 @@ def _write_nothing(model: Path) -> None:
     )
 
 
-def _of_process(process: psutil.Process) -> tuple[int, int, int] | None:
-    """Threads, open files and resident bytes; None where it has ended."""
-    try:
-        return process.num_threads(), process.num_fds(), process.memory_info().rss
-    except psutil.NoSuchProcess:
-        return None
+@dataclass(frozen=True)
+class _Process:
+    threads: int
+    files: int
+    rss: int
+    is_ranking: bool
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Self | None:
+        """None where it has ended."""
+        try:
+            is_ranking = any(f"/models/{RANKING}/" in argument for argument in process.cmdline())
+            return cls(process.num_threads(), process.num_fds(), process.memory_info().rss, is_ranking)
+        except psutil.NoSuchProcess:
+            return None
 
 
 def _quiet(change: Change) -> float:
