@@ -96,7 +96,8 @@ class Change(BaseModel):
 
 
 class BareLoop(BaseModel):
-    """A model that does nothing, loaded and unloaded as often as the bench swapped: what Triton itself keeps."""
+    """A model that does nothing, of which one version after another is loaded in place of the one before, as often as
+    the bench swapped: what Triton itself keeps."""
 
     loads: int
     server_rss_mib: list[float]
@@ -268,12 +269,11 @@ class _Bench:
     def bare_loop(self) -> BareLoop:
         """On the same server, once nobody asks any more."""
         loads, repository = self.plan.swaps, self.world.server.repository
-        _write_nothing(repository.models / NOTHING)
         used = [self._usage().server_rss_mib]
         with TritonClient.controlling(repository, self.world.url) as client:
             for number in range(1, loads + 1):
+                _write_nothing(repository.models / NOTHING, number)
                 client.load(NOTHING)
-                client.unload(NOTHING)
                 if number * QUARTERS // loads > (number - 1) * QUARTERS // loads:
                     used.append(self._usage().server_rss_mib)
         return BareLoop(loads=loads, server_rss_mib=used)
@@ -310,15 +310,14 @@ class _Bench:
         )
 
 
-def _write_nothing(model: Path) -> None:
-    (model / "1").mkdir(parents=True, exist_ok=True)
+def _write_nothing(model: Path, version: int) -> None:
+    (model / str(version)).mkdir(parents=True)
+    code = "class TritonPythonModel:\n    def execute(self, requests):\n        return []\n"
+    (model / str(version) / "model.py").write_text(code)
     (model / "config.pbtxt").write_text(
-        'backend: "python"\nmax_batch_size: 0\n'
+        f'backend: "python"\nmax_batch_size: 0\nversion_policy {{ specific {{ versions: [ {version} ] }} }}\n'
         'input [ { name: "in" data_type: TYPE_INT64 dims: [ 1 ] } ]\n'
         'output [ { name: "out" data_type: TYPE_INT64 dims: [ 1 ] } ]\n'
-    )
-    (model / "1" / "model.py").write_text(
-        "class TritonPythonModel:\n    def execute(self, requests):\n        return []\n"
     )
 
 
