@@ -6,9 +6,10 @@ side through the run.
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, Self
 
 import polars as pl
 import psutil
@@ -22,8 +23,9 @@ from freshrank.bench.swap_picture import write_picture
 from freshrank.bench.swap_world import SwapWorld, swap_world
 from freshrank.report import library_versions
 from freshrank.scheduling import give_way
+from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish, rollback
-from freshrank.serving.repository import Pointer
+from freshrank.serving.repository import RANKING, Pointer
 from freshrank.serving.server import SHARED_MEMORY
 from freshrank.storage import write_json
 
@@ -34,6 +36,8 @@ SETTLING_SECONDS = 1.0
 QUIET_SECONDS = 2.0
 """At least, between two changes."""
 TARGET_RATIO = 1.5
+NOTHING = "nothing"
+QUARTERS = 4
 PARTS = 5
 _MIB = 2**20
 
@@ -70,6 +74,8 @@ class Usage(BaseModel):
     rss_mib: float
     server_rss_mib: float
     """tritonserver's own process alone."""
+    ranking_rss_mib: float
+    """The processes of `ranking`, which outlive every swap."""
     shared_memory: int
     """Files under /dev/shm."""
     shared_memory_mib: float
@@ -87,6 +93,21 @@ class Change(BaseModel):
     @property
     def seconds(self) -> float:
         return self.end - self.start
+
+
+class BareLoop(BaseModel):
+    """A model that does nothing, of which one version after another is loaded in place of the one before, as often as
+    the bench swapped: what Triton itself keeps."""
+
+    loads: int
+    server_rss_mib: list[float]
+    """tritonserver's own process after each quarter, from before the first."""
+
+    @property
+    def per_load_kib(self) -> float:
+        """Over the second half: at first Triton fills its own pools."""
+        half = len(self.server_rss_mib) // 2
+        return (self.server_rss_mib[-1] - self.server_rss_mib[half]) * 1024 / max(1, self.loads / 2)
 
 
 class Latency(BaseModel):
@@ -131,6 +152,9 @@ class SwapBench(BaseModel):
     before: Usage
     """After the first two swaps: from then on two versions are loaded."""
     after: Usage
+    growth_kib_per_swap: float
+    """Of tritonserver's own process, over the second half of the run."""
+    bare_loop: BareLoop
     answered_by: dict[int, int]
     """Requests by version."""
     changes: list[Change]
@@ -152,6 +176,8 @@ class SwapBench(BaseModel):
             f"memory {self.before.rss_mib:.0f} -> {self.after.rss_mib:.0f} MiB ({grown:+.0f}), processes "
             f"{self.before.processes} -> {self.after.processes}, open files {self.before.open_files} -> "
             f"{self.after.open_files}, shared memory {self.before.shared_memory} -> {self.after.shared_memory} files",
+            f"tritonserver itself: {self.growth_kib_per_swap:+.0f} KiB per swap; per bare load and unload of an empty "
+            f"model {self.bare_loop.per_load_kib:+.0f} KiB",
         ]  # fmt: skip
 
 
@@ -160,7 +186,8 @@ def swap(data: Path, plan: Plan, out: Path, console: Console) -> SwapBench:
     with swap_world(data, console) as world:
         bench = _Bench(world, plan)
         rows = bench.run(console)
-    found = bench.result(rows)
+        bare = bench.bare_loop()
+    found = bench.result(rows, bare)
     write_json(out, found.model_dump(mode="json"))
     write_picture(found, rows, out.with_suffix(".png"))
     return found
@@ -225,20 +252,38 @@ class _Bench:
         pid = self.world.server.status().pid
         assert pid
         server = psutil.Process(pid)
-        own = [found for each in [server, *server.children(recursive=True)] if (found := _of_process(each))]
+        own = [found for each in [server, *server.children(recursive=True)] if (found := _Process.of(each))]
         shared = list(SHARED_MEMORY.glob(f"{self.world.server.shared_memory_prefix}*"))
         return Usage(
             seconds=time.perf_counter() - self.began,
             processes=len(own),
-            threads=sum(threads for threads, _, _ in own),
-            open_files=sum(files for _, files, _ in own),
-            rss_mib=sum(rss for _, _, rss in own) / _MIB,
-            server_rss_mib=own[0][2] / _MIB,
+            threads=sum(each.threads for each in own),
+            open_files=sum(each.files for each in own),
+            rss_mib=sum(each.rss for each in own) / _MIB,
+            server_rss_mib=own[0].rss / _MIB,
+            ranking_rss_mib=sum(each.rss for each in own if each.is_ranking) / _MIB,
             shared_memory=len(shared),
             shared_memory_mib=sum(path.stat().st_blocks * 512 for path in shared) / _MIB,
         )
 
-    def result(self, rows: pl.DataFrame) -> SwapBench:
+    def bare_loop(self) -> BareLoop:
+        """On the same server, once nobody asks any more."""
+        loads, repository = self.plan.swaps, self.world.server.repository
+        used = [self._usage().server_rss_mib]
+        with TritonClient.controlling(repository, self.world.url) as client:
+            for number in range(1, loads + 1):
+                _write_nothing(repository.models / NOTHING, number)
+                client.load(NOTHING)
+                if number * QUARTERS // loads > (number - 1) * QUARTERS // loads:
+                    used.append(self._usage().server_rss_mib)
+        return BareLoop(loads=loads, server_rss_mib=used)
+
+    def _growth(self) -> float:
+        later = self.usage[len(self.usage) // 2 :]
+        swaps = sum(change.kind == "swap" for change in self.changes[len(self.usage) // 2 + 1 :])
+        return (later[-1].server_rss_mib - later[0].server_rss_mib) * 1024 / max(1, swaps)
+
+    def result(self, rows: pl.DataFrame, bare: BareLoop) -> SwapBench:
         failed = rows.filter(pl.col("error") != "")
         latency = {moment: _latency(rows.filter(pl.col("moment") == moment)) for moment in MOMENTS}
         kinds = [kind for kind in ("swap", "roll-back") if latency[kind].requests]
@@ -257,18 +302,40 @@ class _Bench:
             seconds={kind: _seconds([c.seconds for c in self.changes if c.kind == kind]) for kind in kinds},
             before=self.usage[0],
             after=self.usage[-1],
+            growth_kib_per_swap=self._growth(),
+            bare_loop=bare,
             answered_by=dict(rows.filter(pl.col("version") > 0).group_by("version").len().sort("version").iter_rows()),
             changes=self.changes,
             usage=self.usage,
         )
 
 
-def _of_process(process: psutil.Process) -> tuple[int, int, int] | None:
-    """Threads, open files and resident bytes; None where it has ended."""
-    try:
-        return process.num_threads(), process.num_fds(), process.memory_info().rss
-    except psutil.NoSuchProcess:
-        return None
+def _write_nothing(model: Path, version: int) -> None:
+    (model / str(version)).mkdir(parents=True)
+    code = "class TritonPythonModel:\n    def execute(self, requests):\n        return []\n"
+    (model / str(version) / "model.py").write_text(code)
+    (model / "config.pbtxt").write_text(
+        f'backend: "python"\nmax_batch_size: 0\nversion_policy {{ specific {{ versions: [ {version} ] }} }}\n'
+        'input [ { name: "in" data_type: TYPE_INT64 dims: [ 1 ] } ]\n'
+        'output [ { name: "out" data_type: TYPE_INT64 dims: [ 1 ] } ]\n'
+    )
+
+
+@dataclass(frozen=True)
+class _Process:
+    threads: int
+    files: int
+    rss: int
+    is_ranking: bool
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Self | None:
+        """None where it has ended."""
+        try:
+            is_ranking = any(f"/models/{RANKING}/" in argument for argument in process.cmdline())
+            return cls(process.num_threads(), process.num_fds(), process.memory_info().rss, is_ranking)
+        except psutil.NoSuchProcess:
+            return None
 
 
 def _quiet(change: Change) -> float:

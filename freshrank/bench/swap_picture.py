@@ -49,6 +49,7 @@ def _latency(axes: "Axes", found: "SwapBench", rows: pl.DataFrame) -> None:
 def _memory(axes: "Axes", found: "SwapBench") -> None:
     seconds = [each.seconds for each in found.usage]
     axes.plot(seconds, [each.rss_mib for each in found.usage], color=BLUE, label="tritonserver and its models")
+    axes.plot(seconds, [each.ranking_rss_mib for each in found.usage], color=VERMILION, label="ranking alone")
     axes.plot(seconds, [each.server_rss_mib for each in found.usage], color=GREY, label="tritonserver alone")
     axes.set(xlabel="seconds", ylabel="resident MiB", title="Memory, two versions loaded")
     axes.set_ylim(bottom=0)

@@ -113,6 +113,17 @@ def golden_cases(bundle: Path) -> list[GoldenCase]:
     return [cases[number] for number in sorted(cases)]
 
 
+def enlarged(case: GoldenCase, size: int) -> GoldenCase | None:
+    """``case`` with its candidates, in their order and again and again, up to ``size``; None unless it has several
+    candidates of one user, which is when a leading dimension tells what belongs to a candidate."""
+    count = max(len(value) for value in case.inputs.values())
+    if count == 1 or any(len(value) not in (1, count) for value in case.inputs.values()):
+        return None
+    places = np.arange(size) % count
+    inputs = {name: value if len(value) == 1 else value[places] for name, value in case.inputs.items()}
+    return GoldenCase(inputs, {name: value[places] for name, value in case.outputs.items()})
+
+
 def difference(expected: Tensors, answer: Tensors, tolerance: float) -> str | None:
     """Say in words how ``answer`` departs from ``expected``; None when it does not.
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from freshrank.errors import ServerUnreachable, ServingError
-from freshrank.serving.bundle import Tensors, check_bundle, difference, golden_cases
+from freshrank.serving.bundle import Tensors, check_bundle, difference, enlarged, golden_cases
 from freshrank.serving.client import TritonClient, off_wire, on_wire
+from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
 from freshrank.serving.warm_up_requests import requests_from_nobody, warm_up_requests
 
 TOLERANCE = 1e-5
+RANKER_SIZES = (1, 50, 100, 500, MAX_CANDIDATES)
 WARM_UP_ROUNDS = 2
 KEPT_VERSIONS = 7
 
@@ -131,15 +133,18 @@ def _load_and_verify(
 
 
 def verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float = TOLERANCE) -> None:
-    """Ask loaded ``version`` all its golden requests, more than once: the first answers warm it up."""
+    """Ask loaded ``version`` all its golden requests, more than once: the first answers warm it up. Then the same
+    candidates again and again, in requests of every size; among the golden ones are those of an empty online store."""
     outputs = [spec.name for spec in repository.signature(version).outputs]
     cases = golden_cases(repository.version_directory(version))
-    for _ in range(WARM_UP_ROUNDS):
-        for number, case in enumerate(cases):
-            answer = client.infer(RANKER, case.inputs, outputs, version)
-            problem = difference(case.outputs, answer, tolerance)
-            if problem:
-                raise ServingError(f"golden case {number}: {problem}")
+    asked = [(f"golden case {number}", case) for number, case in enumerate(cases)] * WARM_UP_ROUNDS
+    asked += [(f"golden case {number} enlarged to {size} candidates", larger) for size in RANKER_SIZES
+              for number, case in enumerate(cases) if (larger := enlarged(case, size))]  # fmt: skip
+    for name, case in asked:
+        answer = client.infer(RANKER, case.inputs, outputs, version)
+        problem = difference(case.outputs, answer, tolerance)
+        if problem:
+            raise ServingError(f"{name}: {problem}")
 
 
 def warm_up(client: TritonClient, repository: ModelRepository, version: int, requests: Sequence[Tensors]) -> None:

@@ -1,4 +1,4 @@
-"""Requests that a version answers before it serves: of every size from nobody, and those that were recorded.
+"""Requests that a version answers through `ranking` before it serves: from nobody, and those that were recorded.
 
 ``<model repository>/recorded.json`` is optional: a list of requests, each ``{tensor of protocol.INPUTS: values}``.
 Whoever logs requests may leave some there; they are answered as of now, whatever ``event_time`` they were sent with.
@@ -12,11 +12,12 @@ import numpy as np
 
 from freshrank.errors import ServingError
 from freshrank.serving.bundle import Tensors
-from freshrank.serving.protocol import INPUTS, MAX_CANDIDATES, REQUIRED
+from freshrank.serving.protocol import INPUTS, REQUIRED
 from freshrank.storage import read_json, write_json
 
-SIZES = (1, 50, 100, 500, MAX_CANDIDATES)
-MOST_RECORDED = 64
+SIZES = (1, 50, 100)
+"""`ranking` answers one batch at a time: a larger request would hold up those of clients, and is put to `ranker`."""
+MOST_RECORDED = 32
 """Taken from the end of the file."""
 _DTYPES = {spec.name: spec.dtype for spec in INPUTS}
 _NOT_REPLAYED = ("event_time", "version")

@@ -16,6 +16,7 @@ import yaml
 
 from freshrank.feature_store import write_feast_yaml
 from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
+from freshrank.serving import control
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import Settings, settings
 from freshrank.workspace import Workspace
@@ -497,13 +498,13 @@ def test_the_autoscaler_owns_the_number_of_replicas() -> None:
 
 @in_every_scenario
 def test_loading_a_model_needs_the_token_on_both_protocols(scenario: str) -> None:
-    """Control and inference share Triton's ports, so its control API is restricted to a secret header."""
+    """Control and inference share Triton's ports, so its control API is restricted to a secret header, as locally."""
     arguments = container_of(rendered(scenario), "triton")["args"]
     for flag in ("--http-restricted-api=", "--grpc-restricted-protocol="):
         (value,) = [argument.removeprefix(flag) for argument in arguments if argument.startswith(flag)]
         interfaces, _, key = value.partition(":")
-        assert "model-repository" in interfaces.split(",")
-        assert key == "x-freshrank-control=$(TRITON_CONTROL_TOKEN)"
+        assert tuple(interfaces.split(",")) == control.RESTRICTED
+        assert key == f"{control.HEADER}=$(TRITON_CONTROL_TOKEN)"
 
 
 @pytest.mark.parametrize("protocol, inference, other", [("grpc", 8001, 8000), ("http", 8000, 8001)])

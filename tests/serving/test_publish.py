@@ -1,5 +1,6 @@
 """Publishing into a running Triton: nothing wrong is ever served and nothing right is ever interrupted."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def test_two_versions_answer_side_by_side(running: Served) -> None:
         score = running.ask(version)["score"]
         assert abs(score - expected(request(), weight)["score"]).max() < 1e-6
     assert running.server.status().models["ranker"] == [old.version, new.version]
+
+
+def test_a_version_gives_way_while_it_loads_and_not_once_it_answers(running: Served) -> None:
+    """Every thread of its process, those of its thread pool included, has the priority of the server."""
+    version = running.publish(1.0).version
+    running.ask(version)
+    (process,) = [p for p in running.server._own_processes() if f"/ranker/{version}/model.py" in " ".join(p.cmdline())]
+    threads = [thread.id for thread in process.threads()]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {os.getpriority(os.PRIO_PROCESS, 0)}
 
 
 @pytest.mark.parametrize("wrong_case", [0, 1], ids=["refused at load", "refused at replay"])

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from google.protobuf import text_format
-from tiny_bundles import SIGNATURE, write_bundle
+from tiny_bundles import SIGNATURE, expected, request, write_bundle
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.errors import ServingError
+from freshrank.serving.bundle import GoldenCase, enlarged
 from freshrank.serving.repository import ModelRepository, Platform, Pointer
 from freshrank.storage import write_json
 
@@ -75,3 +77,25 @@ def test_a_pointer_to_a_version_that_is_gone_is_explained(tmp_path: Path) -> Non
     write_json(repository.pointer_path, {"version": 7, "run_date": "2022-05-01", "fingerprint": "x"})
     with pytest.raises(ServingError, match=r"serves version 7, but only \[1\] are installed"):
         repository.write_configs()
+
+
+def test_an_enlarged_golden_case_repeats_candidates_and_leaves_the_user() -> None:
+    """3 candidates made 5: the first two come again, with their answers."""
+    inputs = request(3)
+    case = GoldenCase(inputs, expected(inputs, 2.0))
+    larger = enlarged(case, 5)
+    assert larger
+    assert larger.inputs["user_vector"].shape == (1, 2)
+    assert larger.inputs["item_vector"].tolist() == inputs["item_vector"][[0, 1, 2, 0, 1]].tolist()
+    assert abs(larger.outputs["score"] - expected(larger.inputs, 2.0)["score"]).max() < 1e-6
+    smaller = enlarged(case, 1)
+    assert smaller
+    assert smaller.inputs["item_vector"].shape == (1, 2)
+
+
+def test_a_case_that_does_not_tell_candidates_from_users_is_not_enlarged() -> None:
+    """With a single candidate, or with several users, a leading dimension says nothing."""
+    one = request(1)
+    assert enlarged(GoldenCase(one, expected(one, 1.0)), 5) is None
+    two_users = request(3) | {"user_vector": np.zeros((2, 2), np.float32)}
+    assert enlarged(GoldenCase(two_users, {}), 5) is None

@@ -32,9 +32,9 @@ def recorded(world: RankingWorld) -> Iterator[Path]:
 
 
 def test_without_a_recording_nobody_asks_for_items_without_history(tmp_path: Path) -> None:
-    """One request of every size, the largest that is allowed among them; ids that no import gives."""
+    """Small ones: a request of 2,000 candidates would hold up those of clients. Ids that no import gives."""
     requests = warm_up_requests(tmp_path)
-    assert [len(request["item_ids"]) for request in requests] == [1, 50, 100, 500, 2000]
+    assert [len(request["item_ids"]) for request in requests] == [1, 50, 100]
     assert all(request["item_ids"].max() < 0 and request["user_id"][0] < 0 for request in requests)
     assert all(len(np.unique(request["item_ids"])) == len(request["item_ids"]) for request in requests)
 
@@ -44,7 +44,7 @@ def test_the_latest_recorded_requests_are_asked_as_of_now(tmp_path: Path) -> Non
     context = {"context_numeric": np.array([0.5], np.float32), "context_present": np.array([True])}
     requests = [{"user_id": np.array([n]), "item_ids": np.array([1, 2])} | context for n in range(MOST_RECORDED + 3)]
     record(tmp_path, [r | {"event_time": np.array([1]), "version": np.array([7])} for r in requests])
-    found = warm_up_requests(tmp_path)[5:]
+    found = warm_up_requests(tmp_path)[3:]
     assert [int(request["user_id"][0]) for request in found] == list(range(3, MOST_RECORDED + 3))
     assert {name: (value.dtype.name, value.tolist()) for name, value in found[0].items()} == {
         "user_id": ("int64", [3]),
