@@ -313,10 +313,16 @@ class Client(_Speaker):
         return self._ask(candidates, self._request(user, candidates, at, context, query, version), request_id)
 
     def rank_ids(
-        self, user_id: int, item_ids: Sequence[int], at: datetime | None = None, request_id: str = ""
+        self,
+        user_id: int,
+        item_ids: Sequence[int],
+        at: datetime | None = None,
+        *,
+        version: int | None = None,
+        request_id: str = "",
     ) -> Answer:
         """Rank by the int64 ids of the imported dataset."""
-        return self._ask(item_ids, _request(user_id, item_ids, at), request_id)
+        return self._ask(item_ids, _request(user_id, item_ids, at, version), request_id)
 
     def _ask(self, items: Sequence[Id], request: Tensors, request_id: str) -> Answer:
         if not self._is_own_server:
@@ -369,10 +375,16 @@ class AsyncClient(_Speaker):
         return await self._ask(candidates, self._request(user, candidates, at, context, query, version), request_id)
 
     async def rank_ids(
-        self, user_id: int, item_ids: Sequence[int], at: datetime | None = None, request_id: str = ""
+        self,
+        user_id: int,
+        item_ids: Sequence[int],
+        at: datetime | None = None,
+        *,
+        version: int | None = None,
+        request_id: str = "",
     ) -> Answer:
         """Rank by the int64 ids of the imported dataset."""
-        return await self._ask(item_ids, _request(user_id, item_ids, at), request_id)
+        return await self._ask(item_ids, _request(user_id, item_ids, at, version), request_id)
 
     async def _ask(self, items: Sequence[Id], request: Tensors, request_id: str) -> Answer:
         await self._require_own_server()

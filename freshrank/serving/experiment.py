@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from freshrank.errors import ServingError
 from freshrank.storage import read_json, write_json
 
 FILE = "experiment.json"
@@ -100,26 +101,36 @@ class ExperimentFile:
         self.path = root / FILE
         self._seen: tuple[int, int, int] | None = None
         self._value: Experiment | None = None
+        self._complaint = ""
 
     def read(self) -> Experiment | None:
         """Read again only when the file is another one; one that cannot be read leaves the last good one in force."""
         try:
             state = self.path.stat()
+            seen = (state.st_mtime_ns, state.st_size, state.st_ino)
+            if seen != self._seen:
+                self._value = self.read_anew()
+                self._seen = seen
         except FileNotFoundError:
             self._seen = self._value = None
-            return None
-        seen = (state.st_mtime_ns, state.st_size, state.st_ino)
-        if seen != self._seen:
-            self._seen = seen
-            self._reload()
+        except (OSError, ServingError) as error:
+            self._complain(str(error))
         return self._value
 
-    def _reload(self) -> None:
+    def read_anew(self) -> Experiment | None:
+        """What the file says now, None without one; ServingError where it cannot be read."""
         try:
-            self._value = Experiment.model_validate(read_json(self.path))
+            return Experiment.model_validate(read_json(self.path)) if self.path.exists() else None
         except (OSError, ValueError, ValidationError) as error:
-            stands = f"'{self._value.name}' goes on" if self._value else "there is no experiment"
-            log.warning("%s cannot be read, %s: %s", self.path, stands, str(error).replace("\n", " "))
+            reason = str(error).replace("\n", " ")
+            raise ServingError(f"{self.path} cannot be read: {reason}; remove it with `freshrank experiment stop`, or "
+                               "start the experiment again") from error  # fmt: skip
+
+    def _complain(self, problem: str) -> None:
+        stands = f"'{self._value.name}' goes on" if self._value else "there is no experiment"
+        if problem != self._complaint:
+            log.warning("%s; until then %s", problem, stands)
+        self._complaint = problem
 
     def write(self, experiment: Experiment) -> None:
         write_json(self.path, experiment.model_dump(mode="json"))

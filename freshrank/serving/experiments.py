@@ -7,8 +7,10 @@ from pydantic import ValidationError
 from freshrank.errors import ConfigError, ServingError
 from freshrank.serving.client import TritonClient
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
-from freshrank.serving.publish import verify
+from freshrank.serving.publish import verify, warm_up
 from freshrank.serving.repository import RANKER, ModelRepository
+from freshrank.serving.warm_up_requests import requests_from_nobody
+from freshrank.storage import read_json
 
 
 def planned(name: str, salt: str, challengers: list[str], shadows: list[str]) -> Experiment:
@@ -63,10 +65,13 @@ def start(server_url: str, repository: ModelRepository, experiment: Experiment) 
             raise ServingError("nothing is served yet; publish a bundle first")
         for version in experiment.versions:
             _require(version, served.version, repository.versions())
+        for shadow in experiment.shadows:
+            _require_same_features(repository, shadow.version, served.version)
         try:
             client.load(RANKER, repository.ranker_config_json({*repository.live(), *experiment.versions}))
             for version in experiment.versions:
                 verify(client, repository, version)
+                warm_up(client, repository, version, requests_from_nobody())
         except ServingError as error:
             with suppress(ServingError):
                 client.load(RANKER, repository.ranker_config_json(repository.live()))
@@ -97,3 +102,12 @@ def _require(version: int, served: int, installed: list[int]) -> None:
         raise ConfigError(f"experiment: version {version} serves already, it is the champion; name another one")
     if version not in installed:
         raise ConfigError(f"experiment: version {version} is not installed, expected one of {installed}")
+
+
+def _require_same_features(repository: ModelRepository, shadow: int, served: int) -> None:
+    schemas = [
+        read_json(repository.version_directory(version) / "encoder.json")["schema"] for version in (shadow, served)
+    ]
+    if schemas[0] != schemas[1]:
+        raise ConfigError(f"experiment: shadow version {shadow} reads other features than version {served}, which it is "
+                          "to shadow; make it a challenger")  # fmt: skip

@@ -321,6 +321,8 @@ class RankingService:
         try:
             return self._version(assignment.version or served), assignment
         except Exception as error:
+            if assignment.arm == CHAMPION:
+                raise
             self._watch.fell_back(assignment.version or served, error)
             return self._version(served), replace(assignment, arm=CHAMPION)
 
@@ -413,7 +415,8 @@ class RankingService:
     def _version(self, number: int) -> _Version:
         if number not in self._versions:
             encoder = Encoder.load(self._repository.version_directory(number))
-            live = self._repository.live()
+            experiment = self._experiment.read()
+            live = [*(self._pointer.live if self._pointer else []), *(experiment.versions if experiment else [])]
             spare = [each for each in self._versions if each not in live][:-KEPT_ENCODERS]
             self._versions = {n: version for n, version in self._versions.items() if n not in spare}
             self._versions[number] = _Version(number, encoder, self._features(encoder.schema))

@@ -9,6 +9,7 @@ The pointer is the only state: config.pbtxt is derived from it, so switching and
 """
 
 import fcntl
+import logging
 import os
 import py_compile
 import shutil
@@ -39,6 +40,8 @@ from freshrank.storage import atomic_directory, atomic_write, read_json, write_j
 RANKER = "ranker"
 RANKING = "ranking"
 TEMPLATES = PROJECT_ROOT / "triton_models"
+
+log = logging.getLogger(__name__)
 
 Platform = Literal["python", "onnxruntime"]
 
@@ -131,10 +134,21 @@ class ModelRepository:
         return Pointer.model_validate(read_json(self.pointer_path))
 
     def live(self) -> list[int]:
-        """Versions that stay loaded and installed: those of the pointer, and of the experiment that runs."""
-        pointer, experiment = self.served(), ExperimentFile(self.root).read()
+        """Versions that stay loaded and installed: those of the pointer, and of the experiment that runs.
+
+        ServingError where the experiment cannot be read: what it needs must not be unloaded or pruned meanwhile.
+        """
+        pointer, experiment = self.served(), ExperimentFile(self.root).read_anew()
         wanted = {*(pointer.live if pointer else []), *(experiment.versions if experiment else [])}
         return sorted(wanted & set(self.versions()))
+
+    def _loadable(self, pointer: Pointer) -> list[int]:
+        """As :meth:`live`; a server starts without an experiment that cannot be read rather than not at all."""
+        try:
+            return self.live()
+        except ServingError as error:
+            log.warning("%s", error)
+            return pointer.live
 
     def point_to(self, pointer: Pointer) -> list[str]:
         """Serve ``pointer.version`` from the next request on; return the models a server should have loaded."""
@@ -175,7 +189,7 @@ class ModelRepository:
                 f"{self.pointer_path} serves version {pointer.version}, but only {self.versions()} are installed "
                 f"in {self.models / RANKER}; restore it, or remove {self.pointer_path} and publish again"
             )
-        self._write_ranker_config(self.live())
+        self._write_ranker_config(self._loadable(pointer))
         return [RANKER, RANKING]
 
     def _write_ranker_config(self, versions: Collection[int]) -> None:

@@ -20,6 +20,7 @@ from freshrank.serving.client import Client, TritonClient
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
 from freshrank.serving.experiments import described, planned, start, stop
 from freshrank.serving.publish import rollback
+from freshrank.serving.repository import ModelRepository
 from freshrank.serving.request_log import inputs_of, read_log
 from freshrank.settings import settings
 
@@ -86,6 +87,8 @@ def test_a_file_that_cannot_be_read_leaves_the_last_experiment_in_force(
     for text in ('{"name": "ha', json.dumps(half().model_dump() | {"colour": "red"})):
         file.path.write_text(text)
         assert [file.read(), file.read()] == [half(), half()]
+        with pytest.raises(ServingError, match="experiment stop"):
+            ModelRepository(tmp_path).live()
     assert caplog.text.count("'half' goes on") == 2
     file.remove()
     assert file.read() is None
