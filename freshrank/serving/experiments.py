@@ -105,9 +105,10 @@ def _require(version: int, served: int, installed: list[int]) -> None:
 
 
 def _require_same_features(repository: ModelRepository, shadow: int, served: int) -> None:
-    schemas = [
-        read_json(repository.version_directory(version) / "encoder.json")["schema"] for version in (shadow, served)
-    ]
-    if schemas[0] != schemas[1]:
-        raise ConfigError(f"experiment: shadow version {shadow} reads other features than version {served}, which it is "
-                          "to shadow; make it a challenger")  # fmt: skip
+    if _schema(repository, shadow) != _schema(repository, served):
+        raise ConfigError(f"experiment: shadow version {shadow} reads other features than version {served}, which it "
+                          "is to shadow; make it a challenger")  # fmt: skip
+
+
+def _schema(repository: ModelRepository, version: int) -> object:
+    return read_json(repository.version_directory(version) / "encoder.json")["schema"]
