@@ -3,7 +3,6 @@
 Nice, not SCHED_IDLE: an unprivileged thread cannot come back from either, but a busy machine would starve the idle one.
 """
 
-import importlib
 import os
 import threading
 
@@ -15,16 +14,3 @@ def give_way() -> None:
     """Lower the priority of the calling thread and of those it starts, for good."""
     own = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, own, max(NICE, os.getpriority(os.PRIO_PROCESS, own)))
-
-
-def import_giving_way(*modules: str) -> None:
-    """Import ``modules`` in a thread that gives way; the caller and its later threads keep their priority."""
-    thread = threading.Thread(target=_import, args=(modules,))
-    thread.start()
-    thread.join()
-
-
-def _import(modules: tuple[str, ...]) -> None:
-    give_way()
-    for module in modules:
-        importlib.import_module(module)

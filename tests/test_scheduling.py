@@ -1,11 +1,11 @@
-"""Giving way: who loads or publishes lets requests go first, and nobody else is slowed for good."""
+"""Giving way: who publishes lets requests go first, and nobody else is slowed for good."""
 
 import os
 import subprocess
 import sys
 import threading
 
-from freshrank.scheduling import NICE, give_way, import_giving_way
+from freshrank.scheduling import NICE, give_way
 
 
 def nice() -> int:
@@ -34,12 +34,3 @@ def test_who_already_gives_way_more_goes_on_doing_so() -> None:
     """`nice -n 15 freshrank publish` stays at 15."""
     program = "import os; os.nice(15)\nfrom freshrank.scheduling import give_way\ngive_way(); print(os.nice(0))"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "15\n"
-
-
-def test_imports_give_way_and_their_importer_does_not() -> None:
-    """What is imported is there afterwards, and a failure shows where it is imported again."""
-    before = nice()
-    sys.modules.pop("colorsys", None)
-    import_giving_way("colorsys")
-    assert "colorsys" in sys.modules
-    assert nice() == before

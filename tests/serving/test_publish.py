@@ -43,7 +43,7 @@ def test_two_versions_answer_side_by_side(running: Served) -> None:
     assert running.server.status().models["ranker"] == [old.version, new.version]
 
 
-def test_a_version_gives_way_while_it_loads_and_not_once_it_answers(running: Served) -> None:
+def test_no_thread_of_a_version_that_answers_gives_way(running: Served) -> None:
     """Every thread of its process, those of its thread pool included, has the priority of the server."""
     version = running.publish(1.0).version
     running.ask(version)

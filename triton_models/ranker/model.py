@@ -4,21 +4,16 @@
 when the answer is not the golden one.
 """
 
-from freshrank.scheduling import import_giving_way
+import json
+import os
+from pathlib import Path
+from typing import Any
 
-# A version starts while another one answers. A failure shows at the import that follows.
-import_giving_way("onnxruntime", "freshrank.serving.bundle")
+import onnxruntime
+import triton_python_backend_utils as pb_utils
 
-import json  # noqa: E402
-import os  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import onnxruntime  # noqa: E402
-import triton_python_backend_utils as pb_utils  # noqa: E402
-
-from freshrank.serving.bundle import GoldenCase, difference, golden_cases, read_signature  # noqa: E402
-from freshrank.serving.tensors import to_array, to_tensor  # noqa: E402
+from freshrank.serving.bundle import GoldenCase, difference, golden_cases, read_signature
+from freshrank.serving.tensors import to_array, to_tensor
 
 TOLERANCE = 1e-5
 
