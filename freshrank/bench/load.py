@@ -30,6 +30,8 @@ from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
 SHARE_NEW = 0.05
+LEAD_IN_SECONDS = 0.5
+"""Before each slice, untimed: connections are made, and items are in memory as they are under steady load."""
 POOL = 64
 """Different requests per size and process; each caller starts somewhere else in them."""
 _OUTPUTS = [spec.name for spec in OUTPUTS]
@@ -56,6 +58,8 @@ class Slice:
     """Some seconds of one system at one size and concurrency, as one process saw them."""
 
     seconds: list[float]
+    took: float
+    """Seconds the slice lasted."""
     cpu: float
     """CPU seconds the calling process spent."""
     wrong: int
@@ -161,12 +165,17 @@ class Caller:
 
     def call(self, name: str, size: int, callers: int, seconds: float) -> Slice:
         """Closed loops of ``callers`` threads for about ``seconds``."""
-        stop, cpu = time.perf_counter() + seconds, time.process_time()
+        self._calls(name, size, callers, LEAD_IN_SECONDS)
+        started, cpu = time.perf_counter(), time.process_time()
+        times, wrong = self._calls(name, size, callers, seconds)
+        return Slice(times, time.perf_counter() - started, time.process_time() - cpu, wrong)
+
+    def _calls(self, name: str, size: int, callers: int, seconds: float) -> tuple[list[float], int]:
+        stop = time.perf_counter() + seconds
         with ThreadPoolExecutor(callers) as threads:
             loops = [threads.submit(self._loop, name, size, k * POOL // callers, stop) for k in range(callers)]
             found = [loop.result() for loop in loops]
-        times = [taken for part, _ in found for taken in part]
-        return Slice(times, time.process_time() - cpu, sum(wrong for _, wrong in found))
+        return [taken for part, _ in found for taken in part], sum(wrong for _, wrong in found)
 
     def _loop(self, name: str, size: int, number: int, stop: float) -> tuple[list[float], int]:
         taken, wrong = [], 0
@@ -237,7 +246,10 @@ class Callers:
             ours.send((name, size, share, seconds))
         found = [_received(ours) for ours, _ in busy]
         return Slice(
-            [t for part in found for t in part.seconds], sum(p.cpu for p in found), sum(p.wrong for p in found)
+            seconds=[taken for part in found for taken in part.seconds],
+            took=max(part.took for part in found),
+            cpu=sum(part.cpu for part in found),
+            wrong=sum(part.wrong for part in found),
         )
 
 

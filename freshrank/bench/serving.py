@@ -150,20 +150,17 @@ def _measured(callers: Callers, plan: Plan, console: Console) -> tuple[Rounds, i
     rounds: Rounds = {}
     wrong = 0
     work = [(system, *cell) for _ in range(plan.rounds) for cell in plan.cells() for system in SYSTEMS]
-    for system, size, count in dict.fromkeys(work):
-        callers.call(system, size, count, min(1.0, plan.seconds))  # connections, memories of items, thread pools
+    for system in SYSTEMS:
+        callers.call(system, plan.size, max(plan.callers), min(1.0, plan.seconds))  # thread pools
     for key in track(work, "serving", console=console, disable=not console.is_terminal):
-        system, size, count = key
-        started = time.perf_counter()
-        part = callers.call(system, size, count, plan.seconds)
-        took = time.perf_counter() - started
+        part = callers.call(*key, plan.seconds)
         wrong += part.wrong
-        rounds.setdefault(key, []).append(_round(part, took))
+        rounds.setdefault(key, []).append(_round(part))
     return rounds, wrong
 
 
-def _round(part: Slice, took: float) -> Round:
-    count = len(part.seconds)
+def _round(part: Slice) -> Round:
+    count, took = len(part.seconds), part.took
     p50, p99 = np.percentile(np.array(part.seconds) * 1e3, [50, 99]).tolist()
     return Round(requests=count, p50_ms=p50, p99_ms=p99, per_second=count / took, caller_cores=part.cpu / took)
 

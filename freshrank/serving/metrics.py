@@ -17,6 +17,8 @@ from freshrank.serving.ranked import Ranked
 
 DEFAULTS_EVERY = 8
 """Defaults are counted in one answered request of so many, and weighed accordingly."""
+KEPT_VERSIONS = 8
+"""Counters of earlier versions are dropped."""
 KINDS = ("warm", "cold", "unknown")
 
 
@@ -88,6 +90,9 @@ class RankingMetrics:
     def answered(self, ranked: Ranked, encoder: Encoder) -> None:
         """A request that was, by a version with ``encoder``."""
         version = int(ranked.answer["model_version"][0])
+        if version not in self._counted:
+            self._counted[version] = counted(encoder)
+            self._retire(list(self._counted)[:-KEPT_VERSIONS])
         outcome = "degraded" if ranked.answer["degraded"][0] else "ok"
         self.add("requests_total", 1, outcome=outcome, version=version)
         if ranked.experiment:
@@ -96,6 +101,13 @@ class RankingMetrics:
         self._answered[version] += 1
         if self._answered[version] % DEFAULTS_EVERY == 1:
             self._defaults(version, ranked, encoder)
+
+    def _retire(self, versions: list[int]) -> None:
+        """Drop the counters of versions that answered long ago: a new one comes every day."""
+        gone = {("version", str(version)) for version in versions}
+        self._metrics = {key: metric for key, metric in self._metrics.items() if gone.isdisjoint(key[1])}
+        for version in versions:
+            del self._counted[version], self._answered[version]
 
     def _candidates(self, version: int, ranked: Ranked, actions: list[str]) -> None:
         kinds = np.where(ranked.answer["known"], ranked.answer["cold"].astype(np.int64), 2)
@@ -108,8 +120,6 @@ class RankingMetrics:
                     self.add("probability_sum", total, action=action, kind=kind, version=version)
 
     def _defaults(self, version: int, ranked: Ranked, encoder: Encoder) -> None:
-        if version not in self._counted:
-            self._counted = {version: counted(encoder), **dict(list(self._counted.items())[-7:])}
         for each in self._counted[version]:
             block = ranked.inputs[each.block]
             missing = np.isnan(block) if block.dtype.kind == "f" else block == MISSING

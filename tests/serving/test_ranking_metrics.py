@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,17 @@ def test_defaults_are_counted_per_feature_and_weighed_for_what_is_skipped(world:
     labels: dict[str, Any] = {"feature": "category", "version": int(ranked.answer["model_version"][0])}
     assert families.value("values_total", **labels) == 3 * DEFAULTS_EVERY
     assert families.value("defaults_total", **labels) == 1 * DEFAULTS_EVERY
+
+
+def test_counters_of_versions_that_answered_long_ago_are_dropped(world: RankingWorld, ranked: Ranked) -> None:
+    """Of twelve daily versions the last eight are still counted, so a server that runs for months does not grow."""
+    families = Families()
+    metrics, encoder = RankingMetrics(families), world.served_ranker().encoder
+    for version in range(1, 13):
+        daily = replace(ranked, answer=ranked.answer | {"model_version": np.array([version])})
+        metrics.answered(daily, encoder)
+    kept = {dict(labels)["version"] for _, labels in metrics._metrics}
+    assert kept == {str(version) for version in range(5, 13)}
 
 
 def test_counting_is_cheap_beside_the_ranking(world: RankingWorld, ranked: Ranked) -> None:
