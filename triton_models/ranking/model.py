@@ -18,6 +18,7 @@ from freshrank.serving.metrics import RankingMetrics
 from freshrank.serving.protocol import INPUTS, OUTPUTS
 from freshrank.serving.ranked import Ranked
 from freshrank.serving.ranking import BadRequest, NothingPublished, RankingService, Watch
+from freshrank.serving.recorder import Recorder
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.serving.request_log import RequestLog
 from freshrank.serving.tensors import to_array, to_tensor
@@ -37,6 +38,7 @@ class TritonPythonModel:
         refuse_wrong_conversions()
         self.metrics = RankingMetrics(_counters)
         repository = ModelRepository(Path(parameters["repository"]["string_value"]))
+        self.recorder = Recorder(repository.root)
         self.log = _request_log(parameters["project"]["string_value"])
         self.service = RankingService(repository, settings().home, call_ranker, Counted(self.metrics))
         self.service.warm_up()
@@ -44,6 +46,10 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         given = [_given(request) for request in requests]
         found = self.service.rank(given, [request.request_id() for request in requests])
+        for request, each in zip(given, found, strict=True):
+            # What a publication itself asks names its version.
+            if isinstance(each, Ranked) and "version" not in request:
+                self.recorder.offer(request)
         return [self._respond(each) for each in found]
 
     def finalize(self) -> None:
