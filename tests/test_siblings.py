@@ -27,8 +27,8 @@ from freshrank.frames import load_frame, serving_frame
 from freshrank.history import build_history, compute_history, snapshot_path
 from freshrank.judged import lacking_inputs
 from freshrank.models.ranker import Ranker, count_parameters
-from freshrank.schema import Entity, Group, HistoryConfig, Schema, sibling_names
-from freshrank.serving.ranking import OnlineReader, Query
+from freshrank.schema import Entity, Group, HistoryConfig, Kind, Schema, sibling_names
+from freshrank.serving.ranking import Batch, Query, online_features
 from freshrank.training import TensorFrame, Trained, model_schema, predict, train_ranker
 from freshrank.transforms import absent_of, drop_history
 from freshrank.workspace import Workspace
@@ -371,24 +371,33 @@ def test_a_bundle_with_or_without_siblings_is_served_from_a_store_that_has_them(
     encoder = Encoder.fit(frame, model_schema(dataset.schema, techniques), 1)
     for row in frame.rows.to_dicts():
         single = type(frame)(frame.users, frame.items, frame.rows.filter(pl.col("request_id") == row["request_id"]))
-        reader = OnlineReader(encoder.schema, workspace.feast.parents[1], seconds=30)
-        context = {"surface": np.array([row["surface"]])}
-        query = Query(row["user_id"], np.array([row["item_id"]]), row["event_timestamp"], context)
-        served, _, known = reader.read(query.user_id, query.item_ids.tolist()).inputs(query, encoder)
+        batch = Batch([Query(row["user_id"], np.array([row["item_id"]]), at_us(row), {"surface": row["surface"]})])
+        known = online_features(encoder.schema, workspace).read(batch.user_ids, batch.item_ids, batch.lookups)
+        served, _ = batch.blocks(known, encoder)
         expected = encoder.inputs(single, Catalog.build(items, encoder))
-        assert known.all()
+        assert known.problem is None
+        assert known.items.known.all()
         for name in ("item_numeric", "item_categorical", "row_numeric"):
             assert np.array_equal(served[name], expected[name], equal_nan=True), name
 
 
 def test_without_the_siblings_it_needs_a_bundle_answers_with_what_is_missing(tmp_path: Path) -> None:
-    """They were taken out of schema.yaml: every feature reads as missing, as where any column it needs is gone."""
+    """They were taken out of schema.yaml: they read as missing, and everything else is there."""
     dataset, workspace = write_log(tmp_path / "data", LOG), Workspace.of("tiny_log", tmp_path / "home")
     build_history(dataset, workspace, [day(4)])
     store = FeatureStore(dataset, workspace)
     store.apply()
     store.materialize(day(4))
-    reader = OnlineReader(SCHEMA, tmp_path / "home", seconds=30)
-    with pytest.raises(Exception, match="sibling"):
-        reader.read(1, [1])
-    assert set(NAMES) < set(reader.nothing().items.columns)
+    nobody = np.zeros(0, np.int64)
+    known = online_features(SCHEMA, workspace).read(np.array([1]), np.array([1]), nobody)
+    plain = online_features(dataset.schema, workspace).read(np.array([1]), np.array([1]), nobody)
+    assert known.problem is None
+    for feature in SCHEMA.select(Entity.ITEM, Kind.NUMERIC):
+        value = known.items.columns.values(feature.name)
+        expected = feature.missing if feature.name in NAMES else plain.items.columns.values(feature.name)
+        np.testing.assert_equal(value, np.float32(expected))
+
+
+def at_us(row: dict[str, Any]) -> int:
+    """When an impression happened, in microseconds since 1970."""
+    return int(row["event_timestamp"].timestamp() * 1e6)
