@@ -30,7 +30,7 @@ from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
 SHARE_NEW = 0.05
-LEAD_IN_SECONDS = 0.5
+LEAD_IN_SECONDS = 1.0
 """Before each slice, untimed: connections are made, and items are in memory as they are under steady load."""
 POOL = 64
 """Different requests per size and process; each caller starts somewhere else in them."""
