@@ -19,7 +19,8 @@ Bool = npt.NDArray[np.bool_]
 Arrays = dict[str, npt.NDArray[Any]]
 _LISTS = (Kind.MULTI_VALUED, Kind.SEQUENCE)
 _MARKED = (Kind.CATEGORICAL, *_LISTS)
-_PRESENT = "present_"
+PRESENT = "present_"
+"""Before a kind: the name of the array that marks where its values are."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Columns:
             parts = [_READ[kind](table[feature.name], feature) for feature in features]
             arrays[kind] = np.concatenate([values for values, _ in parts], axis=1)
             if kind in _MARKED:
-                arrays[_PRESENT + kind] = np.concatenate([present for _, present in parts], axis=1)
+                arrays[PRESENT + kind] = np.concatenate([present for _, present in parts], axis=1)
         return cls(layout, arrays)
 
     @classmethod
@@ -89,14 +90,14 @@ class Columns:
     def present(self, name: str) -> Bool:
         """Where :meth:`values` holds a value; categorical, multi-valued and sequences only."""
         kind, place = self.layout.places[name]
-        return _squeezed(self.arrays[_PRESENT + kind][:, place], kind)
+        return _squeezed(self.arrays[PRESENT + kind][:, place], kind)
 
     def put(self, name: str, rows: slice, value: Any) -> None:
         """Set ``rows`` of a feature of one column to a value, or to one per row."""
         kind, place = self.layout.places[name]
         self.arrays[kind][rows, place.start] = value
         if kind in _MARKED:
-            self.arrays[_PRESENT + kind][rows, place.start] = True
+            self.arrays[PRESENT + kind][rows, place.start] = True
 
     def take(self, rows: npt.NDArray[Any]) -> "Columns":
         return Columns(self.layout, {name: array[rows] for name, array in self.arrays.items()})
@@ -111,7 +112,7 @@ def _nothing(layout: Layout) -> Arrays:
     for kind, features in layout.kinds.items():
         columns = sum(map(width, features))
         if kind in _MARKED:
-            arrays |= {kind: np.zeros((1, columns), np.int64), _PRESENT + kind: np.zeros((1, columns), np.bool_)}
+            arrays |= {kind: np.zeros((1, columns), np.int64), PRESENT + kind: np.zeros((1, columns), np.bool_)}
         else:
             arrays[kind] = np.array([[f.missing for f in features for _ in range(width(f))]], np.float32)
     return arrays

@@ -239,19 +239,7 @@ def serving_frame(
     ``context`` gives the context columns (and ``query_item_id``) as arrays of length N; one that is not given is
     null. Unknown ids read as nulls and an unknown item as brand new (age 0).
     """
-    return assemble_request(
-        store.schema, store.online_users([user_id]), store.online_items(item_ids), event_timestamp, context
-    )
-
-
-def assemble_request(
-    schema: Schema,
-    user: pl.DataFrame,
-    items: pl.DataFrame,
-    event_timestamp: datetime,
-    context: Mapping[str, np.ndarray] | None = None,
-) -> Frame:
-    """:func:`serving_frame` from features already read: ``user`` of one row, ``items`` of N rows."""
+    schema, user, items = store.schema, store.online_users([user_id]), store.online_items(item_ids)
     at = pl.lit(event_timestamp, dtype=_UTC)
     request = items.select(
         at.alias(EVENT_TIMESTAMP),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from freshrank.bench.steady_load import received
 from freshrank.datasets.contract import Dataset
 from freshrank.encoding import Blocks
 from freshrank.export import OnnxRanker
@@ -229,7 +230,7 @@ class Callers:
         for process in self._processes:
             process.start()
         for ours, _ in self._pipes:
-            _received(ours)
+            received(ours)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,20 +245,13 @@ class Callers:
         busy = [(ours, share) for (ours, _), share in zip(self._pipes, shares, strict=True) if share]
         for ours, share in busy:
             ours.send((name, size, share, seconds))
-        found = [_received(ours) for ours, _ in busy]
+        found = [received(ours) for ours, _ in busy]
         return Slice(
             seconds=[taken for part in found for taken in part.seconds],
             took=max(part.took for part in found),
             cpu=sum(part.cpu for part in found),
             wrong=sum(part.wrong for part in found),
         )
-
-
-def _received(pipe: Connection) -> Any:
-    found = pipe.recv()
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def _serve(pipe: Connection, place: Place, sizes: list[int], seed: int) -> None:

@@ -84,7 +84,7 @@ def steady_load(target: Target) -> Iterator[Callable[[], pl.DataFrame]]:
     process = context.Process(target=_run, args=(theirs, target), daemon=True)
     process.start()
     try:
-        _received(ours)
+        received(ours)
         yield lambda: _stopped(ours)
     finally:
         process.kill()
@@ -94,14 +94,15 @@ def steady_load(target: Target) -> Iterator[Callable[[], pl.DataFrame]]:
 def _stopped(pipe: Connection) -> pl.DataFrame:
     pipe.send("stop")
     schema = {"due": pl.Float64, "latency": pl.Float64, "version": pl.Int64, "model": pl.String, "error": pl.String}
-    return pl.DataFrame(_received(pipe), schema=schema, orient="row").sort("due")
+    return pl.DataFrame(received(pipe), schema=schema, orient="row").sort("due")
 
 
-def _received(pipe: Connection) -> Any:
+def received(pipe: Connection) -> Any:
+    """What the asking process sends; its errors are raised here, its death is a FreshrankError."""
     try:
         found = pipe.recv()
     except EOFError:
-        raise FreshrankError("bench swap: the process that asks has died") from None
+        raise FreshrankError("bench: the process that asks has died") from None
     if isinstance(found, Exception):
         raise found
     return found

@@ -241,10 +241,19 @@ class Answer:
 class _Speaker:
     """What both clients share: the log's own ids, times and values on one side, tensors on the other."""
 
-    def __init__(self, schema: Schema, mappings: Path) -> None:
+    def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
+        """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
+        self.url = url
+        self.timeout = timeout
         self.schema = schema
         self._codes = Codes(mappings)
         self._is_own_server = False
+
+    @classmethod
+    def for_dataset(cls, data: Path) -> Self:
+        """For the imported dataset at ``data`` and the server that the settings name."""
+        dataset = Dataset.open(data)
+        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
 
     def _request(
         self,
@@ -265,15 +274,8 @@ class Client(_Speaker):
     """Ranks candidates for users of one dataset; close it, or use it in a ``with``."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
-        """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
-        super().__init__(schema, mappings)
+        super().__init__(url, schema, mappings, timeout)
         self._triton = TritonClient(url, timeout)
-
-    @classmethod
-    def for_dataset(cls, data: Path) -> Self:
-        """For the imported dataset at ``data`` and the server that the settings name."""
-        dataset = Dataset.open(data)
-        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
 
     def __enter__(self) -> Self:
         return self
@@ -337,17 +339,9 @@ class AsyncClient(_Speaker):
     """The asyncio twin of :class:`Client`, for services that hold many requests at once; ``async with``."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
-        super().__init__(schema, mappings)
-        self.url = url
-        self.timeout = timeout
+        super().__init__(url, schema, mappings, timeout)
         self._checking = asyncio.Lock()
         self._client = aio.InferenceServerClient(url, channel_args=_CHANNEL)
-
-    @classmethod
-    def for_dataset(cls, data: Path) -> Self:
-        """For the imported dataset at ``data`` and the server that the settings name."""
-        dataset = Dataset.open(data)
-        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
 
     async def __aenter__(self) -> Self:
         return self

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from freshrank.columns import Columns, Int, Layout
+from freshrank.columns import PRESENT, Columns, Int, Layout
 from freshrank.encoding import layouts
 from freshrank.feature_store import CREATED_AT_US, VIEWS, view_columns
 from freshrank.history import KEYS
 from freshrank.schema import Entity, Feature, Kind, Schema
-from freshrank.settings import Settings, settings
+from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
 Values = Sequence[bytes | None]
@@ -121,10 +121,10 @@ def _current(view: View, times: Sequence[float | None], values: list[Values], he
 def decoded(layout: Layout, values: Mapping[str, Values], count: int) -> Columns:
     """Stored bytes of ``count`` ids by feature as columns; a feature that is not there is missing."""
     columns = Columns.missing(layout, count)
-    for name, column in values.items():
-        kind, place = layout.places[name]
-        feature = next(f for f in layout.kinds[kind] if f.name == name)
-        _DECODE[kind](columns.arrays, place, feature, column)
+    for feature in layout.features:
+        if feature.name in values:
+            kind, place = layout.places[feature.name]
+            _DECODE[kind](columns.arrays, place, feature, values[feature.name])
     return columns
 
 
@@ -144,7 +144,7 @@ def _categories(arrays: dict[str, Any], place: slice, feature: Feature, column: 
     for row, value in enumerate(column):
         if value not in _NULLS:
             arrays[Kind.CATEGORICAL][row, place.start] = _integer(value)
-            arrays["present_categorical"][row, place.start] = True
+            arrays[PRESENT + Kind.CATEGORICAL][row, place.start] = True
 
 
 def _lists(arrays: dict[str, Any], place: slice, feature: Feature, column: Values) -> None:
@@ -154,7 +154,7 @@ def _lists(arrays: dict[str, Any], place: slice, feature: Feature, column: Value
             kept = numbers[: feature.dim] if feature.kind is Kind.MULTI_VALUED else numbers[-feature.dim :]
             filled = slice(place.start, place.start + len(kept))
             arrays[feature.kind][row, filled] = kept
-            arrays[f"present_{feature.kind}"][row, filled] = True
+            arrays[PRESENT + feature.kind][row, filled] = True
 
 
 def _vectors(arrays: dict[str, Any], place: slice, feature: Feature, column: Values) -> None:
@@ -206,6 +206,10 @@ def key_prefix(entity: Entity) -> bytes:
     return serialize_entity_key(key, entity_key_serialization_version=3)[:-8]
 
 
+def _entity_keys(prefix: bytes, ids: Int) -> list[bytes]:
+    return [prefix + number.tobytes() for number in ids.astype("<i8")]
+
+
 class RedisRows:
     """One HMGET per entity, all in one pipeline."""
 
@@ -225,8 +229,7 @@ class RedisRows:
         return {e: self._by_view(e, list(zip(*(next(replies) for _ in ids), strict=True))) for e, ids in wanted.items()}
 
     def keys(self, entity: Entity, ids: Int) -> list[bytes]:
-        prefix, project = self._prefixes[entity], self._project
-        return [prefix + number.tobytes() + project for number in ids.astype("<i8")]
+        return [key + self._project for key in _entity_keys(self._prefixes[entity], ids)]
 
     def fields(self, entity: Entity) -> list[bytes]:
         """Of the hash of one entity: per view its timestamp, then its columns."""
@@ -294,7 +297,7 @@ class SqliteRows:
             del self.__dict__["_connection"]
 
     def _view(self, entity: Entity, view: View, ids: Int) -> Read:
-        keys = [self._prefixes[entity] + number.tobytes() for number in ids.astype("<i8")]
+        keys = _entity_keys(self._prefixes[entity], ids)
         marks = ",".join("?" * len(keys))
         query = (f'SELECT entity_key, feature_name, value, event_ts FROM "{self._project}_{view.name}" '  # noqa: S608
                  f"WHERE entity_key IN ({marks}) ORDER BY entity_key")  # fmt: skip
@@ -310,9 +313,9 @@ def _local_seconds(stored: int) -> float:
     return datetime.fromtimestamp(stored).replace(tzinfo=UTC).timestamp()
 
 
-def online_rows(schema: Schema, workspace: Workspace, where: Settings | None = None) -> Rows:
+def online_rows(schema: Schema, workspace: Workspace) -> Rows:
     """The store that the settings name."""
-    where = where or settings()
+    where = settings()
     if where.online_store == "redis":
         return RedisRows(schema, where.redis_url.get_secret_value(), where.online_timeout_seconds)
     return SqliteRows(schema, workspace.feast / "online.db", where.online_timeout_seconds)

@@ -84,6 +84,11 @@ class Query:
             BadRequest: a tensor is missing, not known, or not what was expected.
         """
         check_tensors(request)
+        return cls.of(request, schema, request_id)
+
+    @classmethod
+    def of(cls, request: Tensors, schema: Schema, request_id: str = "") -> "Query":
+        """:meth:`parse` of tensors that :func:`check_tensors` has let through."""
         count = len(request["item_ids"])
         if not 1 <= count <= MAX_CANDIDATES:
             raise BadRequest(f"item_ids: received {count} candidates, expected 1 to {MAX_CANDIDATES}")
@@ -156,7 +161,7 @@ def _event_time(request: Tensors) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that one version answers together; ``starts`` [R + 1] are the bounds of their candidates."""
+    """Requests that one version answers together."""
 
     queries: Sequence[Query]
 
@@ -306,7 +311,7 @@ class RankingService:
             request = {name: _alone(name, value) for name, value in tensors.items()}
             check_tensors(request)
             version, assignment = self._chosen(request)
-            return _Assigned(version, Query.parse(request, version.encoder.schema, request_id), assignment)
+            return _Assigned(version, Query.of(request, version.encoder.schema, request_id), assignment)
         except Exception as error:
             return error
 

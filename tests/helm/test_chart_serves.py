@@ -1,7 +1,6 @@
 """The chart's Triton, started here: the real server with the very arguments and commands that the pod has."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from freshrank.bench.surroundings import free_ports
 from freshrank.errors import ServingError
 from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
-from freshrank.serving.server import Ports, TritonServer
+from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 from tests.helm.charts import container_of, init_container_of, is_ready, rendered
@@ -67,16 +67,6 @@ class Pod(TritonServer):
 
 def _name(argument: str) -> str:
     return argument.removeprefix("--").partition("=")[0]
-
-
-def free_ports() -> Ports:
-    sockets = [socket.socket() for _ in range(3)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    grpc, http, metrics = (each.getsockname()[1] for each in sockets)
-    for each in sockets:
-        each.close()
-    return Ports(grpc=grpc, http=http, metrics=metrics)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from ranking_world import RankingWorld, served_world
-from served import Served, free_ports
+from served import Served
 
+from freshrank.bench.surroundings import free_ports
 from freshrank.serving.repository import ModelRepository
 from freshrank.serving.server import TritonServer
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from served import free_ports
 
 from freshrank import steps
+from freshrank.bench.surroundings import free_ports
 from freshrank.config import CalibrationConfig, ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate

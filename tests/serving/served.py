@@ -1,6 +1,5 @@
 """A server under test, with the few things tests do to it."""
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import TritonClient
 from freshrank.serving.publish import publish
 from freshrank.serving.repository import ModelRepository, Pointer
-from freshrank.serving.server import Ports, TritonServer
+from freshrank.serving.server import TritonServer
 
 
 @dataclass
@@ -41,13 +40,3 @@ class Served:
     def ask(self, version: int, inputs: Tensors | None = None) -> Tensors:
         with TritonClient(self.url) as client:
             return client.infer("ranker", inputs or request(), OUTPUTS, version)
-
-
-def free_ports() -> Ports:
-    sockets = [socket.socket() for _ in range(3)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    grpc, http, metrics = (each.getsockname()[1] for each in sockets)
-    for each in sockets:
-        each.close()
-    return Ports(grpc=grpc, http=http, metrics=metrics)
