@@ -603,6 +603,31 @@ def bench_figures(
     out.print(f"{page}", soft_wrap=True)
 
 
+@bench.command("features")
+def bench_features(
+    millions: Annotated[str, typer.Option(help="Impressions of 28 days, in millions; 100 take some 20 GB of disk.")] = (
+        "1,10,100"
+    ),
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each step, in turn.")] = 3,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="What DuckDB may hold.")] = 5.0,
+    work: Annotated[
+        Path | None, typer.Option(help="Where the worlds are simulated. Default: bench_features in the workspace.")
+    ] = None,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/features.json"
+    ),
+) -> None:
+    """Features and training frame of one day, from 1 to 100 million impressions, beside plain DuckDB on the files."""
+    from freshrank.bench.features import Plan, features
+    from freshrank.settings import settings
+
+    plan = Plan(millions=tuple(float(n) for n in _numbers(millions)), rounds=rounds, memory_gib=memory_gib)
+    found = features(plan, work or settings().home / "bench_features", target, out)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+
+
 @bench.command("swap")
 def bench_swap(
     data: Data,

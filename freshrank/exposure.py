@@ -17,9 +17,9 @@ import polars as pl
 from freshrank import statistics
 from freshrank.calibration import Platt
 from freshrank.config import CalibrationConfig
+from freshrank.day_parts import DAY
 from freshrank.encoding import Catalog
 from freshrank.frames import EXPOSURES, ITEM_ROW, JUDGED_AGE, USER_ROW, Frame
-from freshrank.history import DAY
 from freshrank.schema import ITEM_AGE, ITEM_ID, Schema
 from freshrank.statistics import Bools, Floats, Ints
 from freshrank.training import TensorFrame, Trained, predict_encoded

@@ -20,7 +20,8 @@ import yaml
 
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
-from freshrank.history import CREATED, KEYS, require_history
+from freshrank.day_parts import KEYS
+from freshrank.history import CREATED, require_history
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Schema
 from freshrank.settings import settings
 from freshrank.storage import atomic_write

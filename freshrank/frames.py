@@ -14,12 +14,12 @@ import polars as pl
 
 from freshrank.clock import day_of
 from freshrank.datasets.contract import Dataset
+from freshrank.day_parts import DAY, KEYS, build_parts, part_path, stale_parts
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
-from freshrank.history import DAY, KEYS, history_fingerprint, require_history
+from freshrank.history import history_fingerprint, require_history
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
-    IN_HISTORY,
     ITEM_AGE,
     ITEM_ID,
     JUDGED_CREATED_AT,
@@ -75,14 +75,15 @@ def load_frame(
     wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
     missing = [day for day, path in wanted.items() if not path.exists()]
     if missing:
-        for day, frame in _build(dataset, workspace, missing).items():
-            _write(frame, wanted[day])
+        _write_missing(dataset, workspace, {day: wanted[day] for day in missing})
     return _only(_concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
 
 
 def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
     past = [seen for seen in dataset.days if seen <= day]
-    inputs = fingerprint({"version": CODE_VERSION, "log": dataset.fingerprint(past),
+    inputs = fingerprint({"version": CODE_VERSION, "log": dataset.log_fingerprint(past),
+                          "items": dataset.items_fingerprint(day),
+                          "users": dataset.manifest["files"]["users.parquet"]["sha256"],
                           "history": history_fingerprint(dataset, day)})  # fmt: skip
     return workspace.frames / f"{day.isoformat()}-{inputs}"
 
@@ -97,15 +98,21 @@ def _read(path: Path) -> Frame:
     return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in _TABLES))
 
 
-def _build(dataset: Dataset, workspace: Workspace, days: list[date]) -> dict[date, Frame]:
-    require_history(dataset, workspace, days)
-    log = dataset.impressions(days).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
+def _write_missing(dataset: Dataset, workspace: Workspace, wanted: dict[date, Path]) -> None:
+    require_history(dataset, workspace, list(wanted))
     store = FeatureStore(dataset, workspace)
     store.apply()
-    users = _entities(store, Entity.USER, log)
-    items = _entities(store, Entity.ITEM, log)
-    rows = _with_exposures(_with_ages(log, dataset.items()), dataset, days)
-    return {day: _assemble(users, items, rows, day, dataset.schema) for day in days}
+    exposures = Exposures(dataset, workspace)
+    for day, path in wanted.items():
+        _write(_build(store, exposures, day), path)
+
+
+def _build(store: FeatureStore, exposures: "Exposures", day: date) -> Frame:
+    dataset = store.dataset
+    log = dataset.impressions([day]).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
+    users, items = (_entities(store, entity, log) for entity in (Entity.USER, Entity.ITEM))
+    rows = exposures.count(_with_ages(log, dataset.items()), day)
+    return _assemble(users, items, rows, dataset.schema)
 
 
 def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
@@ -137,32 +144,34 @@ def _age(created_us: pl.Expr) -> pl.Expr:
     return age.clip(lower_bound=0).fill_null(0).cast(pl.Float32)
 
 
-def _with_exposures(rows: pl.DataFrame, dataset: Dataset, days: list[date]) -> pl.DataFrame:
-    past = [day for day in dataset.days if day < max(days)]
-    if not past:
-        return rows.with_columns(pl.lit(0, dtype=pl.Int64).alias(EXPOSURES))
-    per_day = (
-        dataset.impressions(past)
-        .filter(pl.col(USAGE).is_in([usage.value for usage in IN_HISTORY]))
-        .group_by(ITEM_ID, DAY)
-        .agg(pl.len().cast(pl.Int64).alias(EXPOSURES))
-        .sort(DAY)
-        .with_columns(pl.col(EXPOSURES).cum_sum().over(ITEM_ID, order_by=DAY))
-        .collect()
-    )
-    counted = rows.sort(DAY, maintain_order=True).join_asof(
-        per_day, on=DAY, by=ITEM_ID, strategy="backward", allow_exact_matches=False, check_sortedness=False
-    )
-    return counted.with_columns(pl.col(EXPOSURES).fill_null(0))
+class Exposures:
+    """Impressions of each item on all days before one, from the parts of these days; ask in ascending order."""
+
+    def __init__(self, dataset: Dataset, workspace: Workspace) -> None:
+        self._dataset = dataset
+        self._workspace = workspace
+        self._counted: list[date] = []
+        self._totals = pl.DataFrame(schema={ITEM_ID: pl.Int64(), EXPOSURES: pl.Int64()})
+
+    def count(self, rows: pl.DataFrame, day: date) -> pl.DataFrame:
+        """``rows`` of ``day`` with EXPOSURES (Int64)."""
+        new = [seen for seen in self._dataset.days if seen < day and seen not in self._counted]
+        list(build_parts(self._dataset, self._workspace, stale_parts(self._dataset, self._workspace, new)))
+        if new:
+            parts = [pl.read_parquet(part_path(self._workspace, seen, Entity.ITEM)) for seen in new]
+            shown = [part.select(ITEM_ID, pl.col("impressions").alias(EXPOSURES)) for part in parts]
+            self._totals = pl.concat([self._totals, *shown]).group_by(ITEM_ID).agg(pl.col(EXPOSURES).sum())
+            self._counted += new
+        return rows.join(self._totals, on=ITEM_ID, how="left", maintain_order="left").with_columns(
+            pl.col(EXPOSURES).fill_null(0)
+        )
 
 
-def _assemble(users: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame, day: date, schema: Schema) -> Frame:
-    today = pl.col(DAY) == day
-    users, items, rows = users.filter(today), items.filter(today), rows.filter(today).sort(_ORDER)
+def _assemble(users: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame, schema: Schema) -> Frame:
     for position, key, table in ((USER_ROW, USER_ID, users), (ITEM_ROW, ITEM_ID, items)):
         places = table.select(key).with_row_index(position)
         rows = rows.join(places, on=key, how="left", maintain_order="left")
-    return Frame(users, items, _cast(rows, _row_schema(schema)))
+    return Frame(users, items, _cast(rows.sort(_ORDER), _row_schema(schema)))
 
 
 def _cast(frame: pl.DataFrame, columns: dict[str, pl.DataType]) -> pl.DataFrame:

@@ -8,15 +8,15 @@ which ends the life of its previous row in the feature store.
 Where the schema declares siblings the item snapshot of day D also holds every item created before the end of D: an
 item born on D has no history yet, but siblings whose rates at the end of D-1 it is shown with.
 
-The log is aggregated once per entity and day; a window is a sum over those, found by an equality join with the
-small table of (day, snapshot, age). The expressions keep to what ibis offers on DuckDB and on Spark alike.
+A snapshot is summed from the parts of its days (:mod:`freshrank.day_parts`), the log itself is read once, day by day.
+The expressions keep to what ibis offers on DuckDB and on Spark alike.
 """
 
 from collections.abc import Iterator, Sequence
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -24,16 +24,30 @@ from rich.progress import Progress
 
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
+from freshrank.day_parts import (
+    CATEGORY,
+    DAY,
+    ENGAGED,
+    KEYS,
+    MASK,
+    SEQUENCE_ORDER,
+    affinity_part,
+    build_parts,
+    latest,
+    part_names,
+    part_path,
+    parts_fingerprint,
+    reach_days,
+    stale_parts,
+)
+from freshrank.engines import Engine, Table, open_engine
 from freshrank.errors import MissingArtifact
 from freshrank.schema import (
     CREATED_AT,
-    EVENT_TIMESTAMP,
-    IN_HISTORY,
     ITEM_ID,
     SEQUENCE_ACTIONS,
     SEQUENCE_ITEMS,
     SNAPSHOT,
-    USAGE,
     USER_ID,
     Entity,
     Group,
@@ -47,18 +61,10 @@ from freshrank.schema import (
 from freshrank.storage import atomic_write, fingerprint, read_json, write_json
 from freshrank.workspace import Workspace
 
-if TYPE_CHECKING:
-    from ibis.expr.types import Table
-else:
-    Table: TypeAlias = Any
-
 CODE_VERSION = 1
 """Raise it when the same log gives other numbers, so that stored snapshots are rebuilt."""
 CREATED = "created_timestamp"
-KEYS = {Entity.USER: USER_ID, Entity.ITEM: ITEM_ID}
-DAY = "day"
-_SNAPSHOT_DAY, _AGE = "snapshot_day", "age"
-_DAYS_PER_QUERY = 7  # bounds the memory of one query to a week of snapshots
+AGE, ITEMS, TODAY = "age", "items", "today"
 
 
 def history_schema(schema: Schema, entity: Entity) -> dict[str, pl.DataType]:
@@ -81,13 +87,16 @@ def snapshot_path(workspace: Workspace, entity: Entity, day: date) -> Path:
 
 def history_fingerprint(dataset: Dataset, day: date) -> str:
     """Changes when anything the snapshot of ``day`` depends on does."""
-    reach = dataset.schema.lookback_days + 1
-    seen = [day - timedelta(days=age) for age in range(1, reach + 1)]
-    return fingerprint({"version": CODE_VERSION, "inputs": dataset.fingerprint(seen)})
+    history = dataset.schema.history
+    parts = {seen.isoformat(): parts_fingerprint(dataset, seen) for seen in reach_days(dataset, day)}
+    columns = dict.fromkeys(column for entry in history.siblings for column in sibling_columns(entry))
+    born = dataset.items_fingerprint(day, tuple(columns)) if history.siblings else None
+    inputs = {"schema": dataset.schema.model_dump(mode="json"), "parts": parts, "born": born}
+    return fingerprint({"version": CODE_VERSION, "inputs": inputs})
 
 
 def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
-    """Write the snapshots of ``days`` that are missing or whose inputs have changed.
+    """Write the snapshots of ``days`` that are missing or whose inputs have changed, and the parts they lack.
 
     ``features/<entity>/date=YYYY-MM-DD/part-0.parquet``: ``<entity>_id``, ``snapshot_timestamp`` and
     ``created_timestamp`` (both the UTC instant at which the day begins), then the features in Schema order.
@@ -97,12 +106,19 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
     stale = [day for day, expected in wanted.items() if not _is_built(workspace, day, expected)]
     if stale:
         _remove_outgrown(workspace, dataset.schema)
+    parts = stale_parts(dataset, workspace, [seen for day in stale for seen in _read_days(dataset, day)])
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("history", total=len(stale))
-        for start in range(0, len(stale), _DAYS_PER_QUERY):
-            for day, frames in compute_history(dataset, stale[start : start + _DAYS_PER_QUERY]):
-                _write(workspace, day, frames, wanted[day])
-                progress.advance(task)
+        task = progress.add_task("history: days of the log", total=len(parts))
+        for _ in build_parts(dataset, workspace, parts):
+            progress.advance(task)
+        task = progress.add_task("history: snapshots", total=len(stale))
+        for _ in _build(dataset, workspace, {day: wanted[day] for day in stale}):
+            progress.advance(task)
+
+
+def _read_days(dataset: Dataset, day: date) -> list[date]:
+    # With nothing to read the oldest day gives the columns; its rows are of no window.
+    return reach_days(dataset, day) or dataset.days[:1]
 
 
 def _remove_outgrown(workspace: Workspace, schema: Schema) -> None:
@@ -125,33 +141,22 @@ def require_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]
         )
 
 
-def compute_history(dataset: Dataset, days: Sequence[date]) -> Iterator[tuple[date, dict[Entity, pl.DataFrame]]]:
-    """The snapshots of ``days`` (ascending), computed together in one query per entity."""
-    import ibis
-
-    connection = ibis.duckdb.connect()
-    try:
-        log = read_log(connection, dataset, days)
-        items = connection.read_parquet(dataset.path / "items.parquet")
-        tables = {
-            Entity.USER: user_snapshots(log, items, dataset.schema, days),
-            Entity.ITEM: item_snapshots(log, items, dataset.schema, days),
-        }
-        frames = {entity: pl.DataFrame(table.to_pyarrow()) for entity, table in tables.items()}
-    finally:
-        connection.disconnect()
-    for day in days:
-        yield day, {entity: _snapshot(frame, dataset.schema, entity, day) for entity, frame in frames.items()}
+def _build(dataset: Dataset, workspace: Workspace, wanted: dict[date, str]) -> Iterator[date]:
+    queries: dict[Entity, str] = {}
+    with open_engine() as engine:
+        for day, built in wanted.items():
+            views = day_views(engine, dataset, workspace, day)
+            queries = queries or {e: engine.compile(table) for e, table in snapshots(views, dataset.schema).items()}
+            _write(engine, workspace, day, queries)
+            write_json(_marker(workspace, day), built)
+            yield day
 
 
-def _snapshot(frame: pl.DataFrame, schema: Schema, entity: Entity, day: date) -> pl.DataFrame:
-    instant = pl.lit(midnight(day, schema.utc_offset_hours), dtype=pl.Datetime("us", "UTC"))
-    return (
-        frame.filter(pl.col(_SNAPSHOT_DAY) == day)
-        .with_columns(instant.alias(SNAPSHOT), instant.alias(CREATED))
-        .select(pl.col(name).cast(dtype) for name, dtype in history_schema(schema, entity).items())
-        .sort(KEYS[entity])
-    )
+def _write(engine: Engine, workspace: Workspace, day: date, queries: dict[Entity, str]) -> None:
+    _marker(workspace, day).unlink(missing_ok=True)
+    for entity, query in queries.items():
+        with atomic_write(snapshot_path(workspace, entity, day)) as temporary:
+            engine.write(query, temporary)
 
 
 def _marker(workspace: Workspace, day: date) -> Path:
@@ -163,65 +168,79 @@ def _is_built(workspace: Workspace, day: date, expected: str) -> bool:
     return all(file.exists() for file in files) and read_json(files[0]) == expected
 
 
-def _write(workspace: Workspace, day: date, frames: dict[Entity, pl.DataFrame], built: str) -> None:
-    _marker(workspace, day).unlink(missing_ok=True)
-    for entity, frame in frames.items():
-        with atomic_write(snapshot_path(workspace, entity, day)) as temporary:
-            frame.write_parquet(temporary)
-    write_json(_marker(workspace, day), built)
-
-
-def read_log(connection: Any, dataset: Dataset, days: Sequence[date]) -> Table:
-    """Impressions that may feed the snapshots of ``days``: keys, event_timestamp, ``day``, actions."""
-    import ibis
-
+def day_views(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:
+    """All that the snapshots of ``day`` are made of and that differs by day: by name, the parts with the ``age`` of
+    their rows, 1 for the day before; ``items``, those created before ``day`` ends; ``today``, one row."""
     schema = dataset.schema
-    first = min(days) - timedelta(days=schema.lookback_days + 1)
-    present = [day for day in dataset.days if first <= day < max(days)]
-    # With nothing to read the oldest partition gives the columns; its rows are of no window.
-    paths = [str(dataset.partition(day)) for day in present or dataset.days[:1]]
-    log = connection.read_parquet(paths, hive_partitioning=True)
-    log = log.filter(log[USAGE].isin([usage.value for usage in IN_HISTORY]))
-    kept = (USER_ID, ITEM_ID, EVENT_TIMESTAMP, *schema.actions)
-    return log.select(*kept, **{DAY: log["date"].cast(ibis.expr.datatypes.date)})
+    tables = read_parts(engine, dataset, workspace, day) | {
+        ITEMS: _born(engine.read([dataset.path / "items.parquet"]), schema, day),
+        TODAY: _today(midnight(day, schema.utc_offset_hours)),
+    }
+    return {name: engine.view(f"day_{name}", table) for name, table in tables.items()}
 
 
-def _windows(days: Sequence[date], reach: int) -> Table:
-    """(day, snapshot_day, age): which days, 1 .. ``reach`` days before it, may enter each snapshot."""
+def read_parts(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:
+    """What may enter the snapshot of ``day``, by part."""
+    days, reach = _read_days(dataset, day), dataset.schema.lookback_days + 1
+    tables = {name: engine.read([part_path(workspace, seen, name) for seen in days])
+              for name in part_names(dataset.schema)}  # fmt: skip
+    return {name: _aged(table, day, reach) for name, table in tables.items()}
+
+
+def _aged(table: Table, day: date, reach: int) -> Table:
     import ibis
 
-    rows = [(day - timedelta(days=age), day, age) for day in days for age in range(1, reach + 1)]
-    return ibis.memtable(rows, schema={DAY: "date", _SNAPSHOT_DAY: "date", _AGE: "int64"})
+    aged = table.mutate(**{AGE: ibis.literal(day).delta(table[DAY], unit="day").cast("int64")})
+    return aged.filter(aged[AGE].between(1, reach))
 
 
-def _daily(log: Table, keys: list[str], actions: list[str]) -> Table:
-    """Impressions, and per action the positive and the observed ones, per ``keys`` and day."""
-    sums = {"impressions": log.count()}
-    sums |= {f"positive_{action}": _positive(log, action).sum() for action in actions}
-    sums |= {f"observed_{action}": log[action].count() for action in actions}
-    return log.group_by(*keys, DAY).aggregate(**{name: value.cast("int64") for name, value in sums.items()})
+def _born(items: Table, schema: Schema, day: date) -> Table:
+    import ibis
+
+    end = ibis.literal(midnight(day + timedelta(days=1), schema.utc_offset_hours), type="timestamp('UTC')")
+    return items.filter(items[CREATED_AT] < end)
 
 
-def _positive(log: Table, action: str) -> Any:
-    return (log[action] == 1).fill_null(False).cast("int64")
+def _today(instant: datetime) -> Table:
+    import ibis
+
+    row = ibis.memtable([(0,)], schema={"one": "int64"})
+    return row.select(**{SNAPSHOT: ibis.literal(instant, type="timestamp('UTC')")})
 
 
-def item_snapshots(log: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
-    """Counters, rates and siblings' rates, one row per (item, snapshot day)."""
-    counters = _counters(log, Entity.ITEM, schema, days)
-    return _with_siblings(counters, items, schema, days) if schema.history.siblings else counters
+def snapshots(views: dict[str, Table], schema: Schema) -> dict[Entity, Table]:
+    """Both entities' snapshots, as they are written, from :func:`day_views`."""
+    tables = {Entity.USER: user_snapshot(views, schema), Entity.ITEM: item_snapshot(views, schema)}
+    return {entity: _written(table.cross_join(views[TODAY]), schema, entity) for entity, table in tables.items()}
 
 
-def user_snapshots(log: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
-    """Counters, rates, sequences and affinities, one row per (user, snapshot day)."""
-    parts = [_counters(log, Entity.USER, schema, days), _sequences(log, schema, days)]
-    parts += [_affinities(log, items, schema, column, days) for column in schema.history.affinity]
-    table = reduce(lambda left, right: left.left_join(right, [USER_ID, _SNAPSHOT_DAY], rname="{name}_right"), parts)
+def _written(table: Table, schema: Schema, entity: Entity) -> Table:
+    stamped = table.mutate(**{CREATED: table[SNAPSHOT]})
+    columns = {name: stamped[name].cast(_ibis_type(dtype)) for name, dtype in history_schema(schema, entity).items()}
+    return stamped.select(**columns).order_by(KEYS[entity])
+
+
+def _ibis_type(dtype: pl.DataType) -> str:
+    names = {pl.Int64(): "int64", pl.Float32(): "float32", pl.List(pl.Int64()): "array<int64>"}
+    return names.get(dtype, "timestamp('UTC', 6)")
+
+
+def item_snapshot(views: dict[str, Table], schema: Schema) -> Table:
+    """Counters, rates and siblings' rates, one row per item."""
+    counters = _counters(views, Entity.ITEM, schema)
+    return _with_siblings(counters, views[ITEMS], schema) if schema.history.siblings else counters
+
+
+def user_snapshot(views: dict[str, Table], schema: Schema) -> Table:
+    """Counters, rates, sequences and affinities, one row per user."""
+    tables = [_counters(views, Entity.USER, schema), _sequences(views[ENGAGED], schema)]
+    tables += [_affinities(views[affinity_part(column)], schema, column) for column in schema.history.affinity]
+    table = reduce(lambda left, right: left.left_join(right, USER_ID, rname="{name}_right"), tables)
     features = {
         name: _or_empty(table[name]) if kind is Kind.SEQUENCE else table[name]
         for name, kind in historical_kinds(schema, Entity.USER).items()
     }
-    return table.select(USER_ID, _SNAPSHOT_DAY, **features)
+    return table.select(USER_ID, **features)
 
 
 def _or_empty(column: Any) -> Any:
@@ -230,38 +249,34 @@ def _or_empty(column: Any) -> Any:
     return column.fill_null(ibis.literal([], type="array<int64>"))
 
 
-def _counters(log: Table, entity: Entity, schema: Schema, days: Sequence[date]) -> Table:
-    key, actions, windows = KEYS[entity], schema.actions, schema.history.windows
-    daily = _daily(log, [key], actions)
-    rows = daily.inner_join(_windows(days, schema.lookback_days + 1), DAY)
-    values = {}
-    for window in windows:
-        seen = rows[_AGE] <= window
+def _counters(views: dict[str, Table], entity: Entity, schema: Schema) -> Table:
+    rows, values = views[entity], {}
+    for window in schema.history.windows:
+        seen = rows[AGE] <= window
         values[f"{entity}_impressions_{window}d"] = _sum(rows.impressions, seen)
-        for action in actions:
+        for action in schema.actions:
             positives = _sum(rows[f"positive_{action}"], seen)
             observed = _sum(rows[f"observed_{action}"], seen)
             values[f"{entity}_{action}_{window}d"] = positives
             values[f"{entity}_{action}_rate_{window}d"] = positives.cast("float64") / observed.nullif(0)
             if window == schema.lookback_days:
                 values[f"observed_{action}"] = observed
-    return rows.group_by(key, _SNAPSHOT_DAY).aggregate(**values)
+    return rows.group_by(KEYS[entity]).aggregate(**values)
 
 
 def _sum(column: Any, where: Any) -> Any:
     return column.sum(where=where).fill_null(0).cast("int64")
 
 
-def _with_siblings(counters: Table, items: Table, schema: Schema, days: Sequence[date]) -> Table:
+def _with_siblings(counters: Table, items: Table, schema: Schema) -> Table:
     """Every item seen or born by then, with its counters and, per entry, the rates of its siblings in the lookback.
 
     Rate = (positives of the siblings + m g) / (observed of the siblings + m), the item itself left out of both sums
     and of g, the rate of all items: its own past never comes back to it through its siblings.
     """
-    keys = [ITEM_ID, _SNAPSHOT_DAY]
-    rows = counters.select(*keys).union(_born(items, schema, days), distinct=True)
-    for table, on in ((counters, keys), (_sibling_keys(items, schema), [ITEM_ID])):
-        rows = rows.left_join(table, on, rname="{name}_right").drop(*[f"{name}_right" for name in on])
+    rows = counters.select(ITEM_ID).union(items.select(ITEM_ID), distinct=True)
+    for table in (counters, _sibling_keys(items, schema)):
+        rows = rows.left_join(table, ITEM_ID, rname="{name}_right").drop(f"{ITEM_ID}_right")
     observed = [f"observed_{action}" for action in schema.actions]
     rows = rows.mutate(**{name: rows[name].fill_null(0) for name in (*_counts(schema), *observed)})
     features = {name: value for entry in schema.history.siblings for name, value in _siblings(rows, entry, schema)}
@@ -272,15 +287,6 @@ def _counts(schema: Schema) -> list[str]:
     """The item's own counters: 0 without history, where its rates are null."""
     features = schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
     return [f.name for f in features if f.group is Group.HISTORICAL and f.default is not None]
-
-
-def _born(items: Table, schema: Schema, days: Sequence[date]) -> Table:
-    """(item, snapshot day) of every item created before that day ends."""
-    import ibis
-
-    ends = [(day, midnight(day + timedelta(days=1), schema.utc_offset_hours)) for day in days]
-    table = ibis.memtable(ends, schema={_SNAPSHOT_DAY: "date", "day_end": "timestamp('UTC')"})
-    return items.inner_join(table, items[CREATED_AT] < table["day_end"]).select(ITEM_ID, _SNAPSHOT_DAY)
 
 
 def _sibling_keys(items: Table, schema: Schema) -> Table:
@@ -305,7 +311,7 @@ def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, An
     import ibis
 
     keys = [rows[f"key_{column}"] for column in sibling_columns(entry)]
-    alike, all_items = (ibis.window(group_by=group) for group in ([_SNAPSHOT_DAY, *keys], [_SNAPSHOT_DAY]))
+    alike, all_items = (ibis.window(group_by=group) for group in (keys, []))
     known = reduce(lambda one, other: one & other, [key.notnull() for key in keys])
     weight, span = schema.history.sibling_smoothing, schema.lookback_days
 
@@ -321,56 +327,33 @@ def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, An
         yield rate, ibis.ifelse(known, (others(positive, alike) + weight * average) / trials, None)
 
 
-def _sequences(log: Table, schema: Schema, days: Sequence[date]) -> Table:
-    """A user's engaged impressions are listed once; each snapshot takes a slice of that list."""
+def _sequences(engaged: Table, schema: Schema) -> Table:
     import ibis
 
-    mask = reduce(lambda left, right: left + right, [
-        _positive(log, action) * (1 << bit) for bit, action in enumerate(schema.actions)
-    ])  # fmt: skip
-    engaged = log.mutate(mask=mask).filter(lambda t: t.mask > 0)
-    event = ibis.struct({"at": engaged[EVENT_TIMESTAMP], "item": engaged[ITEM_ID], "mask": engaged.mask})
-    lists = engaged.group_by(USER_ID).aggregate(events=event.collect().sort())
-    lists = lists.select(USER_ID, items=lists.events.map(lambda e: e.item), masks=lists.events.map(lambda e: e.mask))
-    everything = schema.lookback_days + 1 + (max(days) - min(days)).days
-    daily = engaged.group_by(USER_ID, DAY).aggregate(engaged=engaged.count())
-    rows = daily.inner_join(_windows(days, everything), DAY)
-    bounds = rows.group_by(USER_ID, _SNAPSHOT_DAY).aggregate(
-        end=_sum(rows.engaged, rows[_AGE] > 0),
-        expired=_sum(rows.engaged, rows[_AGE] > schema.lookback_days),
-    )
-    table = bounds.inner_join(lists, USER_ID)
-    begin = ibis.greatest(table.expired, table.end - schema.history.sequence_length)
-    return table.select(
-        USER_ID,
-        _SNAPSHOT_DAY,
-        **{SEQUENCE_ITEMS: table["items"][begin : table.end], SEQUENCE_ACTIONS: table.masks[begin : table.end]},
-    )
+    recent = engaged.filter(engaged[AGE] <= schema.lookback_days)
+    last = latest(recent, schema.history.sequence_length)
+    event = ibis.struct({name: last[name] for name in SEQUENCE_ORDER[1:]})
+    lists = last.group_by(USER_ID).aggregate(events=event.collect().sort())
+    parts = {SEQUENCE_ITEMS: _part(lists.events, ITEM_ID), SEQUENCE_ACTIONS: _part(lists.events, MASK)}
+    return lists.select(USER_ID, **parts)
 
 
-def _affinities(log: Table, items: Table, schema: Schema, column: str, days: Sequence[date]) -> Table:
+def _affinities(daily: Table, schema: Schema, column: str) -> Table:
     """The categories of ``column`` a user saw most within the lookback, as parallel lists."""
     import ibis
 
-    several = schema.items[column].kind is Kind.MULTI_VALUED
-    categories = items.select(ITEM_ID, category=items[column][0] if several else items[column]).drop_null("category")
     counts = ["impressions", *(f"positive_{action}" for action in schema.actions)]
-    daily = _daily(log.inner_join(categories, ITEM_ID), [USER_ID, "category"], schema.actions)
-    rows = daily.inner_join(_windows(days, schema.lookback_days), DAY)
-    # Narrow integers: the ranking below sorts one row per (user, snapshot, category), its widest step.
-    totals = rows.group_by(USER_ID, _SNAPSHOT_DAY, "category").aggregate(
-        **{name: rows[name].sum().cast("int32") for name in counts}
-    )
-    per_user = ibis.window(
-        group_by=[USER_ID, _SNAPSHOT_DAY], order_by=[ibis.desc(totals.impressions), totals["category"]]
-    )
+    rows = daily.filter(daily[AGE] <= schema.lookback_days)
+    # Narrow integers: the ranking below sorts one row per (user, category), its widest step.
+    totals = rows.group_by(USER_ID, CATEGORY).aggregate(**{name: rows[name].sum().cast("int32") for name in counts})
+    per_user = ibis.window(group_by=USER_ID, order_by=[ibis.desc(totals.impressions), totals[CATEGORY]])
     top = totals.mutate(rank=ibis.row_number().over(per_user))
     top = top.filter(top["rank"] < schema.history.affinity_size)
-    entry = ibis.struct({name: top[name] for name in ("rank", "category", *counts)})
-    lists = top.group_by(USER_ID, _SNAPSHOT_DAY).aggregate(entries=entry.collect().sort())
+    entry = ibis.struct({name: top[name] for name in ("rank", CATEGORY, *counts)})
+    lists = top.group_by(USER_ID).aggregate(entries=entry.collect().sort())
     names = affinity_lists(column, schema.actions)
-    parts = {name: _part(lists.entries, field) for name, field in zip(names, ["category", *counts], strict=True)}
-    return lists.select(USER_ID, _SNAPSHOT_DAY, **parts)
+    parts = {name: _part(lists.entries, field) for name, field in zip(names, [CATEGORY, *counts], strict=True)}
+    return lists.select(USER_ID, **parts)
 
 
 def _part(entries: Any, field: str) -> Any:

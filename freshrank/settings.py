@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     """Processes of the model `ranking` per server; 0 is one per two cores."""
     request_log_share: Annotated[float, Field(ge=0, le=1)] = 0
     """Share of requests that the server keeps in `requests/` of the workspace, with what it answered and why."""
+    features_engine: Literal["duckdb", "spark"] = "duckdb"
+    """What turns the log into historical features; spark takes the session that is there, else a local one."""
+    features_memory_gib: Annotated[float, Field(ge=0)] = 0
+    """What DuckDB may hold in memory before it goes to disk; 0 leaves it at its own default, four fifths."""
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""

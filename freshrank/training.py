@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
+from freshrank.day_parts import DAY
 from freshrank.encoding import FIRST_KNOWN, NEW, Blocks, Catalog, Encoder
 from freshrank.errors import ConfigError, DataError
 from freshrank.frames import Frame
-from freshrank.history import DAY
 from freshrank.models.ranker import Ranker, Representation, count_parameters
 from freshrank.pretraining import pretrain_items
 from freshrank.schema import ITEM_AGE, ITEM_ID, Schema

@@ -15,10 +15,12 @@ from polars.testing import assert_frame_equal
 
 from freshrank import history
 from freshrank.datasets.contract import Dataset
+from freshrank.day_parts import build_parts, stale_parts
+from freshrank.engines import Engine
 from freshrank.errors import MissingArtifact
 from freshrank.schema import Entity, Kind
 from freshrank.workspace import Workspace
-from tests.tiny_log import FIRST, ITEMS, at, day, impression, log_schema, write_log
+from tests.tiny_log import FIRST, ITEMS, at, day, impression, log_schema, snapshots_of, write_log
 
 Log = list[dict[str, Any]]
 SCHEMA = log_schema()
@@ -27,7 +29,7 @@ SCHEMA = log_schema()
 def snapshot(tmp_path: Path, log: Log, number: int, entity: Entity) -> dict[int, dict[str, Any]]:
     """Rows of the snapshot of day ``number``, by id."""
     dataset = write_log(tmp_path / "data", log)
-    [(_, frames)] = history.compute_history(dataset, [day(number)])
+    frames = snapshots_of(dataset, [day(number)])[day(number)]
     return {row[history.KEYS[entity]]: row for row in frames[entity].to_dicts()}
 
 
@@ -160,7 +162,7 @@ def _affinity(rows: Log, column: str) -> dict[str, Any]:
 
 
 def assert_no_difference(dataset: Dataset, log: Log, days: list[date]) -> None:
-    for on, frames in history.compute_history(dataset, days):
+    for on, frames in snapshots_of(dataset, days).items():
         for entity, frame in frames.items():
             schema = history.history_schema(SCHEMA, entity)
             columns = [name for name in schema if not name.endswith("timestamp")]
@@ -190,16 +192,17 @@ def test_snapshots_agree_with_a_count_by_hand(log: Log, days: set[int]) -> None:
 
 
 def test_a_window_that_ends_one_day_too_late_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check above has teeth: the same expressions over days dated one earlier see the day itself, and fail."""
+    """The check above has teeth: the same expressions over parts dated one earlier see the day itself, and fail."""
     log = [impression(number, 1, 1, click=1, hour=hour) for number in range(5) for hour in range(number + 1)]
-    dataset, honest = write_log(tmp_path / "data", log), history.read_log
+    dataset, honest = write_log(tmp_path / "data", log), history.read_parts
     assert_no_difference(dataset, log, [day(3)])
 
-    def leaky(connection: Any, dataset: Dataset, days: list[date]) -> Any:
-        table = honest(connection, dataset, [*days, max(days) + timedelta(days=1)])
-        return table.mutate(day=(table.day - ibis.interval(days=1)).cast("date"))
+    def leaky(engine: Engine, dataset: Dataset, workspace: Workspace, on: date) -> dict[str, Any]:
+        list(build_parts(dataset, workspace, stale_parts(dataset, workspace, [on])))
+        tables = honest(engine, dataset, workspace, on + timedelta(days=1))
+        return {name: t.mutate(day=(t.day - ibis.interval(days=1)).cast("date")) for name, t in tables.items()}
 
-    monkeypatch.setattr(history, "read_log", leaky)
+    monkeypatch.setattr(history, "read_parts", leaky)
     with pytest.raises(AssertionError):
         assert_no_difference(dataset, log, [day(3)])
 
@@ -213,7 +216,9 @@ def built(tmp_path: Path) -> tuple[Dataset, Workspace]:
 
 
 def _files(workspace: Workspace) -> dict[Path, tuple[int, bytes]]:
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in workspace.features.rglob("*.parquet")}
+    """Of the snapshots."""
+    paths = [path for entity in history.KEYS for path in (workspace.features / entity).rglob("*.parquet")]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def test_files_hold_key_timestamps_and_features_in_schema_order(built: tuple[Dataset, Workspace]) -> None:

@@ -24,7 +24,7 @@ from freshrank.errors import ConfigError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.feature_store import FeatureStore
 from freshrank.frames import load_frame, serving_frame
-from freshrank.history import build_history, compute_history, snapshot_path
+from freshrank.history import build_history, snapshot_path
 from freshrank.judged import lacking_inputs
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.schema import Entity, Group, HistoryConfig, Kind, Schema, sibling_names
@@ -33,7 +33,7 @@ from freshrank.training import TensorFrame, Trained, model_schema, predict, trai
 from freshrank.transforms import absent_of, drop_history
 from freshrank.workspace import Workspace
 from tests.test_ranker import SMALL, TRAINING
-from tests.tiny_log import ITEMS, at, day, impression, log_schema, write_log
+from tests.tiny_log import ITEMS, at, day, impression, log_schema, snapshots_of, write_log
 from tests.worlds import random_frame, tiny_schema
 
 Log = list[dict[str, Any]]
@@ -56,7 +56,7 @@ def smoothed(smoothing: float) -> Schema:
 
 def snapshot(tmp_path: Path, log: Log, number: int, schema: Schema = SCHEMA) -> dict[int, dict[str, Any]]:
     """Item rows of the snapshot of day ``number``, by id."""
-    [(_, frames)] = compute_history(write_log(tmp_path / "data", log, schema), [day(number)])
+    frames = snapshots_of(write_log(tmp_path / "data", log, schema), [day(number)])[day(number)]
     return {row["item_id"]: row for row in frames[Entity.ITEM].to_dicts()}
 
 
@@ -172,7 +172,7 @@ def test_siblings_agree_with_a_count_by_hand(log: Log, days: set[int]) -> None:
     """Any log, any days computed together: every item that is born, every entry."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_log(Path(folder) / "data", log, SCHEMA)
-        for on, frames in compute_history(dataset, [day(number) for number in sorted(days)]):
+        for on, frames in snapshots_of(dataset, [day(number) for number in sorted(days)]).items():
             number = (on - day(0)).days
             for row in frames[Entity.ITEM].to_dicts():
                 expected = [value for entry in ENTRIES for value in naive(log, number, row["item_id"], entry)]
@@ -195,8 +195,7 @@ def test_siblings_leave_every_other_number_of_the_snapshots_alone(tmp_path: Path
     """Of what was seen, the counters; of users, everything."""
     log = [impression(0, 1, 1, 1), impression(1, 2, 3, 0), impression(2, 1, 2, None, 1)]
     plain, more = (
-        next(compute_history(write_log(tmp_path / "data", log, schema), [day(3)]))[1]
-        for schema in (log_schema(), SCHEMA)
+        snapshots_of(write_log(tmp_path / "data", log, schema), [day(3)])[day(3)] for schema in (log_schema(), SCHEMA)
     )
     assert_frame_equal(plain[Entity.USER], more[Entity.USER])
     seen = more[Entity.ITEM].join(plain[Entity.ITEM], on="item_id", how="semi").sort("item_id")

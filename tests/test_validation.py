@@ -11,7 +11,6 @@ import pytest
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import DataError, ValidationFailed
-from freshrank.history import compute_history
 from freshrank.schema import Entity, Group, Kind
 from freshrank.validation import (
     ExpectationResult,
@@ -21,6 +20,7 @@ from freshrank.validation import (
     validate_day,
     write_validation_page,
 )
+from tests.tiny_log import snapshots_of
 
 WORLD = WorldConfig(days=9, users=300, items_at_start=300, new_items_per_day=30, impressions_per_day=1_200)
 DAY = WORLD.last_day
@@ -285,7 +285,7 @@ def test_history_after_birth_or_empty_history_is_none(clean: Dataset, impression
 def test_a_snapshot_that_counts_its_own_day_is_caught(clean: Dataset) -> None:
     """The real snapshots pass; dated one day early they hold the day they stand for, and newborn items show it."""
     births = clean.items().select("item_id", "created_at")
-    snapshots = [frames[Entity.ITEM] for _, frames in compute_history(clean, [DAY, RUN_DATE])]
+    snapshots = [frames[Entity.ITEM] for frames in snapshots_of(clean, [DAY, RUN_DATE]).values()]
     history = pl.concat(snapshots).join(births, on="item_id")
     assert validate_day(clean, RUN_DATE, history).passed
     early = history.with_columns(pl.col("snapshot_timestamp") - timedelta(days=1))

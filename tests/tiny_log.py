@@ -1,5 +1,6 @@
 """A log small enough to count by hand, written as a dataset, for the tests of history, store and frames."""
 
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 import polars as pl
 
 from freshrank.datasets.contract import Dataset, write_dataset
-from freshrank.schema import HistoryConfig, Schema
+from freshrank.day_parts import KEYS
+from freshrank.history import build_history, snapshot_path
+from freshrank.schema import Entity, HistoryConfig, Schema
+from freshrank.workspace import Workspace
 
 FIRST = date(2024, 3, 1)
 OFFSET_HOURS = 2
@@ -82,3 +86,15 @@ def write_log(out: Path, impressions: Sequence[dict[str, Any]], schema: Schema |
     log = pl.DataFrame(list(impressions), schema_overrides={"event_timestamp": UTC_TIMESTAMP, **actions})
     log = log.with_row_index("request_id").cast({"request_id": pl.Int64})
     return write_dataset(out, schema or log_schema(), log, ITEMS, USERS, {"adapter": "test"})
+
+
+def snapshots_of(dataset: Dataset, days: Sequence[date]) -> dict[date, dict[Entity, pl.DataFrame]]:
+    """The snapshots of ``days`` as a workspace of their own holds them."""
+    with tempfile.TemporaryDirectory() as home:
+        workspace = Workspace.of(dataset.schema.name, Path(home))
+        build_history(dataset, workspace, days)
+        return {on: read_snapshots(workspace, on) for on in days}
+
+
+def read_snapshots(workspace: Workspace, on: date) -> dict[Entity, pl.DataFrame]:
+    return {e: pl.read_parquet(snapshot_path(workspace, e, on), hive_partitioning=False) for e in KEYS}

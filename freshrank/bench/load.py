@@ -20,9 +20,9 @@ from freshrank.datasets.contract import Dataset
 from freshrank.encoding import Blocks
 from freshrank.export import OnnxRanker
 from freshrank.schema import ITEM_ID, SEQUENCE_ITEMS, USER_ID, Entity
-from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import TritonClient, on_wire
 from freshrank.serving.feast_import import import_feast
+from freshrank.serving.golden import Tensors
 from freshrank.serving.online import RedisRows
 from freshrank.serving.protocol import OUTPUTS
 from freshrank.serving.ranking import Batch, Query, online_features

@@ -8,16 +8,19 @@ DIR/manifest.json                  per file and day: rows, sha256; source and pr
 """
 
 import errno
+import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime, timedelta
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from freshrank.clock import day_of, days
+from freshrank.clock import day_of, days, midnight
 from freshrank.datasets.mappings import Mappings, mapping_of
 from freshrank.datasets.tables import (
     IMPRESSION_KEY,
@@ -33,6 +36,7 @@ from freshrank.datasets.tables import (
 )
 from freshrank.errors import DataError
 from freshrank.schema import (
+    CREATED_AT,
     EVENT_TIMESTAMP,
     ITEM_ID,
     REQUEST_ID,
@@ -106,11 +110,40 @@ class Dataset:
         values = pl.read_parquet(self.path / MAPPINGS / f"{column}.parquet").sort("code")["value"]
         return fingerprint(values.head(rows).to_list())
 
-    def fingerprint(self, wanted: list[date] | tuple[date, ...]) -> str:
+    def rows(self, day: date) -> int:
+        """Impressions of ``day``."""
+        return int(self.manifest["days"][day.isoformat()]["rows"])
+
+    def log_fingerprint(self, wanted: Sequence[date]) -> str:
+        """Changes when the declared impressions or the log of any ``wanted`` day does."""
+        declared = {name: column.model_dump(mode="json") for name, column in self.schema.impressions.items()}
+        days = {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
+        offset = self.schema.utc_offset_hours
+        return fingerprint({"impressions": declared, "utc_offset_hours": offset, "days": days})
+
+    def items_fingerprint(self, day: date, columns: Sequence[str] | None = None) -> str:
+        """Changes when ``columns`` (default all) or the creation of any item created before the end of ``day`` does;
+        items that came later leave it as it is."""
+        sha256 = self.manifest["files"]["items.parquet"]["sha256"]
+        end = midnight(day + timedelta(days=1), self.schema.utc_offset_hours)
+        return _items_fingerprint(self.path, sha256, end, None if columns is None else tuple(dict.fromkeys(columns)))
+
+    def fingerprint(self, wanted: Sequence[date]) -> str:
         """Changes when the schema, items, users or the log of any ``wanted`` day changes."""
         files = self.manifest["files"]
         days = {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
         return fingerprint({"schema": self.schema.model_dump(mode="json"), "files": files, "days": days})
+
+
+@lru_cache(maxsize=4096)
+def _items_fingerprint(path: Path, sha256: str, end: datetime, columns: tuple[str, ...] | None) -> str:
+    """``sha256`` is that of the file: another one is not answered from memory."""
+    items = pl.scan_parquet(path / "items.parquet").filter(pl.col(CREATED_AT).cast(pl.Datetime("us", "UTC")) < end)
+    read = pl.all() if columns is None else pl.col(ITEM_ID, CREATED_AT, *columns)
+    known = items.select(read).sort(ITEM_ID).collect()
+    written = BytesIO()
+    known.rechunk().write_ipc(written, compat_level=pl.CompatLevel.oldest())
+    return hashlib.sha256(written.getvalue()).hexdigest()[:16]
 
 
 def _span(chosen: list[date] | tuple[date, ...] | None) -> str:

@@ -23,7 +23,7 @@ from freshrank.datasets.mappings import mapping_of
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
 from freshrank.serving import control
-from freshrank.serving.bundle import Tensors
+from freshrank.serving.golden import Tensors
 from freshrank.serving.protocol import OUTPUTS, context_columns
 from freshrank.serving.repository import RANKING, ModelRepository
 from freshrank.settings import settings

@@ -42,7 +42,7 @@ FAMILIES = {
     "candidates_total": "Ranked candidates by kind (warm, cold, unknown) and version",
     "probability_sum": "Sum of probabilities by action, kind and version; over candidates_total it is their mean, and "
                        "warm less cold is the gap",
-    "defaults_total": "Values of a feature that were missing, by feature and version; counted in one request of "
+    "defaults_total": "Values of a feature that were missing, by feature and arm; counted in one request of "
                       f"{DEFAULTS_EVERY} and weighed accordingly. Numeric features with a declared default are not "
                       "counted: a missing value and a value equal to it look alike",
     "values_total": "Values of a feature that were asked for, as defaults_total counts them",
@@ -100,7 +100,7 @@ class RankingMetrics:
         self._candidates(version, ranked, encoder.schema.actions)
         self._answered[version] += 1
         if self._answered[version] % DEFAULTS_EVERY == 1:
-            self._defaults(version, ranked, encoder)
+            self._defaults(version, ranked)
 
     def _retire(self, versions: list[int]) -> None:
         """Drop the counters of versions that answered long ago: a new one comes every day."""
@@ -119,14 +119,16 @@ class RankingMetrics:
                 for action, total in zip(actions, totals, strict=True):
                     self.add("probability_sum", total, action=action, kind=kind, version=version)
 
-    def _defaults(self, version: int, ranked: Ranked, encoder: Encoder) -> None:
+    def _defaults(self, version: int, ranked: Ranked) -> None:
+        # By arm, not by version: these are hundreds of counters, and Triton keeps something of each that ever was.
+        arm = int(ranked.answer["arm"][0])
         for each in self._counted[version]:
             block = ranked.inputs[each.block]
             missing = np.isnan(block) if block.dtype.kind == "f" else block == MISSING
             for feature, place in each.columns:
                 number = int(missing[:, place].all(axis=1).sum())
-                self.add("values_total", DEFAULTS_EVERY * len(block), feature=feature, version=version)
-                self.add("defaults_total", DEFAULTS_EVERY * number, feature=feature, version=version)
+                self.add("values_total", DEFAULTS_EVERY * len(block), feature=feature, arm=arm)
+                self.add("defaults_total", DEFAULTS_EVERY * number, feature=feature, arm=arm)
 
 
 def counted(encoder: Encoder) -> list[_Counted]:

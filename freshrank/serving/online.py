@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from freshrank.columns import PRESENT, Columns, Int, Layout
+from freshrank.day_parts import KEYS
 from freshrank.encoding import layouts
 from freshrank.feature_store import CREATED_AT_US, VIEWS, view_columns
-from freshrank.history import KEYS
 from freshrank.schema import Entity, Feature, Kind, Schema
 from freshrank.settings import settings
 from freshrank.workspace import Workspace

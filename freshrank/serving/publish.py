@@ -7,15 +7,17 @@ work.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from freshrank.errors import ServerUnreachable, ServingError
-from freshrank.serving.bundle import Tensors, check_bundle, difference, enlarged, golden_cases
+from freshrank.serving.bundle import check_bundle
 from freshrank.serving.client import TritonClient, off_wire, on_wire
+from freshrank.serving.golden import Tensors, difference, enlarged, golden_cases
 from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
 from freshrank.serving.warm_up_requests import requests_from_nobody, warm_up_requests
@@ -141,7 +143,8 @@ def verify(client: TritonClient, repository: ModelRepository, version: int, tole
     asked += [(f"golden case {number} enlarged to {size} candidates", larger) for size in RANKER_SIZES
               for number, case in enumerate(cases) if (larger := enlarged(case, size))]  # fmt: skip
     for name, case in asked:
-        answer = client.infer(RANKER, case.inputs, outputs, version)
+        with _leaving_room():
+            answer = client.infer(RANKER, case.inputs, outputs, version)
         problem = difference(case.outputs, answer, tolerance)
         if problem:
             raise ServingError(f"{name}: {problem}")
@@ -156,10 +159,19 @@ def warm_up(client: TritonClient, repository: ModelRepository, version: int, req
         return
     for request in requests:
         named = on_wire(request | {"version": np.array([version])})
-        answer = off_wire(client.infer(RANKING, named, ["probabilities", "score", "model_version"]))
+        with _leaving_room():
+            answer = off_wire(client.infer(RANKING, named, ["probabilities", "score", "model_version"]))
         problem = _defect(answer, version, len(request["item_ids"]))
         if problem:
             raise ServingError(f"{RANKING}, asked for {len(request['item_ids'])} candidates at this version, {problem}")
+
+
+@contextmanager
+def _leaving_room() -> Iterator[None]:
+    """Then wait for as long as it took: requests of clients, who may wait for this one, go before the next."""
+    began = time.perf_counter()
+    yield
+    time.sleep(time.perf_counter() - began)
 
 
 def _defect(answer: Tensors, version: int, candidates: int) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from freshrank.encoding import Blocks
-from freshrank.serving.bundle import Tensors
+from freshrank.serving.golden import Tensors
 
 
 @dataclass(frozen=True)

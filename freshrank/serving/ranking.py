@@ -22,10 +22,11 @@ from freshrank.encoding import Blocks, Catalog, Encoder, Rows
 from freshrank.errors import ServingError
 from freshrank.feature_store import FeatureStore
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Kind, Schema
-from freshrank.serving.bundle import Tensors, TensorSpec
+from freshrank.serving.bundle import TensorSpec
 from freshrank.serving.experiment import CHAMPION, Assignment, ExperimentFile
 from freshrank.serving.feast_import import import_feast
 from freshrank.serving.features import Known, OnlineFeatures
+from freshrank.serving.golden import Tensors
 from freshrank.serving.online import Held, Online, online_rows
 from freshrank.serving.protocol import INPUTS, MAX_CANDIDATES, REQUIRED, context_columns
 from freshrank.serving.ranked import Ranked

@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from freshrank.serving.bundle import Tensors
+from freshrank.serving.golden import Tensors
 from freshrank.serving.protocol import REQUIRED
 from freshrank.serving.warm_up_requests import MOST_RECORDED, record
 

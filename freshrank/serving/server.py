@@ -31,6 +31,8 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 LOG_TAIL_LINES = 25
+STUB_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+"""No model multiplies matrices in numpy, whose idle pool would cost every load of a version time on all cores."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where Triton and its Python stubs meet
 
 
@@ -155,7 +157,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # The model `ranking` finds the online store there.
-                env=self._wheel.environment() | {"FRESHRANK_HOME": str(settings().home)},
+                env=self._wheel.environment() | STUB_ENVIRONMENT | {"FRESHRANK_HOME": str(settings().home)},
                 start_new_session=True,
             )
         write_json(self.pid_path, _Record(pid=process.pid, ports=self.ports).model_dump())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import Tensors
+from freshrank.serving.golden import Tensors
 from freshrank.serving.protocol import INPUTS, REQUIRED
 from freshrank.storage import read_json, write_json
 

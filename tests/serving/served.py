@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tiny_bundles import OUTPUTS, request, write_bundle
 
-from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import TritonClient
+from freshrank.serving.golden import Tensors
 from freshrank.serving.publish import publish
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.serving.server import TritonServer

@@ -178,7 +178,7 @@ def test_metrics_tell_versions_arms_kinds_and_defaults_apart(world: RankingWorld
         number = values[f'freshrank_ranking_candidates_total{{kind="warm",version="{version}"}}']
         total = values[f'freshrank_ranking_probability_sum{{action="click",kind="warm",version="{version}"}}']
         assert 0 < total / number < 1
-    asked = 'freshrank_ranking_values_total{feature="item_click_rate_28d",version="1"}'
+    asked = 'freshrank_ranking_values_total{arm="1",feature="item_click_rate_28d"}'
     missing = asked.replace("values_total", "defaults_total")
     assert 0 <= values[missing] < values[asked]
     assert any("stage_seconds_total" in name and 'stage="ranker"' in name for name in values)

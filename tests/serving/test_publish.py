@@ -13,8 +13,8 @@ from served import Served
 from tiny_bundles import OUTPUTS, SIGNATURE, expected, request
 
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import TritonClient
+from freshrank.serving.golden import Tensors
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.storage import read_json, write_json

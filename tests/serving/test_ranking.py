@@ -19,9 +19,9 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from freshrank.errors import ServingError
 from freshrank.frames import Frame
-from freshrank.serving.bundle import Tensors
 from freshrank.serving.client import Answer, Client, TritonClient, off_wire, on_wire
 from freshrank.serving.features import PAUSE_SECONDS
+from freshrank.serving.golden import Tensors
 from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.ranked import Ranked

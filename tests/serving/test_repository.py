@@ -9,7 +9,7 @@ from tiny_bundles import SIGNATURE, expected, request, write_bundle
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import GoldenCase, enlarged
+from freshrank.serving.golden import GoldenCase, enlarged
 from freshrank.serving.repository import ModelRepository, Platform, Pointer
 from freshrank.storage import write_json
 

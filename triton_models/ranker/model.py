@@ -12,7 +12,7 @@ from typing import Any
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-from freshrank.serving.bundle import GoldenCase, difference, golden_cases, read_signature
+from freshrank.serving.golden import GoldenCase, difference, golden_cases
 from freshrank.serving.tensors import to_array, to_tensor
 
 TOLERANCE = 1e-5
@@ -24,9 +24,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
-        signature = read_signature(directory)
-        self.inputs = [spec.name for spec in signature.inputs]
-        self.outputs = [spec.name for spec in signature.outputs]
+        # Written and checked by freshrank.serving.bundle, whose import would take the processor from requests.
+        signature = json.loads((directory / "signature.json").read_text())
+        self.inputs, self.outputs = ([spec["name"] for spec in signature[side]] for side in ("inputs", "outputs"))
         self.session = _session(directory / "ranker.onnx", int(parameters["threads"]["string_value"]))
         self._refuse_wrong_answers(golden_cases(directory)[0])
 

@@ -13,7 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import Tensors
+from freshrank.serving.golden import Tensors
 from freshrank.serving.metrics import RankingMetrics
 from freshrank.serving.protocol import INPUTS, OUTPUTS
 from freshrank.serving.ranked import Ranked
