@@ -1,5 +1,6 @@
 """Where the expressions of features run: DuckDB on one machine, Spark beyond it. Both get the same ibis expressions."""
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,10 @@ def _spark() -> Iterator[Spark]:
             "FRESHRANK_FEATURES_ENGINE: received spark, but pyspark is not installed; run "
             "`pip install 'freshrank[spark]'` (it needs Java 17), or choose duckdb"
         ) from None
-    session = SparkSession.builder.appName("freshrank").getOrCreate()
+    # Only a JVM that is started here listens there; name another address where executors must reach it.
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    builder = SparkSession.builder.appName("freshrank").config("spark.ui.enabled", "false")
+    session = SparkSession.getActiveSession() or builder.getOrCreate()
     for name, value in _SPARK.items():
         session.conf.set(name, value)
     yield Spark(session, ibis.pyspark.connect(session))

@@ -279,8 +279,20 @@ def _with_siblings(counters: Table, items: Table, schema: Schema) -> Table:
         rows = rows.left_join(table, ITEM_ID, rname="{name}_right").drop(f"{ITEM_ID}_right")
     observed = [f"observed_{action}" for action in schema.actions]
     rows = rows.mutate(**{name: rows[name].fill_null(0) for name in (*_counts(schema), *observed)})
+    rows = rows.cross_join(_everything(rows, schema))
     features = {name: value for entry in schema.history.siblings for name, value in _siblings(rows, entry, schema)}
     return rows.select(*counters.columns, **features)
+
+
+def _everything(rows: Table, schema: Schema) -> Table:
+    """One row of sums over all items: not as a window, for which Spark would move all items to one place."""
+    summed = [name for action in schema.actions for name in _trials(action, schema)]
+    return rows.aggregate(**{f"all_{name}": rows[name].sum() for name in summed})
+
+
+def _trials(action: str, schema: Schema) -> tuple[str, str]:
+    """Columns of an item's positive and observed labels within the lookback."""
+    return f"item_{action}_{schema.lookback_days}d", f"observed_{action}"
 
 
 def _counts(schema: Schema) -> list[str]:
@@ -311,20 +323,21 @@ def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, An
     import ibis
 
     keys = [rows[f"key_{column}"] for column in sibling_columns(entry)]
-    alike, all_items = (ibis.window(group_by=group) for group in (keys, []))
+    alike = ibis.window(group_by=keys)
     known = reduce(lambda one, other: one & other, [key.notnull() for key in keys])
-    weight, span = schema.history.sibling_smoothing, schema.lookback_days
+    weight = schema.history.sibling_smoothing
 
-    def others(name: str, group: Any) -> Any:
-        return rows[name].sum().over(group) - rows[name]
+    def siblings(name: str) -> Any:
+        return rows[name].sum().over(alike) - rows[name]
 
     impressions, *rates = sibling_names(entry, schema.actions)
-    yield impressions, ibis.ifelse(known, others(impressions_of(Entity.ITEM, span), alike), None)
+    yield impressions, ibis.ifelse(known, siblings(impressions_of(Entity.ITEM, schema.lookback_days)), None)
     for action, rate in zip(schema.actions, rates, strict=True):
-        positive, observed = f"item_{action}_{span}d", f"observed_{action}"
-        average = others(positive, all_items).cast("float64") / others(observed, all_items).nullif(0)
-        trials = (others(observed, alike) + weight).nullif(0)
-        yield rate, ibis.ifelse(known, (others(positive, alike) + weight * average) / trials, None)
+        positive, observed = _trials(action, schema)
+        others = [rows[f"all_{name}"] - rows[name] for name in (positive, observed)]
+        average = others[0].cast("float64") / others[1].nullif(0)
+        trials = (siblings(observed) + weight).nullif(0)
+        yield rate, ibis.ifelse(known, (siblings(positive) + weight * average) / trials, None)
 
 
 def _sequences(engaged: Table, schema: Schema) -> Table:

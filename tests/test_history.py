@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from freshrank import history
+from freshrank import day_parts, history
 from freshrank.datasets.contract import Dataset
 from freshrank.day_parts import build_parts, stale_parts
 from freshrank.engines import Engine
 from freshrank.errors import MissingArtifact
 from freshrank.schema import Entity, Kind
 from freshrank.workspace import Workspace
-from tests.tiny_log import FIRST, ITEMS, at, day, impression, log_schema, snapshots_of, write_log
+from tests.tiny_log import FIRST, ITEMS, at, day, impression, log_schema, read_snapshots, snapshots_of, write_log
 
 Log = list[dict[str, Any]]
 SCHEMA = log_schema()
@@ -260,3 +260,60 @@ def test_a_day_killed_halfway_is_rebuilt_to_the_same_bytes(built: tuple[Dataset,
 def test_the_first_day_of_a_log_has_an_empty_snapshot(tmp_path: Path) -> None:
     """Nothing came before it: no rows, all columns."""
     assert snapshot(tmp_path, [impression(0, 1, 1)], 0, Entity.USER) == {}
+
+
+def test_backfill_and_daily_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    """Seven days at once, or each when it has come, with the log and the items that there were then."""
+    log = [
+        impression(n, 1 + k % 3, 1 + (n + k) % 5, click=k % 2, save=(n + k) % 2, hour=k)
+        for n in range(7)
+        for k in (3, 9)
+    ]
+    days = [day(number) for number in range(1, 8)]
+    at_once, daily = (Workspace.of("tiny_log", tmp_path / name) for name in ("at_once", "daily"))
+    history.build_history(write_log(tmp_path / "whole", log), at_once, days)
+    for number in range(1, 8):
+        seen = [row for row in log if _day(row) < day(number)]
+        known = ITEMS.filter(pl.col("created_at") < at(number, 0))
+        history.build_history(write_log(tmp_path / "growing", seen, items=known), daily, [day(number)])
+    contents = [{path.relative_to(workspace.home): content for path, (_, content) in _files(workspace).items()}
+                for workspace in (at_once, daily)]  # fmt: skip
+    assert len(contents[0]) == 14
+    assert contents[0] == contents[1]
+
+
+def test_a_days_run_reads_no_log_but_that_days(built: tuple[Dataset, Workspace]) -> None:
+    """Without the files of the days before it, the next day's snapshot is written all the same."""
+    dataset, workspace = built
+    for number in (0, 1, 2):
+        dataset.partition(day(number)).unlink()
+    history.build_history(dataset, workspace, [day(4)])
+    assert read_snapshots(workspace, day(4))[Entity.ITEM]["item_impressions_3d"].to_list() == [3]
+
+
+def test_an_item_that_is_born_later_makes_no_past_day_stale(built: tuple[Dataset, Workspace], tmp_path: Path) -> None:
+    """Tomorrow's import brings new items: with another category for an old one the days that saw it are built anew."""
+    log = [impression(number, 1, 1, click=1) for number in range(6)]
+    newborn = ITEMS.tail(1).with_columns(
+        item_id=pl.lit(7, pl.Int64), created_at=pl.lit(at(9), ITEMS["created_at"].dtype)
+    )
+    grown = write_log(tmp_path / "grown", log, items=pl.concat([ITEMS, newborn]))
+    assert stale_parts(grown, built[1], [day(0), day(1), day(2)]) == []
+    moved = ITEMS.with_columns(pl.when(pl.col("item_id") == 1).then(99).otherwise("category").alias("category"))
+    changed = write_log(tmp_path / "moved", log, items=moved)
+    assert stale_parts(changed, built[1], [day(0), day(1), day(2)]) == [day(0), day(1), day(2)]
+
+
+def test_rows_that_come_late_are_counted_and_said(
+    built: tuple[Dataset, Workspace], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of day 1, then one more: three in all; the snapshot of the day after knows them."""
+    log = [impression(number, 1, 1, click=1) for number in range(6)]
+    for late in (2, 3):
+        more = [impression(1, 2, 2, hour=hour) for hour in range(late)]
+        history.build_history(write_log(tmp_path / "late", log + more), built[1], [day(2)])
+    found = day_parts.built(built[1], day(1))
+    assert found is not None
+    assert (found.rows, found.late) == (4, 3)
+    assert "2 rows of 2024-03-02 came late" in caplog.text
+    assert read_snapshots(built[1], day(2))[Entity.ITEM]["item_impressions_1d"].to_list() == [1, 3]

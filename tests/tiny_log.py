@@ -81,11 +81,13 @@ ITEMS = pl.DataFrame(
 USERS = pl.DataFrame({"user_id": [1, 2, 3, 4], "country": [5, None, 6, 5], "age": [0.0, 30.0, None, 41.5]})
 
 
-def write_log(out: Path, impressions: Sequence[dict[str, Any]], schema: Schema | None = None) -> Dataset:
+def write_log(
+    out: Path, impressions: Sequence[dict[str, Any]], schema: Schema | None = None, items: pl.DataFrame = ITEMS
+) -> Dataset:
     actions = {"click": pl.Int8, "save": pl.Int8}
     log = pl.DataFrame(list(impressions), schema_overrides={"event_timestamp": UTC_TIMESTAMP, **actions})
     log = log.with_row_index("request_id").cast({"request_id": pl.Int64})
-    return write_dataset(out, schema or log_schema(), log, ITEMS, USERS, {"adapter": "test"})
+    return write_dataset(out, schema or log_schema(), log, items, USERS, {"adapter": "test"})
 
 
 def snapshots_of(dataset: Dataset, days: Sequence[date]) -> dict[date, dict[Entity, pl.DataFrame]]:
