@@ -1,7 +1,7 @@
 """Feast, generated from the schema: one definition of every stored feature for training and for serving.
 
-Offline reads are point-in-time joins; online reads give the same columns and dtypes. What is not known is null,
-whatever the reason: unknown id, no snapshot, a value missing in the table.
+Offline reads are point-in-time joins that see a row from its ``created_timestamp`` on; online reads give the same
+columns and dtypes. What is not known is null, whatever the reason: unknown id, no snapshot, a value missing in the table.
 """
 
 import logging
@@ -252,7 +252,10 @@ class FeatureStore:
             return pl.DataFrame(schema=columns)
         keys = frame.select(KEYS[entity], EVENT_TIMESTAMP).with_row_index(_ROW).to_pandas()
         with self._session() as store:
-            job = store.get_historical_features(entity_df=keys, features=self._references(entity))
+            # Without it Feast reads a row from its event time on, however late it was written.
+            job = store.get_historical_features(
+                entity_df=keys, features=self._references(entity), filter_by_created_timestamp=True
+            )
             joined = pl.DataFrame(job.to_arrow())
         # DuckDB returns the rows in any order.
         return joined.sort(_ROW).select(pl.col(name).cast(dtype) for name, dtype in columns.items())
