@@ -16,6 +16,8 @@ from freshrank.clock import day_of
 from freshrank.datasets.contract import Dataset
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
 from freshrank.history import DAY, KEYS, history_fingerprint, require_history
+from freshrank.hourly import CODE_VERSION as HOURLY_VERSION
+from freshrank.hourly import COUNTED, require_hourly, with_counted_hour
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -53,7 +55,8 @@ class Frame:
     users: pl.DataFrame
     """One row per (user, day): user_id, day, stored user features in Schema order."""
     items: pl.DataFrame
-    """One row per (item, day): item_id, day, stored item features in Schema order."""
+    """One row per (item, day), and where the schema has hourly counters per hour that they stand: item_id, day, stored
+    item features in Schema order."""
     rows: pl.DataFrame
     """One row per impression, by event_timestamp, user_id, item_id: ``user_row`` and ``item_row`` (UInt32 positions
     in the other two), the log's columns, ``item_age_days`` and ``judged_age_days`` (Float32, days since creation,
@@ -69,8 +72,9 @@ def load_frame(
     """The impressions of ``days`` whose usage is one of ``usages``, with their features.
 
     Rows of usage ``history`` are in no frame: they feed the snapshots only. The snapshots of ``days`` must have been
-    built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, so nothing that
-    happened later that day can reach a row. Days are cached on their own.
+    built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, an item with
+    hourly counters as of its first while they stand, so nothing that happened later can reach a row. Days are cached on
+    their own.
     """
     wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
     missing = [day for day, path in wanted.items() if not path.exists()]
@@ -82,8 +86,9 @@ def load_frame(
 
 def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
     past = [seen for seen in dataset.days if seen <= day]
+    hourly = {"hourly": HOURLY_VERSION} if dataset.schema.history.hourly else {}
     inputs = fingerprint({"version": CODE_VERSION, "log": dataset.fingerprint(past),
-                          "history": history_fingerprint(dataset, day)})  # fmt: skip
+                          "history": history_fingerprint(dataset, day)} | hourly)  # fmt: skip
     return workspace.frames / f"{day.isoformat()}-{inputs}"
 
 
@@ -99,7 +104,10 @@ def _read(path: Path) -> Frame:
 
 def _build(dataset: Dataset, workspace: Workspace, days: list[date]) -> dict[date, Frame]:
     require_history(dataset, workspace, days)
+    require_hourly(dataset, workspace, days)
     log = dataset.impressions(days).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
+    if dataset.schema.history.hourly:
+        log = with_counted_hour(log, dataset.items(), dataset.schema)
     store = FeatureStore(dataset, workspace)
     store.apply()
     users = _entities(store, Entity.USER, log)
@@ -110,9 +118,10 @@ def _build(dataset: Dataset, workspace: Workspace, days: list[date]) -> dict[dat
 
 def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
     key = KEYS[entity]
-    first = log.group_by(key, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key)
+    hour = [COUNTED] if entity is Entity.ITEM and COUNTED in log.columns else []
+    first = log.group_by(key, DAY, *hour).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key, *hour)
     read = store.offline_users(first) if entity is Entity.USER else store.offline_items(first)
-    return _with_day(read, first[DAY], store.schema, entity)
+    return _with_day(read, first[DAY], store.schema, entity).with_columns(first.select(hour))
 
 
 def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
@@ -160,9 +169,10 @@ def _assemble(users: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame, day:
     today = pl.col(DAY) == day
     users, items, rows = users.filter(today), items.filter(today), rows.filter(today).sort(_ORDER)
     for position, key, table in ((USER_ROW, USER_ID, users), (ITEM_ROW, ITEM_ID, items)):
-        places = table.select(key).with_row_index(position)
-        rows = rows.join(places, on=key, how="left", maintain_order="left")
-    return Frame(users, items, _cast(rows, _row_schema(schema)))
+        keys = [name for name in (key, COUNTED) if name in table.columns]
+        places = table.select(keys).with_row_index(position)
+        rows = rows.join(places, on=keys, how="left", nulls_equal=True, maintain_order="left")
+    return Frame(users, items.drop(COUNTED, strict=False), _cast(rows, _row_schema(schema)))
 
 
 def _cast(frame: pl.DataFrame, columns: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -239,7 +249,8 @@ def serving_frame(
     ``context`` gives the context columns (and ``query_item_id``) as arrays of length N; one that is not given is
     null. Unknown ids read as nulls and an unknown item as brand new (age 0).
     """
-    schema, user, items = store.schema, store.online_users([user_id]), store.online_items(item_ids)
+    schema, user = store.schema, store.online_users([user_id])
+    items = store.online_items(item_ids, event_timestamp)
     at = pl.lit(event_timestamp, dtype=_UTC)
     request = items.select(
         at.alias(EVENT_TIMESTAMP),
