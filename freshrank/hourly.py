@@ -234,8 +234,8 @@ def require_log(dataset: Dataset, hour: datetime) -> None:
     newest = dataset.impressions(recent).select(pl.col(EVENT_TIMESTAMP).max()).collect().item() if recent else None
     if newest is None or newest < hour - HOUR:
         held = newest or f"the day {dataset.days[-1]}"
-        raise DataError(f"hourly counters of {hour}: the log in {dataset.path} ends at {held}, expected impressions of "
-                        f"the hour from {hour - HOUR} on; import it and push again")  # fmt: skip
+        raise DataError(f"the log in {dataset.path} ends at {held}, expected impressions of {hour - HOUR} or later; "
+                        f"import the log up to {hour} and try again")  # fmt: skip
 
 
 def stand(counted_us: Int, at_us: Int, schema: Schema) -> np.ndarray:

@@ -125,14 +125,12 @@ def materialize(data: FreshrankPath, run_date: str) -> None:
     store.materialize(run.date)
 
 
-def push_hourly(data: FreshrankPath, at: datetime) -> tuple[datetime, int]:
-    """Push the hourly counters that stand at ``at``: of which hour they are, and of how many items."""
+def push_hourly(data: FreshrankPath, hour: datetime) -> int:
+    """Push the counters of ``hour`` (a full hour, UTC) into the online store; of how many items."""
     from freshrank.feature_store import FeatureStore
-    from freshrank.hourly import standing_hour
 
-    run = Run(data, at.date().isoformat())
-    hour = standing_hour(at, run.dataset.schema)
-    return hour, FeatureStore(run.dataset, run.workspace).push_hourly(hour)
+    run = Run(data, hour.date().isoformat())
+    return FeatureStore(run.dataset, run.workspace).push_hourly(hour)
 
 
 def train(
@@ -154,7 +152,8 @@ def train(
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
     code = _code(columns, encoding, frames, history, hourly, training_module, transforms, inputs, ranker, aldi,
-                 feature_dropout, history_masking, mixup, residual, score_reg, meta_embedding, pretraining, objectives)  # fmt: skip
+                 feature_dropout, history_masking, mixup, residual, score_reg, meta_embedding, pretraining,
+                 objectives)  # fmt: skip
     key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
     def compute(directory: Path) -> None:

@@ -114,9 +114,7 @@ moments = st.tuples(st.integers(1, 7), st.integers(-1, LAST), st.sampled_from([0
 
 @hypothesis_settings(max_examples=10, deadline=None)
 @given(rows=st.lists(moments, min_size=1, max_size=25))
-def test_offline_reads_equal_merge_asof_row_for_row(
-    applied: FeatureStore, rows: list[tuple[int, int, float]]
-) -> None:
+def test_offline_reads_equal_merge_asof_row_for_row(applied: FeatureStore, rows: list[tuple[int, int, float]]) -> None:
     """Any ids, known or not, at any instants, repeated or not: same values, same number of rows, same order."""
     users, items = keys("user_id", rows), keys("item_id", rows)
     assert_frame_equal(applied.offline_users(users), expected(applied, Entity.USER, users))
