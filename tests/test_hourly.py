@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
 from freshrank import hourly
+from freshrank.cli import app
+from freshrank.clock import parse_instant
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import ConfigError, DataError, MissingArtifact
 from freshrank.feature_store import FeatureStore, model_service
@@ -18,6 +21,7 @@ from freshrank.frames import Frame, load_frame, serving_frame
 from freshrank.history import CREATED, build_history
 from freshrank.hourly import HOUR, build_hourly, hour_counters, standing_hour
 from freshrank.schema import HistoryConfig, Schema, hourly_names
+from freshrank.settings import settings
 from freshrank.workspace import Workspace
 from tests.tiny_log import ITEMS, at, day, impression, log_schema, write_log
 
@@ -297,3 +301,29 @@ def test_a_version_has_a_service_of_what_it_reads(tmp_path: Path) -> None:
 def features_of(store: FeatureStore, service: str) -> set[str]:
     views = store._feast.get_feature_service(service).feature_view_projections
     return {feature.name for view in views for feature in view.features}
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_the_commands_push_and_show_what_stands_at_a_time(
+    morning: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`features push --at` pushes the hour that stands then; `features get --at` shows it as long as it does."""
+    monkeypatch.setenv("FRESHRANK_HOME", str(morning.workspace.home))
+    settings.cache_clear()
+    data, moment = ["--data", str(morning.dataset.path)], ["--at", at(3, 9.5).isoformat()]
+    shown = ["features", "get", *data, "--item", str(NEW)]
+    said = [CliRunner().invoke(app, words).output for words in (["features", "push", *data, *moment], shown + moment,
+                                                               shown)]  # fmt: skip
+    settings.cache_clear()
+    assert f"counters until {at(3, 9).isoformat()}: 1 items" in said[0]
+    assert f'"{IMPRESSIONS}": 3.0' in said[1]
+    assert f'"{IMPRESSIONS}": null' in said[2]
+
+
+@pytest.mark.parametrize("moment", ["noon", "2024-03-04T09:30:00"])
+def test_a_time_that_is_none_or_has_no_zone_is_refused(moment: str) -> None:
+    """An hour more or less would be another hour's counters."""
+    with pytest.raises(ConfigError, match="time with its zone"):
+        parse_instant(moment)
