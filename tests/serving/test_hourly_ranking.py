@@ -87,8 +87,9 @@ def answered(
             "item_ids": request["item_id"].to_numpy(),
             "event_time": np.array([int((first["event_timestamp"] + late).timestamp() * 1e6)]),
             "context_categorical": np.array([first["surface"]]),
-            "query_item_id": np.array([first["query_item_id"]]),
         }
+        if first["query_item_id"] is not None:
+            tensors["query_item_id"] = np.array([first["query_item_id"]])
         (answer,) = service.rank([on_wire(tensors)])
         assert isinstance(answer, Ranked)
         yield request["place"], answer
