@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,6 +44,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Defau
 Protocol = Annotated[Literal["staggered", "sparse", "strict", "oracle"], typer.Option(
     help="How KuaiRand's items are made cold; see docs/kuairand.md.")]  # fmt: skip
 Source = Annotated[Path, typer.Argument(help="Directory to read.")]
+At = Annotated[str | None, typer.Option("--at", help="Time with its zone, ISO 8601. Default: now.")]
 Target = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
 
 
@@ -135,8 +136,10 @@ def features_get(
     data: Data,
     user: Annotated[str | None, typer.Option(help="User id, as in your log.")] = None,
     item: Annotated[list[str] | None, typer.Option(help="Item id, as in your log (repeat).")] = None,
+    at: At = None,
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
+    from freshrank.clock import parse_instant
     from freshrank.datasets.contract import MAPPINGS
     from freshrank.feature_store import FeatureStore
     from freshrank.schema import ITEM_ID, USER_ID
@@ -150,7 +153,20 @@ def features_get(
     if user is not None:
         _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user])
     if item:
-        _print_rows(store.online_items([codes.id(ITEM_ID, each) for each in item]).to_dicts(), ITEM_ID, item)
+        ids, when = [codes.id(ITEM_ID, each) for each in item], parse_instant(at) if at else None
+        _print_rows(store.online_items(ids, when).to_dicts(), ITEM_ID, item)
+
+
+@features.command("push")
+def features_push(data: Data, at: At = None) -> None:
+    """Push the hourly counters of fresh items that stand at a time into the online store (history.hourly)."""
+    from freshrank import steps
+    from freshrank.clock import parse_instant
+    from freshrank.datasets.contract import Dataset
+    from freshrank.hourly import standing_hour
+
+    hour = standing_hour(parse_instant(at) if at else datetime.now(UTC), Dataset.open(data).schema)
+    out.print(f"counters until {hour.isoformat()}: {steps.push_hourly(data, hour)} items")
 
 
 def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str]) -> None:

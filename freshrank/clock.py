@@ -30,3 +30,19 @@ def parse_day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise ConfigError(f"date: received {text!r}, expected YYYY-MM-DD, e.g. 2022-05-09") from None
+
+
+def parse_instant(text: str) -> datetime:
+    """An ISO 8601 time with its zone, in UTC."""
+    try:
+        return _with_zone(datetime.fromisoformat(text)).astimezone(UTC)
+    except ValueError:
+        raise ConfigError(
+            f"at: received {text!r}, expected a time with its zone, e.g. 2024-05-01T12:00:00+00:00"
+        ) from None
+
+
+def _with_zone(at: datetime) -> datetime:
+    if at.tzinfo is None:
+        raise ValueError(at)
+    return at

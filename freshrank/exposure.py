@@ -42,14 +42,14 @@ def with_fresh_candidates(frame: Frame, schema: Schema, seed: int = 0) -> Frame 
 
 def _mixed(rows: pl.DataFrame, fresh_days: float, seed: int) -> pl.DataFrame | None:
     fresh = pl.col(ITEM_AGE) < fresh_days
-    pool = rows.filter(fresh).select(_OF_THE_ITEM).unique(ITEM_ROW, maintain_order=True)
+    pool = rows.filter(fresh).select(_OF_THE_ITEM).unique(ITEM_ID, maintain_order=True)
     warm = rows.filter(~fresh)
     if not len(pool) or not len(warm):
         return None
     count = round(len(warm) * SHARE / (1 - SHARE))
     hosts = warm.sample(count, with_replacement=True, seed=seed)
     guests = pool.sample(count, with_replacement=True, seed=seed + 1)
-    added = hosts.with_columns(guests.get_columns()).unique([USER_ROW, ITEM_ROW], maintain_order=True)
+    added = hosts.with_columns(guests.get_columns()).unique([USER_ROW, ITEM_ID], maintain_order=True)
     return pl.concat([warm, added])
 
 

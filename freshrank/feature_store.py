@@ -1,7 +1,7 @@
 """Feast, generated from the schema: one definition of every stored feature for training and for serving.
 
-Offline reads are point-in-time joins; online reads give the same columns and dtypes. What is not known is null,
-whatever the reason: unknown id, no snapshot, a value missing in the table.
+Offline reads are point-in-time joins that see a row from its ``created_timestamp`` on; online reads give the same
+columns and dtypes. What is not known is null, whatever the reason: unknown id, no snapshot, no value in the table.
 """
 
 import logging
@@ -21,22 +21,27 @@ import yaml
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
 from freshrank.day_parts import KEYS
+from freshrank.errors import ConfigError
 from freshrank.history import CREATED, require_history
-from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Schema
+from freshrank.hourly import delay, hour_counters, hourly_folder, life, require_log
+from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Origin, Schema
 from freshrank.settings import settings
-from freshrank.storage import atomic_write
+from freshrank.storage import atomic_write, read_json, write_json
 from freshrank.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 SERVICE = "ranking"
+"""Holds every stored feature; a model that was put in service has one of what it reads (:func:`model_service`)."""
 VIEWS = {
-    (Entity.USER, False): "user_profile",
-    (Entity.USER, True): "user_history",
-    (Entity.ITEM, False): "item_content",
-    (Entity.ITEM, True): "item_history",
+    (Entity.USER, Origin.TABLE): "user_profile",
+    (Entity.USER, Origin.SNAPSHOT): "user_history",
+    (Entity.ITEM, Origin.TABLE): "item_content",
+    (Entity.ITEM, Origin.SNAPSHOT): "item_history",
+    (Entity.ITEM, Origin.HOURLY): "item_hourly",
 }
-"""By entity and ``Feature.snapshot``: a view reads its table, or its daily snapshots."""
+"""By entity and ``Feature.origin``."""
+PUSH_SOURCE = "item_hourly_push"
 CREATED_AT_US = "created_at_us"
 """Creation time as int64 microseconds since 1970, so that the online store can give an item's age."""
 ALWAYS = datetime(1970, 1, 2, tzinfo=UTC)
@@ -74,44 +79,62 @@ def definitions(schema: Schema, workspace: Workspace) -> list[Any]:
         for entity, key in KEYS.items()
     }
     views = [
-        _view(schema, workspace, entities[entity], entity, snapshot)
-        for entity, snapshot in VIEWS
-        if view_columns(schema, entity, snapshot)
+        _view(schema, workspace, entities[entity], entity, origin)
+        for entity, origin in VIEWS
+        if view_columns(schema, entity, origin)
     ]
     service = feast.FeatureService(name=SERVICE, features=views)
-    return [*entities.values(), *[view.batch_source for view in views], *views, service]
+    sources = [source for view in views for source in (view.batch_source, view.stream_source) if source]
+    return [*entities.values(), *sources, *views, service]
 
 
-def view_features(schema: Schema, entity: Entity, snapshot: bool) -> list[Feature]:
-    return [feature for feature in schema.select(entity, stored=True) if feature.snapshot is snapshot]
+def model_service(version: int) -> str:
+    """Name of the service of one version of the model."""
+    return f"{SERVICE}_{version}"
 
 
-def view_columns(schema: Schema, entity: Entity, snapshot: bool) -> dict[str, pl.DataType]:
+def view_features(schema: Schema, entity: Entity, origin: Origin) -> list[Feature]:
+    return [feature for feature in schema.select(entity, stored=True) if feature.origin is origin]
+
+
+def view_columns(schema: Schema, entity: Entity, origin: Origin) -> dict[str, pl.DataType]:
     """What a view holds beside its key; empty where the schema has nothing for it."""
-    columns = {feature.name: _DTYPES[feature.kind] for feature in view_features(schema, entity, snapshot)}
-    carries_birth = entity is Entity.ITEM and not snapshot
+    columns = {feature.name: _DTYPES[feature.kind] for feature in view_features(schema, entity, origin)}
+    carries_birth = (entity, origin) == (Entity.ITEM, Origin.TABLE)
     return columns | ({CREATED_AT_US: pl.Int64()} if carries_birth else {})
 
 
-def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, snapshot: bool) -> Any:
+def _view(schema: Schema, workspace: Workspace, owner: Any, entity: Entity, origin: Origin) -> Any:
     import feast
 
-    name = VIEWS[entity, snapshot]
-    columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, snapshot)
-    path = workspace.features / entity / "*" / "*.parquet" if snapshot else static_path(workspace, entity)
+    name, dated = VIEWS[entity, origin], origin is not Origin.TABLE
+    columns = {KEYS[entity]: pl.Int64()} | view_columns(schema, entity, origin)
     source = feast.FileSource(
         name=f"{name}_source",
-        path=str(path.absolute()),
-        timestamp_field=SNAPSHOT if snapshot else EVENT_TIMESTAMP,
-        created_timestamp_column=CREATED if snapshot else "",
+        path=str(_source_path(workspace, entity, origin).absolute()),
+        timestamp_field=SNAPSHOT if dated else EVENT_TIMESTAMP,
+        created_timestamp_column=CREATED if dated else "",
     )
     return feast.FeatureView(
         name=name,
         entities=[owner],
         schema=[feast.Field(name=column, dtype=_feast_type(dtype)) for column, dtype in columns.items()],
-        source=source,
-        ttl=SNAPSHOT_LIFE if snapshot else timedelta(0),
+        source=feast.PushSource(name=PUSH_SOURCE, batch_source=source) if origin is Origin.HOURLY else source,
+        ttl=_lives(schema)[origin],
     )
+
+
+def _source_path(workspace: Workspace, entity: Entity, origin: Origin) -> Path:
+    if origin is Origin.TABLE:
+        return static_path(workspace, entity)
+    folder = workspace.features / entity if origin is Origin.SNAPSHOT else hourly_folder(workspace)
+    return folder / "*" / "*.parquet"
+
+
+def _lives(schema: Schema) -> dict[Origin, timedelta]:
+    """How long a row stands; zero is for ever, and Feast counts the last instant as in."""
+    hourly = life(schema) - timedelta(microseconds=1)
+    return {Origin.TABLE: timedelta(0), Origin.SNAPSHOT: SNAPSHOT_LIFE, Origin.HOURLY: hourly}
 
 
 def _feast_type(dtype: pl.DataType) -> Any:
@@ -131,7 +154,7 @@ def write_static_tables(dataset: Dataset, workspace: Workspace) -> None:
     """Write the items and users tables with the columns, dtypes and timestamp the views declare."""
     tables = {Entity.USER: dataset.users(), Entity.ITEM: dataset.items()}
     for entity, table in tables.items():
-        features = view_features(dataset.schema, entity, snapshot=False)
+        features = view_features(dataset.schema, entity, Origin.TABLE)
         columns = [pl.col(KEYS[entity]).cast(pl.Int64), *map(_stored_column, features)]
         columns += _timestamps(entity)
         with atomic_write(static_path(workspace, entity)) as temporary:
@@ -209,16 +232,50 @@ class FeatureStore:
                         "and what the store holds", held, start, self.workspace.feast)  # fmt: skip
             return
         with self._session() as store:
-            for (_, snapshot), view in self._views().items():
-                span = (start, start) if snapshot else (ALWAYS, end - timedelta(microseconds=1))
-                store.materialize(*span, feature_views=[view])
+            for (_, origin), view in self._views().items():
+                if origin is not Origin.HOURLY:
+                    span = (start, start) if origin is Origin.SNAPSHOT else (ALWAYS, end - timedelta(microseconds=1))
+                    store.materialize(*span, feature_views=[view])
         self._read_at = float("-inf")
+
+    def push_hourly(self, hour: datetime) -> int:
+        """Put the counters of ``hour`` (a full hour, UTC) into the online store; how many items have a row.
+
+        Repeating it gives the same store. It never goes back: an hour earlier than the one that was pushed last changes
+        nothing and is logged.
+
+        Raises:
+            ConfigError: the schema asks for no hourly counters, or ``hour`` is none.
+            DataError: the log does not reach the hour before ``hour``.
+        """
+        _check_hour(self.schema, hour)
+        require_log(self.dataset, hour)
+        pushed = self.workspace.feast / "pushed.json"
+        if pushed.exists() and (held := datetime.fromisoformat(read_json(pushed))) > hour:
+            log.warning("hourly counters: the online store holds those of %s and keeps them; received the earlier %s",
+                        held, hour)  # fmt: skip
+            return 0
+        rows = hour_counters(self.dataset, [hour])
+        if len(rows):
+            with self._session() as store:
+                store.push(PUSH_SOURCE, rows.to_pandas(), allow_registry_cache=False)
+        write_json(pushed, hour.isoformat())
+        return len(rows)
+
+    def register_model(self, version: int, schema: Schema) -> None:
+        """Register the service of a version of the model, with what its ``schema`` reads and nothing else."""
+        import feast
+
+        with self._session() as store:
+            read = {view: list(columns) for key, view in VIEWS.items() if (columns := view_columns(schema, *key))}
+            parts = [store.get_feature_view(view)[columns] for view, columns in read.items()]
+            store.apply(feast.FeatureService(name=model_service(version), features=parts))
 
     def _history_instants(self, seconds: float = _REGISTRY_SECONDS) -> dict[str, datetime | None]:
         """Per view of histories the instant its online rows stand for, at most ``seconds`` old."""
         if monotonic() - self._read_at > seconds:
             self._feast.refresh_registry()
-            views = [view for (_, snapshot), view in self._views().items() if snapshot]
+            views = [view for (_, origin), view in self._views().items() if origin is Origin.SNAPSHOT]
             self._instants = {view: self._feast.get_feature_view(view).most_recent_end_time for view in views}
             self._read_at = monotonic()
         return self._instants
@@ -228,15 +285,15 @@ class FeatureStore:
         now; a view that holds nothing is not there."""
         return {view: at.timestamp() for view, at in self._history_instants(0).items() if at}
 
-    def _views(self) -> dict[tuple[Entity, bool], str]:
+    def _views(self) -> dict[tuple[Entity, Origin], str]:
         return {key: view for key, view in VIEWS.items() if view_columns(self.schema, *key)}
 
     def _references(self, entity: Entity) -> list[str]:
         return [
             f"{view}:{name}"
-            for (owner, snapshot), view in self._views().items()
+            for (owner, origin), view in self._views().items()
             if owner is entity
-            for name in view_columns(self.schema, entity, snapshot)
+            for name in view_columns(self.schema, entity, origin)
         ]
 
     def offline_users(self, frame: pl.DataFrame) -> pl.DataFrame:
@@ -253,7 +310,10 @@ class FeatureStore:
             return pl.DataFrame(schema=columns)
         keys = frame.select(KEYS[entity], EVENT_TIMESTAMP).with_row_index(_ROW).to_pandas()
         with self._session() as store:
-            job = store.get_historical_features(entity_df=keys, features=self._references(entity))
+            # Without it Feast reads a row from its event time on, however late it was written.
+            job = store.get_historical_features(
+                entity_df=keys, features=self._references(entity), filter_by_created_timestamp=True
+            )
             joined = pl.DataFrame(job.to_arrow())
         # DuckDB returns the rows in any order.
         return joined.sort(_ROW).select(pl.col(name).cast(dtype) for name, dtype in columns.items())
@@ -262,37 +322,58 @@ class FeatureStore:
         """One row per id, in their order, with the columns and dtypes of :meth:`offline_users`."""
         return self._online(Entity.USER, ids)
 
-    def online_items(self, ids: Sequence[int]) -> pl.DataFrame:
-        """One row per id, in their order, with the columns and dtypes of :meth:`offline_items`."""
-        return self._online(Entity.ITEM, ids)
+    def online_items(self, ids: Sequence[int], at: datetime | None = None) -> pl.DataFrame:
+        """One row per id, in their order, with the columns and dtypes of :meth:`offline_items`.
 
-    def _online(self, entity: Entity, ids: Sequence[int]) -> pl.DataFrame:
+        Hourly counters are null unless they stand at ``at``; default: now.
+        """
+        return self._online(Entity.ITEM, ids, at)
+
+    def _online(self, entity: Entity, ids: Sequence[int], at: datetime | None = None) -> pl.DataFrame:
         key, columns = KEYS[entity], _read_schema(self.schema, entity)
         if len(ids) == 0:
             return pl.DataFrame(schema=columns)
         read: dict[str, pl.Series] = {}
-        for (owner, snapshot), view in self._views().items():
+        for (owner, origin), view in self._views().items():
             if owner is entity:
-                held = self._history_instants()[view] if snapshot else ALWAYS
-                read |= self._online_view(view, view_columns(self.schema, entity, snapshot), key, ids, held)
+                span = self._span(view, origin, at or datetime.now(UTC))
+                read |= self._online_view(view, view_columns(self.schema, entity, origin), key, ids, span)
         return pl.DataFrame([pl.Series(key, ids, dtype=pl.Int64()), *(read[name] for name in columns if name != key)])
 
+    def _span(self, view: str, origin: Origin, at: datetime) -> tuple[float, float] | None:
+        """From when to when (seconds since 1970) a row must be to stand at ``at``; None where none can."""
+        if origin is Origin.HOURLY:
+            oldest = at - life(self.schema) + timedelta(microseconds=1)
+            return oldest.timestamp(), (at - delay(self.schema)).timestamp()
+        held = self._history_instants()[view] if origin is Origin.SNAPSHOT else ALWAYS
+        return (held.timestamp(), float("inf")) if held else None
+
     def _online_view(
-        self, view: str, columns: dict[str, pl.DataType], key: str, ids: Sequence[int], held: datetime | None
+        self, view: str, columns: dict[str, pl.DataType], key: str, ids: Sequence[int], span: tuple[float, float] | None
     ) -> dict[str, pl.Series]:
-        if held is None:
+        if span is None:
             return {name: pl.Series(name, [None] * len(ids), dtype=dtype) for name, dtype in columns.items()}
         features = [f"{view}:{name}" for name in columns]
         response = self._feast.get_online_features(features=features, entity_rows={key: list(ids)}).proto
         results = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
-        return {name: _series(name, dtype, results[name], held.timestamp()) for name, dtype in columns.items()}
+        return {name: _series(name, dtype, results[name], span) for name, dtype in columns.items()}
 
 
-def _series(name: str, dtype: pl.DataType, result: Any, held: float) -> pl.Series:
-    """A row older than ``held`` is of an entity that is in no snapshot any more: it reads as missing."""
-    field = _VALUE_FIELDS[dtype]
+def _check_hour(schema: Schema, hour: datetime) -> None:
+    if not schema.history.hourly:
+        raise ConfigError(
+            f"history.hourly: received false in the schema '{schema.name}', expected true where hourly counters are "
+            "pushed; set it in schema.yaml and import again"
+        )
+    if hour.utcoffset() != timedelta(0) or hour != hour.replace(minute=0, second=0, microsecond=0):
+        raise ConfigError(f"hour: received {hour}, expected a full hour in UTC, e.g. 2024-01-31T13:00:00+00:00")
+
+
+def _series(name: str, dtype: pl.DataType, result: Any, span: tuple[float, float]) -> pl.Series:
+    """A row outside ``span`` reads as missing: its entity is in no snapshot any more, or its hour is over."""
+    field, (oldest, newest) = _VALUE_FIELDS[dtype], span
     read = [
-        getattr(value, field) if at.seconds >= held and value.WhichOneof("val") else None
+        getattr(value, field) if oldest <= at.seconds <= newest and value.WhichOneof("val") else None
         for value, at in zip(result.values, result.event_timestamps, strict=True)
     ]
     if isinstance(dtype, pl.List):

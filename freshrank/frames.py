@@ -17,6 +17,8 @@ from freshrank.datasets.contract import Dataset
 from freshrank.day_parts import DAY, KEYS, build_parts, part_path, stale_parts
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
 from freshrank.history import history_fingerprint, require_history
+from freshrank.hourly import CODE_VERSION as HOURLY_VERSION
+from freshrank.hourly import COUNTED, require_hourly, with_counted_hour
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -53,7 +55,8 @@ class Frame:
     users: pl.DataFrame
     """One row per (user, day): user_id, day, stored user features in Schema order."""
     items: pl.DataFrame
-    """One row per (item, day): item_id, day, stored item features in Schema order."""
+    """One row per (item, day), and where the schema has hourly counters per hour that they stand: item_id, day, stored
+    item features in Schema order."""
     rows: pl.DataFrame
     """One row per impression, by event_timestamp, user_id, item_id: ``user_row`` and ``item_row`` (UInt32 positions
     in the other two), the log's columns, ``item_age_days`` and ``judged_age_days`` (Float32, days since creation,
@@ -69,8 +72,9 @@ def load_frame(
     """The impressions of ``days`` whose usage is one of ``usages``, with their features.
 
     Rows of usage ``history`` are in no frame: they feed the snapshots only. The snapshots of ``days`` must have been
-    built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, so nothing that
-    happened later that day can reach a row. Days are cached on their own.
+    built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, an item with
+    hourly counters as of its first while they stand, so nothing that happened later can reach a row. Days are cached on
+    their own.
     """
     wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
     missing = [day for day, path in wanted.items() if not path.exists()]
@@ -81,10 +85,11 @@ def load_frame(
 
 def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
     past = [seen for seen in dataset.days if seen <= day]
+    hourly = {"hourly": HOURLY_VERSION} if dataset.schema.history.hourly else {}
     inputs = fingerprint({"version": CODE_VERSION, "log": dataset.log_fingerprint(past),
                           "items": dataset.items_fingerprint(day),
                           "users": dataset.manifest["files"]["users.parquet"]["sha256"],
-                          "history": history_fingerprint(dataset, day)})  # fmt: skip
+                          "history": history_fingerprint(dataset, day)} | hourly)  # fmt: skip
     return workspace.frames / f"{day.isoformat()}-{inputs}"
 
 
@@ -100,6 +105,7 @@ def _read(path: Path) -> Frame:
 
 def _write_missing(dataset: Dataset, workspace: Workspace, wanted: dict[date, Path]) -> None:
     require_history(dataset, workspace, list(wanted))
+    require_hourly(dataset, workspace, list(wanted))
     store = FeatureStore(dataset, workspace)
     store.apply()
     exposures = Exposures(dataset, workspace)
@@ -110,6 +116,8 @@ def _write_missing(dataset: Dataset, workspace: Workspace, wanted: dict[date, Pa
 def _build(store: FeatureStore, exposures: "Exposures", day: date) -> Frame:
     dataset = store.dataset
     log = dataset.impressions([day]).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
+    if dataset.schema.history.hourly:
+        log = with_counted_hour(log, dataset.items(), dataset.schema)
     users, items = (_entities(store, entity, log) for entity in (Entity.USER, Entity.ITEM))
     rows = exposures.count(_with_ages(log, dataset.items()), day)
     return _assemble(users, items, rows, dataset.schema)
@@ -117,9 +125,10 @@ def _build(store: FeatureStore, exposures: "Exposures", day: date) -> Frame:
 
 def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
     key = KEYS[entity]
-    first = log.group_by(key, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key)
+    hour = [COUNTED] if entity is Entity.ITEM and COUNTED in log.columns else []
+    first = log.group_by(key, DAY, *hour).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key, *hour)
     read = store.offline_users(first) if entity is Entity.USER else store.offline_items(first)
-    return _with_day(read, first[DAY], store.schema, entity)
+    return _with_day(read, first[DAY], store.schema, entity).with_columns(first.select(hour))
 
 
 def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
@@ -169,9 +178,10 @@ class Exposures:
 
 def _assemble(users: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame, schema: Schema) -> Frame:
     for position, key, table in ((USER_ROW, USER_ID, users), (ITEM_ROW, ITEM_ID, items)):
-        places = table.select(key).with_row_index(position)
-        rows = rows.join(places, on=key, how="left", maintain_order="left")
-    return Frame(users, items, _cast(rows.sort(_ORDER), _row_schema(schema)))
+        keys = [name for name in (key, COUNTED) if name in table.columns]
+        places = table.select(keys).with_row_index(position)
+        rows = rows.join(places, on=keys, how="left", nulls_equal=True, maintain_order="left")
+    return Frame(users, items.drop(COUNTED, strict=False), _cast(rows.sort(_ORDER), _row_schema(schema)))
 
 
 def _cast(frame: pl.DataFrame, columns: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -248,7 +258,8 @@ def serving_frame(
     ``context`` gives the context columns (and ``query_item_id``) as arrays of length N; one that is not given is
     null. Unknown ids read as nulls and an unknown item as brand new (age 0).
     """
-    schema, user, items = store.schema, store.online_users([user_id]), store.online_items(item_ids)
+    schema, user = store.schema, store.online_users([user_id])
+    items = store.online_items(item_ids, event_timestamp)
     at = pl.lit(event_timestamp, dtype=_UTC)
     request = items.select(
         at.alias(EVENT_TIMESTAMP),

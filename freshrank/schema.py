@@ -66,6 +66,17 @@ class Group(StrEnum):
     NON_HISTORICAL = "non_historical"
 
 
+class Origin(StrEnum):
+    """Where the stored value of a feature comes from, which says how long it stands."""
+
+    TABLE = "table"
+    """The users and items tables."""
+    SNAPSHOT = "snapshot"
+    """The daily snapshots, built from the log."""
+    HOURLY = "hourly"
+    """The hourly counters of fresh items, built from the log (``freshrank/hourly.py``)."""
+
+
 class Entity(StrEnum):
     USER = "user"
     ITEM = "item"
@@ -144,8 +155,12 @@ class Feature(BaseModel):
     """Length of an embedding, number of kept values of a multi-valued feature, length of a sequence."""
     stored: bool = True
     """False for what is computed at request time: item age, context, crosses."""
-    snapshot: bool = False
-    """True for what the daily snapshots hold (built from the log), False for what the users and items tables hold."""
+    origin: Origin = Origin.TABLE
+
+    @property
+    def snapshot(self) -> bool:
+        """Whether the daily snapshots hold it."""
+        return self.origin is Origin.SNAPSHOT
 
     @property
     def missing(self) -> float:
@@ -172,12 +187,18 @@ class HistoryConfig(BaseModel):
     depends on no other item. With siblings a snapshot holds the whole catalogue, not only what was seen lately."""
     sibling_smoothing: Annotated[float, Field(ge=0)] = 30
     """Observations of siblings that weigh as much as the rate of all other items."""
+    hourly: bool = False
+    """Counters of the last 24 full hours for items younger than ``fresh_days``, pushed every hour."""
+    hourly_delay_minutes: Annotated[int, Field(ge=0, le=720)] = 10
+    """How long after an hour its counters are online: the log must have arrived and the push have ended by then.
+    Training reads them that late as well."""
 
     @model_serializer(mode="wrap")
-    def _siblings_where_there_are_any(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A schema without siblings is written, and fingerprinted, as before there were any."""
+    def _what_is_switched_on(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A schema without siblings or hourly counters is written, and fingerprinted, as before there were any."""
         tree: dict[str, Any] = handler(self)
-        return tree if self.siblings else {k: v for k, v in tree.items() if not k.startswith("sibling")}
+        off = {"sibling": not self.siblings, "hourly": not self.hourly}
+        return {k: v for k, v in tree.items() if not any(k.startswith(name) for name, is_off in off.items() if is_off)}
 
 
 class Schema(BaseModel):
@@ -280,6 +301,7 @@ class Schema(BaseModel):
             *self._affinities(),
             *self._declared("items", Entity.ITEM, Role.CONTENT),
             *self._counters(Entity.ITEM),
+            *self._hourly_counters(),
             *self._siblings(),
             Feature(name=ITEM_AGE, entity=Entity.ROW, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC,
                     transform="log1p", stored=False),
@@ -311,11 +333,17 @@ class Schema(BaseModel):
             rates += [_historical(f"{entity}_{a}_rate_{window}d", entity) for a in self.actions]
         return counts + rates
 
+    def _hourly_counters(self) -> list[Feature]:
+        if not self.history.hourly:
+            return []
+        impressions, positives, rates = hourly_names(self.actions)
+        return [*(_hourly(name, "log1p") for name in (impressions, *positives)), *map(_hourly, rates)]
+
     def _sequences(self) -> list[Feature]:
         length = self.history.sequence_length
         return [
             Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE, dim=length,
-                    snapshot=True)
+                    origin=Origin.SNAPSHOT)
             for name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)
         ]  # fmt: skip
 
@@ -323,7 +351,7 @@ class Schema(BaseModel):
         names = [name for column in self.history.affinity for name in affinity_lists(column, self.actions)]
         return [
             Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE,
-                    dim=self.history.affinity_size, snapshot=True)
+                    dim=self.history.affinity_size, origin=Origin.SNAPSHOT)
             for name in names
         ]  # fmt: skip
 
@@ -350,6 +378,12 @@ def impressions_of(entity: Entity, window: int) -> str:
     return f"{entity}_impressions_{window}d"
 
 
+def hourly_names(actions: list[str]) -> tuple[str, list[str], list[str]]:
+    """Names of a fresh item's hourly counters: impressions, and per action positives and rate, of the last 24 hours."""
+    counts = [f"item_{action}_24h" for action in actions]
+    return "item_impressions_24h", counts, [f"item_{action}_rate_24h" for action in actions]
+
+
 def affinity_lists(column: str, actions: list[str]) -> list[str]:
     """Names of the parallel lists a user's affinity to ``column`` is stored as: values, impressions, actions."""
     return [f"affinity_{column}_{part}" for part in ("values", "impressions", *actions)]
@@ -373,7 +407,7 @@ def sibling_names(entry: str, actions: list[str]) -> list[str]:
 
 def _sibling(name: str, default: float | None = None, transform: Transform = "none") -> Feature:
     return Feature(name=name, entity=Entity.ITEM, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC, default=default,
-                   transform=transform, snapshot=True)  # fmt: skip
+                   transform=transform, origin=Origin.SNAPSHOT)  # fmt: skip
 
 
 def _historical(
@@ -383,8 +417,15 @@ def _historical(
     transform: Transform = "none",
     stored: bool = True,
 ) -> Feature:
+    origin = Origin.SNAPSHOT if stored else Origin.TABLE
     return Feature(name=name, entity=entity, group=Group.HISTORICAL, kind=Kind.NUMERIC, default=default,
-                   transform=transform, stored=stored, snapshot=stored)  # fmt: skip
+                   transform=transform, stored=stored, origin=origin)  # fmt: skip
+
+
+def _hourly(name: str, transform: Transform = "none") -> Feature:
+    """Without a default: no impressions and no counters are different things."""
+    return Feature(name=name, entity=Entity.ITEM, group=Group.HISTORICAL, kind=Kind.NUMERIC, transform=transform,
+                   origin=Origin.HOURLY)  # fmt: skip
 
 
 def _stored_kind(column: Column) -> Kind:

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from freshrank.workspace import Workspace
 
 if TYPE_CHECKING:
     from freshrank.report import RunSummary
+    from freshrank.serving.repository import ModelRepository
 
 log = logging.getLogger(__name__)
 FreshrankPath = Path | str
@@ -101,14 +102,17 @@ def _split(run: Run, windows: str) -> Split:
 
 
 def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
-    """Historical snapshots for every day that is learned from or judged, and for the run's date itself."""
+    """Historical snapshots for every day that is learned from or judged, and for the run's date itself; hourly counters
+    for the former, where the schema has them."""
     from freshrank.history import build_history
+    from freshrank.hourly import build_hourly
 
     run = Run(data, run_date)
     split = _split(run, windows or WindowConfig().model_dump_json())
     window = days(split.train[0], split.evaluation[-1])
     needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
     build_history(run.dataset, run.workspace, [*needed, run.date])
+    build_hourly(run.dataset, run.workspace, needed)
 
 
 def materialize(data: FreshrankPath, run_date: str) -> None:
@@ -121,6 +125,14 @@ def materialize(data: FreshrankPath, run_date: str) -> None:
     store.materialize(run.date)
 
 
+def push_hourly(data: FreshrankPath, hour: datetime) -> int:
+    """Push the counters of ``hour`` (a full hour, UTC) into the online store; of how many items."""
+    from freshrank.feature_store import FeatureStore
+
+    run = Run(data, hour.date().isoformat())
+    return FeatureStore(run.dataset, run.workspace).push_hourly(hour)
+
+
 def train(
     data: FreshrankPath,
     run_date: str,
@@ -131,7 +143,7 @@ def train(
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Train the ranker on the training days into directory ``out``."""
-    from freshrank import columns, encoding, frames, history, pretraining, transforms
+    from freshrank import columns, encoding, frames, history, hourly, pretraining, transforms
     from freshrank import training as training_module
     from freshrank.models import inputs, ranker
     from freshrank.techniques import aldi, feature_dropout, history_masking, meta_embedding, mixup, residual, score_reg
@@ -139,8 +151,9 @@ def train(
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    code = _code(columns, encoding, frames, history, training_module, transforms, inputs, ranker, aldi, feature_dropout,
-                 history_masking, mixup, residual, score_reg, meta_embedding, pretraining, objectives)  # fmt: skip
+    code = _code(columns, encoding, frames, history, hourly, training_module, transforms, inputs, ranker, aldi,
+                 feature_dropout, history_masking, mixup, residual, score_reg, meta_embedding, pretraining,
+                 objectives)  # fmt: skip
     key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
     def compute(directory: Path) -> None:
@@ -340,12 +353,24 @@ def deploy(
         pointer = served
     else:
         pointer = publish(Path(bundle), settings().triton_grpc_url, repository, force=force)
+    _register_service(run, repository, pointer.version)
     result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
     log.info("step=deploy date=%s version=%d", run.date, pointer.version)
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "published.json", result)
     _record(run)
     return result
+
+
+def _register_service(run: Run, repository: "ModelRepository", version: int) -> None:
+    """The feature service of what serves: what it reads is in its encoder, not in the schema of today."""
+    from freshrank.encoding import Encoder
+    from freshrank.feature_store import FeatureStore
+    from freshrank.serving.feast_import import import_feast
+
+    import_feast()
+    schema = Encoder.load(repository.version_directory(version)).schema
+    FeatureStore(run.dataset, run.workspace).register_model(version, schema)
 
 
 def stop(data: FreshrankPath, run_date: str, evaluation: FreshrankPath, out: FreshrankPath) -> dict[str, Any]:

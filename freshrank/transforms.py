@@ -11,7 +11,7 @@ from freshrank.config import FeatureDropoutConfig, HistoryMaskingConfig, Techniq
 from freshrank.encoding import MISSING, NEW, Encoder, absent_history
 from freshrank.models.inputs import ItemIds
 from freshrank.models.ranker import Inputs
-from freshrank.schema import ITEM_AGE, Entity, impressions_of
+from freshrank.schema import ITEM_AGE, Entity, hourly_names, impressions_of
 from freshrank.techniques.feature_dropout import draw_rows, drop_rows
 from freshrank.techniques.history_masking import draw_youth, thinned
 
@@ -56,27 +56,38 @@ class Counters:
     """Where an item's counters and age stand in the numeric blocks, by window and action."""
 
     windows: tuple[int, ...]
+    """In days, ascending; [W]."""
+    window: list[int]
+    """Which of them each of C counters counts; hourly ones count a day, as the daily window of 1 does."""
     impressions: list[int]
-    """[W] columns of ``item_numeric``."""
+    """[C] columns of ``item_numeric``; the last is that of the longest window."""
     positives: list[list[int]]
-    """[W, A]."""
+    """[C, A]."""
     rates: list[list[int]]
-    """[W, A]."""
+    """[C, A]."""
     age: int
     """Column of ``row_numeric``."""
     fresh_days: float
 
     @classmethod
     def of(cls, encoder: Encoder) -> "Counters":
-        schema, windows = encoder.schema, encoder.schema.history.windows
+        schema, actions = encoder.schema, encoder.schema.actions
         place = {feature.name: column for column, feature in enumerate(encoder.numeric(Entity.ITEM))}
-        rows = [feature.name for feature in encoder.numeric(Entity.ROW)]
+        names = [
+            (days, impressions_of(Entity.ITEM, days), [f"item_{a}_{days}d" for a in actions],
+             [f"item_{a}_rate_{days}d" for a in actions])
+            for days in schema.history.windows
+        ]  # fmt: skip
+        if schema.history.hourly:
+            names.insert(0, (1, *hourly_names(actions)))
+        windows = sorted({days for days, *_ in names})
         return cls(
-            windows=windows,
-            impressions=[place[impressions_of(Entity.ITEM, window)] for window in windows],
-            positives=[[place[f"item_{action}_{window}d"] for action in schema.actions] for window in windows],
-            rates=[[place[f"item_{action}_rate_{window}d"] for action in schema.actions] for window in windows],
-            age=rows.index(ITEM_AGE),
+            windows=tuple(windows),
+            window=[windows.index(days) for days, *_ in names],
+            impressions=[place[impressions] for _, impressions, *_ in names],
+            positives=[[place[name] for name in positives] for *_, positives, _ in names],
+            rates=[[place[name] for name in rates] for *_, rates in names],
+            age=[feature.name for feature in encoder.numeric(Entity.ROW)].index(ITEM_AGE),
             fresh_days=schema.fresh_days,
         )
 
@@ -90,13 +101,11 @@ def mask_history(batch: Batch, counters: Counters, config: HistoryMaskingConfig,
                     counters.windows, generator)  # fmt: skip
     impressions, positives = (counts.to(numeric) for counts in drawn)
     observed, masked = ~numeric[:, counters.rates[-1]].isnan(), youth.masked
-    for window in range(len(counters.windows)):
+    for place, window in enumerate(counters.window):
         shown = impressions[:, window, None]
-        numeric[:, counters.impressions[window]] = shown[:, 0]
-        numeric[:, counters.positives[window]] = positives[:, window]
-        numeric[:, counters.rates[window]] = torch.where(
-            observed & (shown > 0), positives[:, window] / shown, torch.nan
-        )
+        numeric[:, counters.impressions[place]] = shown[:, 0]
+        numeric[:, counters.positives[place]] = positives[:, window]
+        numeric[:, counters.rates[place]] = torch.where(observed & (shown > 0), positives[:, window] / shown, torch.nan)
     rows[:, counters.age] = youth.age_days
     masked_batch = _with(
         batch,

@@ -435,7 +435,7 @@ def _birth_sheet(schema: Schema, history: pl.DataFrame) -> _Sheet:
     names = [
         feature.name
         for feature in schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
-        if feature.group is Group.HISTORICAL
+        if feature.group is Group.HISTORICAL and feature.snapshot
     ]
     missing = [name for name in (ITEM_ID, SNAPSHOT, CREATED_AT, *names) if name not in history.columns]
     if missing:

@@ -41,6 +41,14 @@ def test_a_blessed_day_is_served_and_says_so(home: Home) -> None:
     assert (home.folder(DAY_2) / "report.html").read_text().startswith("<!doctype html>")
 
 
+def test_each_version_that_served_has_a_feature_service_of_its_own(home: Home) -> None:
+    """Of what its model reads; by Feast's own command line."""
+    settings = home.path / "home" / "feast" / "simulated" / "feature_store.yaml"
+    command = [Path(sys.executable).with_name("feast"), "-f", settings, "feature-services", "list"]
+    listed = subprocess.run(command, env=home.environment, capture_output=True, text=True, check=True).stdout
+    assert [name for name in ("ranking ", "ranking_1 ", "ranking_2 ") if name not in listed] == []
+
+
 def test_the_same_date_run_again_makes_no_second_version(home: Home) -> None:
     """Same inputs, same config: same artifacts, same pointer."""
     before = home.state()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import polars as pl
 import pytest
 from hypothesis import given
@@ -17,8 +18,8 @@ from freshrank import feature_store as module
 from freshrank.datasets.contract import Dataset, write_dataset
 from freshrank.errors import MissingArtifact
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
-from freshrank.history import build_history, snapshot_path
-from freshrank.schema import Entity
+from freshrank.history import CREATED, build_history, snapshot_path
+from freshrank.schema import EVENT_TIMESTAMP, SNAPSHOT, Entity
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 from tests.tiny_log import ITEMS, USERS, UTC_TIMESTAMP, at, day, impression, log_schema, write_log
@@ -83,19 +84,29 @@ def keys(name: str, rows: list[tuple[int, int, float]]) -> pl.DataFrame:
 
 
 def expected(store: FeatureStore, entity: Entity, wanted: pl.DataFrame) -> pl.DataFrame:
-    """The same read by polars' own as-of join over the files, snapshots valid for less than a day."""
-    key = f"{entity}_id"
-    order = wanted.with_row_index("place").sort("event_timestamp")
+    """The same read by pandas' merge_asof over the files, snapshots valid for less than a day."""
     files = [snapshot_path(store.workspace, entity, day(number)) for number in history_days()]
-    history = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).sort("snapshot_timestamp")
-    read = order.join_asof(
-        history, left_on="event_timestamp", right_on="snapshot_timestamp", by=key, tolerance="86399999999us"
-    )
-    static = pl.read_parquet(module.static_path(store.workspace, entity)).sort("event_timestamp")
-    static = static.rename({"event_timestamp": "known"})
-    read = read.join_asof(static, left_on="event_timestamp", right_on="known", by=key)
+    history = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files])
+    static = pl.read_parquet(module.static_path(store.workspace, entity))
     extra = [CREATED_AT_US] if entity is Entity.ITEM else []
-    return read.sort("place").select(*stored_schema(SCHEMA, entity), *extra)
+    parts = [
+        merged_as_of(wanted, history, entity, SNAPSHOT, pd.Timedelta(days=1) - pd.Timedelta(microseconds=1)),
+        merged_as_of(wanted, static, entity, EVENT_TIMESTAMP, None),
+    ]
+    read = {name: part[name] for part in parts for name in part.columns} | {f"{entity}_id": wanted[f"{entity}_id"]}
+    return pl.DataFrame(read).select(*stored_schema(SCHEMA, entity), *extra)
+
+
+def merged_as_of(
+    wanted: pl.DataFrame, table: pl.DataFrame, entity: Entity, instant: str, tolerance: pd.Timedelta | None
+) -> pl.DataFrame:
+    """The row of ``table`` that pandas finds for each of ``wanted``; nulls where it finds none."""
+    key = f"{entity}_id"
+    rows = table.select(key, known=instant).with_row_index("row").to_pandas().sort_values("known")
+    asked = wanted.with_row_index("place").to_pandas().sort_values("event_timestamp", kind="stable")
+    found = pd.merge_asof(asked, rows, left_on="event_timestamp", right_on="known", by=key, tolerance=tolerance)
+    places = pl.from_pandas(found[["place", "row"]]).sort("place")["row"]
+    return table.select(pl.all().gather(places.cast(pl.UInt32)))
 
 
 moments = st.tuples(st.integers(1, 7), st.integers(-1, LAST), st.sampled_from([0, 0.5, 7, 12, 23.999]))
@@ -103,9 +114,7 @@ moments = st.tuples(st.integers(1, 7), st.integers(-1, LAST), st.sampled_from([0
 
 @hypothesis_settings(max_examples=10, deadline=None)
 @given(rows=st.lists(moments, min_size=1, max_size=25))
-def test_offline_reads_equal_an_as_of_join_row_for_row(
-    applied: FeatureStore, rows: list[tuple[int, int, float]]
-) -> None:
+def test_offline_reads_equal_merge_asof_row_for_row(applied: FeatureStore, rows: list[tuple[int, int, float]]) -> None:
     """Any ids, known or not, at any instants, repeated or not: same values, same number of rows, same order."""
     users, items = keys("user_id", rows), keys("item_id", rows)
     assert_frame_equal(applied.offline_users(users), expected(applied, Entity.USER, users))
@@ -124,6 +133,17 @@ def test_a_missing_snapshot_reads_as_missing_not_as_the_day_before(applied: Feat
     assert read["user_impressions_3d"].to_list() == [None, None, 3.0]
     assert read["sequence_item_ids"].is_null().to_list() == [True, True, False]
     assert read["country"].to_list() == [5, 5, 5]
+
+
+def test_a_value_written_later_is_unknown_before_it_was_written(fresh: FeatureStore) -> None:
+    """At 18:00 of day 4 its snapshot was mended to 90 impressions for user 1; user 9 was not in it before."""
+    path = snapshot_path(fresh.workspace, Entity.USER, day(4))
+    written = pl.read_parquet(path, hive_partitioning=False).filter(pl.col("user_id") == 1)
+    late = written.with_columns(pl.lit(at(4, 18)).cast(UTC_TIMESTAMP).alias(CREATED), user_impressions_3d=pl.lit(90.0))
+    rows = pl.concat([late, late.with_columns(user_id=pl.lit(9, pl.Int64))])
+    rows.cast(dict(written.schema)).write_parquet(path.with_name("mended.parquet"))
+    read = fresh.offline_users(keys("user_id", [(1, 4, 12), (1, 4, 18), (9, 4, 17.9), (9, 4, 18.1)]))
+    assert read["user_impressions_3d"].to_list() == [3.0, 90.0, None, 90.0]
 
 
 def test_content_is_unknown_before_an_item_is_created(applied: FeatureStore) -> None:

@@ -102,6 +102,26 @@ def test_an_unseen_item_looks_as_an_item_without_history_does() -> None:
     assert all(numeric[:, columns].isnan().all() for columns in COUNTERS.rates)
 
 
+def test_hourly_counters_of_a_masked_row_are_those_of_a_day() -> None:
+    """Both count a day of the young item's life; rows that are not masked keep what they had."""
+    history = SCHEMA.history.model_copy(update={"hourly": True})
+    schema = SCHEMA.model_copy(update={"history": history})
+    frame = random_frame(schema, items=200)
+    encoder = Encoder.fit(frame, schema, 1)
+    counters, data = Counters.of(encoder), TensorFrame(frame, encoder, Catalog.build(frame.items, encoder))
+    before = data.batch(torch.arange(len(data)))
+    before.inputs["item_numeric"][:, counters.impressions[-1]] = 100.0
+    after = mask_history(before, counters, HistoryMaskingConfig(share=0.5), torch.Generator().manual_seed(0))
+    changed = after.inputs["item_id"] == NEW
+    hourly, daily, longest = (after.inputs["item_numeric"][changed][:, column] for column in counters.impressions)
+    assert counters.windows == (1, 7)
+    assert torch.equal(hourly, daily)
+    assert (daily <= longest).all()
+    assert 0 < daily.max() < 100
+    untouched, kept = (inputs["item_numeric"][~changed].nan_to_num(-1) for inputs in (before.inputs, after.inputs))
+    assert torch.equal(untouched, kept)
+
+
 def test_a_rows_own_label_plays_no_part() -> None:
     """What is shown depends on past counters and draws alone."""
     turned = batch()

@@ -1,12 +1,13 @@
-"""The DAG's first and last question: is yesterday's log there, and does what was deployed really serve?"""
+"""What the DAGs ask: is the log there, of yesterday or of the last hour, and does what was deployed really serve?"""
 
 import logging
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from freshrank.clock import parse_day
+from freshrank.clock import midnight, parse_day, parse_instant
 from freshrank.datasets.contract import Dataset
-from freshrank.errors import ServingError
+from freshrank.errors import DataError, ServingError
+from freshrank.hourly import delay, require_log
 from freshrank.orchestration.pipeline import outcome
 from freshrank.serving.client import TritonClient
 from freshrank.serving.local import repository
@@ -19,11 +20,31 @@ log = logging.getLogger(__name__)
 def missing_partition(data: Path, run_date: str) -> str | None:
     """Which day the run for ``run_date`` still waits for, with what the log holds; None when it is there."""
     last_day = parse_day(run_date) - timedelta(days=1)
-    days = Dataset.open(data).days
+    dataset = Dataset.open(data)
+    days = dataset.days
     if last_day in days:
-        return None
+        # Where the log comes by the hour, a day's partition is there long before its last hour.
+        end = midnight(parse_day(run_date), dataset.schema.utc_offset_hours)
+        return _not_reached(dataset, end) if dataset.schema.history.hourly else None
     held = f"{days[0]} .. {days[-1]}" if days else "no day"
     return f"the run for {run_date} needs the partition of {last_day}; the log in {data} holds {held}"
+
+
+def missing_hour(data: Path, hour: str) -> str | None:
+    """What the counters of ``hour`` (ISO 8601) wait for, the end of their delay or the log; None when they can be."""
+    dataset, instant = Dataset.open(data), parse_instant(hour)
+    due = instant + delay(dataset.schema)
+    if datetime.now(UTC) < due:
+        return f"the counters of {instant} are due at {due}"
+    return _not_reached(dataset, instant)
+
+
+def _not_reached(dataset: Dataset, end: datetime) -> str | None:
+    try:
+        require_log(dataset, end)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def confirm_served(data: Path, run_date: str) -> int | None:

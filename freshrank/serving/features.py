@@ -27,7 +27,7 @@ PAUSE_SECONDS = 1.0
 SLOW_SECONDS = 0.1
 HELD_SECONDS = 60.0
 """How old the answer to "which day do the snapshots stand for" may be."""
-_CREATED, _KNOWN = "created_us", "known"
+_CREATED, _KNOWN, _COUNTED = _OF_ITEMS = "created_us", "known", "counted_us"
 _NOTHING = 0
 """The slot of an item of which nothing is known."""
 
@@ -46,7 +46,8 @@ class ItemCache:
 
     def clear(self) -> None:
         nothing = Columns.missing(self.layout, 1)
-        self._arrays: Arrays = nothing.arrays | {_CREATED: np.zeros(1, np.int64), _KNOWN: np.zeros(1, np.bool_)}
+        times = {_CREATED: np.zeros(1, np.int64), _COUNTED: np.zeros(1, np.int64)}
+        self._arrays: Arrays = nothing.arrays | times | {_KNOWN: np.zeros(1, np.bool_)}
         self._expires = np.full(1, np.inf)
         self._slots: dict[int, int] = {}
 
@@ -74,7 +75,8 @@ class ItemCache:
         if not len(ids):
             return
         slots = self._reserved(ids)
-        for name, rows in (found.columns.arrays | {_CREATED: found.created_us, _KNOWN: found.known}).items():
+        others = {name: getattr(found, name) for name in _OF_ITEMS}
+        for name, rows in (found.columns.arrays | others).items():
             self._arrays[name][slots] = rows
         # Not all at once: what was read together would otherwise be read together for ever.
         kept = np.where(found.known, self._seconds, min(self._seconds, UNKNOWN_SECONDS))
@@ -93,8 +95,8 @@ class ItemCache:
 
     def take(self, slots: Int) -> Found:
         """What is held in ``slots``."""
-        columns = {name: self._arrays[name][slots] for name in self._arrays if name not in (_CREATED, _KNOWN)}
-        return Found(Columns(self.layout, columns), self._arrays[_CREATED][slots], self._arrays[_KNOWN][slots])
+        columns = {name: array[slots] for name, array in self._arrays.items() if name not in _OF_ITEMS}
+        return Found(Columns(self.layout, columns), *(self._arrays[name][slots] for name in _OF_ITEMS))
 
 
 def _longer(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
@@ -183,7 +185,7 @@ class OnlineFeatures:
         ids = np.unique(ids)
         found = self._cache.take(self._cache.slots(ids))
         rows = found.known.nonzero()[0]
-        return Found(found.columns.take(rows), found.created_us[rows], found.known[rows]), ids[rows]
+        return Found(found.columns.take(rows), *(getattr(found, name)[rows] for name in _OF_ITEMS)), ids[rows]
 
 
 def _sequences(users: Columns) -> Int:

@@ -22,7 +22,7 @@ from freshrank.columns import PRESENT, Columns, Int, Layout
 from freshrank.day_parts import KEYS
 from freshrank.encoding import layouts
 from freshrank.feature_store import CREATED_AT_US, VIEWS, view_columns
-from freshrank.schema import Entity, Feature, Kind, Schema
+from freshrank.schema import Entity, Feature, Kind, Origin, Schema
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 
@@ -39,11 +39,11 @@ _NULLS = (None, b"")
 
 @dataclass(frozen=True)
 class View:
-    """A Feast view: its columns in stored order, and whether they stand for one day."""
+    """A Feast view: its columns in stored order, and what says how long they stand."""
 
     name: str
     columns: tuple[str, ...]
-    snapshot: bool
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Found:
     """Of items: creation time in microseconds since 1970; 0 where not known."""
     known: np.ndarray[Any, np.dtype[np.bool_]]
     """Of items: whether the items table holds them."""
+    counted_us: Int
+    """Of items: the hour of their hourly counters in microseconds since 1970; 0 where there are none. Whether they
+    still stand is for the user to see (``hourly.only_standing``)."""
 
 
 class Rows(Protocol):
@@ -86,30 +89,34 @@ class Online:
 
     def _found(self, entity: Entity, count: int, raw: Mapping[str, Read], held: Held) -> Found:
         columns: dict[str, Values] = {}
+        counted = np.zeros(count, np.int64)
         for view in self._views[entity]:
             if view.name in raw:
                 times, values = raw[view.name]
+                if view.origin is Origin.HOURLY:
+                    counted = np.array([int((at or 0) * 1e6) for at in times], np.int64)
                 columns |= zip(view.columns, _current(view, times, values, held), strict=True)
         created = columns.pop(CREATED_AT_US, [None] * count)
         return Found(
             decoded(self.layouts[entity], columns, count),
             np.array([0 if value in _NULLS else _message(value).int64_val for value in created], np.int64),
             np.array([value not in _NULLS for value in created], np.bool_),
+            counted,
         )
 
 
 def views(schema: Schema) -> dict[Entity, list[View]]:
     """The views of each entity, as ``feature_store.definitions`` declares them."""
     found: dict[Entity, list[View]] = {entity: [] for entity in KEYS}
-    for (entity, snapshot), name in VIEWS.items():
-        if columns := view_columns(schema, entity, snapshot):
-            found[entity].append(View(name, tuple(columns), snapshot))
+    for (entity, origin), name in VIEWS.items():
+        if columns := view_columns(schema, entity, origin):
+            found[entity].append(View(name, tuple(columns), origin))
     return found
 
 
 def _current(view: View, times: Sequence[float | None], values: list[Values], held: Held) -> list[Values]:
     """``values`` but for those of a snapshot that is not the one held: their entity is in no snapshot any more."""
-    if not view.snapshot:
+    if view.origin is not Origin.SNAPSHOT:
         return values
     oldest = held.get(view.name, float("inf"))
     old = [at is None or at < oldest for at in times]

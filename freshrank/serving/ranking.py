@@ -21,6 +21,7 @@ from freshrank.datasets.contract import Dataset
 from freshrank.encoding import Blocks, Catalog, Encoder, Rows
 from freshrank.errors import ServingError
 from freshrank.feature_store import FeatureStore
+from freshrank.hourly import only_standing
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Kind, Schema
 from freshrank.serving.bundle import TensorSpec
 from freshrank.serving.experiment import CHAMPION, Assignment, ExperimentFile
@@ -188,10 +189,11 @@ class Batch:
         """The ranker's inputs, and which candidates are cold."""
         counts = [len(query.item_ids) for query in self.queries]
         item_ids = self.item_ids
-        ages = self._ages(known, counts)
+        at_us = np.repeat(np.array([query.at_us for query in self.queries], np.int64), counts)
+        ages = self._ages(known, at_us)
         rows = Rows(
             users=known.users,
-            items=known.items.columns,
+            items=only_standing(known.items.columns, known.items.counted_us, at_us, encoder.schema),
             rows=self._rows(encoder, ages),
             user_row=np.repeat(np.arange(len(counts)), counts),
             item_row=np.arange(len(item_ids)),
@@ -201,10 +203,9 @@ class Batch:
         catalog = Catalog.of(known.looked_up_ids, known.looked_up.columns, encoder)
         return encoder.encode(rows, item_ids, catalog), ages < encoder.schema.fresh_days
 
-    def _ages(self, known: Known, counts: list[int]) -> npt.NDArray[np.float32]:
+    def _ages(self, known: Known, at_us: Int) -> npt.NDArray[np.float32]:
         """Days since creation; 0 for an item that is not known: to the platform it is brand new."""
-        at = np.repeat(np.array([query.at_us for query in self.queries], np.int64), counts)
-        ages = (at - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
+        ages = (at_us - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
         return np.where(known.items.known, ages.clip(min=0), 0).astype(np.float32)
 
     def _rows(self, encoder: Encoder, ages: npt.NDArray[np.float32]) -> Columns:

@@ -1,16 +1,19 @@
-"""The DAG's first and last question: is yesterday's log there, and does what was deployed really serve?"""
+"""What the DAGs ask: is the log there, of yesterday or of the last hour, and does what was deployed really serve?"""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from freshrank.errors import ServingError
-from freshrank.orchestration.checks import confirm_served, missing_partition
+from freshrank.orchestration.checks import confirm_served, missing_hour, missing_partition
 from freshrank.serving.local import repository
 from freshrank.serving.repository import Pointer
 from freshrank.steps import Run
 from freshrank.storage import write_json
+from tests.test_hourly import MORNING, hourly_log_schema
+from tests.tiny_log import at, day, impression, write_log
 
 RUN_DATE = "2024-01-06"
 
@@ -31,6 +34,23 @@ def serve(world: Path, version: int, run_date: str = RUN_DATE) -> None:
 def no_triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens on port 1."""
     monkeypatch.setenv("FRESHRANK_TRITON_GRPC_PORT", "1")
+
+
+def test_an_hour_is_waited_for_until_its_delay_is_over(tmp_path: Path) -> None:
+    """However early a run is started: what it pushed would stand before it can be known."""
+    data = write_log(tmp_path / "data", MORNING, hourly_log_schema(hourly_delay_minutes=10)).path
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    assert "are due at" in str(missing_hour(data, hour.isoformat()))
+    assert missing_hour(data, at(3, 9).isoformat()) is None
+
+
+def test_where_the_log_comes_by_the_hour_a_day_is_there_when_its_last_hour_is(tmp_path: Path) -> None:
+    """The partition of day 3 holds its morning only: the run for day 4 waits, and no longer once 23:10 is there."""
+    morning = write_log(tmp_path / "morning", MORNING, hourly_log_schema()).path
+    assert "import the log up to" in str(missing_partition(morning, day(4).isoformat()))
+    whole = [*MORNING, impression(3, 1, 1, hour=23 + 10 / 60)]
+    assert missing_partition(write_log(tmp_path / "whole", whole, hourly_log_schema()).path, day(4).isoformat()) is None
+    assert missing_partition(write_log(tmp_path / "plain", MORNING).path, day(4).isoformat()) is None
 
 
 def test_the_partition_of_the_day_before_is_there(world: Path) -> None:

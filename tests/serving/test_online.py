@@ -45,7 +45,7 @@ def test_rows_older_than_what_the_registry_holds_are_missing(world: RankingWorld
 def found(online: Online, births: list[int]) -> Found:
     """Items that were born at ``births``; 0 for one that is not known."""
     columns = Columns.missing(online.layouts[Entity.ITEM], len(births))
-    return Found(columns, np.array(births), np.array(births) > 0)
+    return Found(columns, np.array(births), np.array(births) > 0, np.array(births) // 2)
 
 
 def test_a_kept_item_is_asked_for_again_within_its_time_and_an_unknown_one_sooner(online: Online) -> None:
@@ -68,6 +68,7 @@ def test_items_keep_their_values_while_the_memory_grows(online: Online) -> None:
     taken = cache.take(cache.slots(np.array([7, 199, 7, UNKNOWN])))
     assert taken.created_us.tolist() == [1007, 1199, 1007, 0]
     assert taken.known.tolist() == [True, True, True, False]
+    assert taken.counted_us.tolist() == [503, 599, 503, 0]
 
 
 def test_a_full_memory_starts_anew_and_never_answers_for_another_item(online: Online) -> None:
