@@ -4,18 +4,19 @@ Users and items are held once per day, impressions point at them. Offline and on
 and dtypes, and for the same day the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from freshrank.clock import day_of
 from freshrank.datasets.contract import Dataset
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
-from freshrank.history import DAY, KEYS, history_fingerprint, require_history
+from freshrank.history import DAY, history_fingerprint, require_history
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -43,7 +44,7 @@ JUDGED_AGE = "judged_age_days"
 EXPOSURES = "exposures"
 _ORDER = [EVENT_TIMESTAMP, USER_ID, ITEM_ID, REQUEST_ID]
 _UTC = pl.Datetime("us", "UTC")
-_TABLES = ("users", "items", "rows")
+TABLES = ("users", "items", "rows")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ class Frame:
     0 when unknown), ``exposures`` (Int64: impressions of the item on all earlier days), ``usage``."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A frame that is one of several; ``first`` bool [I]: no earlier part holds this row of ``frame.items``."""
+
+    frame: Frame
+    first: npt.NDArray[np.bool_]
+
+    @classmethod
+    def whole(cls, frame: Frame) -> "Part":
+        return cls(frame, np.ones(len(frame.items), np.bool_))
+
+
 def load_frame(
     dataset: Dataset,
     workspace: Workspace,
@@ -72,15 +85,16 @@ def load_frame(
     built (:class:`MissingArtifact`). A user or item is read as of its first impression of the day, so nothing that
     happened later that day can reach a row. Days are cached on their own.
     """
-    wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
+    wanted = {day: frame_path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
     missing = [day for day, path in wanted.items() if not path.exists()]
     if missing:
-        for day, frame in _build(dataset, workspace, missing).items():
+        for day, frame in Builder(dataset, workspace, missing).build().items():
             _write(frame, wanted[day])
-    return _only(_concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
+    return only(concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
 
 
-def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
+def frame_path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
+    """Where a day's frame is kept; the name changes when anything that reaches the frame does."""
     past = [seen for seen in dataset.days if seen <= day]
     inputs = fingerprint({"version": CODE_VERSION, "log": dataset.fingerprint(past),
                           "history": history_fingerprint(dataset, day)})  # fmt: skip
@@ -89,30 +103,41 @@ def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
 
 def _write(frame: Frame, path: Path) -> None:
     with atomic_directory(path) as temporary:
-        for table in _TABLES:
+        for table in TABLES:
             getattr(frame, table).write_parquet(temporary / f"{table}.parquet")
 
 
 def _read(path: Path) -> Frame:
-    return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in _TABLES))
+    return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in TABLES))
 
 
-def _build(dataset: Dataset, workspace: Workspace, days: list[date]) -> dict[date, Frame]:
-    require_history(dataset, workspace, days)
-    log = dataset.impressions(days).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
-    store = FeatureStore(dataset, workspace)
-    store.apply()
-    users = _entities(store, Entity.USER, log)
-    items = _entities(store, Entity.ITEM, log)
-    rows = _with_exposures(_with_ages(log, dataset.items()), dataset, days)
-    return {day: _assemble(users, items, rows, day, dataset.schema) for day in days}
+class Builder:
+    """Makes frames of ``days`` from the log and the feature store, of all users or of some.
 
+    Raises:
+        MissingArtifact: the snapshots of ``days`` have not been built.
+    """
 
-def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
-    key = KEYS[entity]
-    first = log.group_by(key, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key)
-    read = store.offline_users(first) if entity is Entity.USER else store.offline_items(first)
-    return _with_day(read, first[DAY], store.schema, entity)
+    def __init__(self, dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
+        require_history(dataset, workspace, days)
+        self.dataset, self.days = dataset, days
+        self.log = dataset.impressions(list(days)).filter(pl.col(USAGE) != Usage.HISTORY.value)
+        self.store = FeatureStore(dataset, workspace)
+        self.store.apply()
+        self.exposures = _exposures(dataset, days)
+        # Of the whole log: an item must be read as of the same instant whichever users are asked for.
+        self.first_seen = self.log.group_by(ITEM_ID, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).collect()
+
+    def build(self, users: pl.Expr | None = None) -> dict[date, Frame]:
+        """Frames by day; ``users`` is a condition on the log's ``user_id``."""
+        log = (self.log if users is None else self.log.filter(users)).sort(_ORDER).collect()
+        first = log.group_by(USER_ID, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, USER_ID)
+        seen = self.first_seen.join(log, on=[ITEM_ID, DAY], how="semi").sort(DAY, ITEM_ID)
+        schema = self.store.schema
+        entities = (_with_day(self.store.offline_users(first), first[DAY], schema, Entity.USER),
+                    _with_day(self.store.offline_items(seen), seen[DAY], schema, Entity.ITEM))  # fmt: skip
+        rows = _with_exposures(_with_ages(log, self.dataset.items()), self.exposures)
+        return {day: _assemble(*entities, rows, day, self.dataset.schema) for day in self.days}
 
 
 def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
@@ -137,11 +162,12 @@ def _age(created_us: pl.Expr) -> pl.Expr:
     return age.clip(lower_bound=0).fill_null(0).cast(pl.Float32)
 
 
-def _with_exposures(rows: pl.DataFrame, dataset: Dataset, days: list[date]) -> pl.DataFrame:
+def _exposures(dataset: Dataset, days: Sequence[date]) -> pl.DataFrame | None:
+    """Impressions of each item until the end of each day before the last of ``days``; None before the log begins."""
     past = [day for day in dataset.days if day < max(days)]
     if not past:
-        return rows.with_columns(pl.lit(0, dtype=pl.Int64).alias(EXPOSURES))
-    per_day = (
+        return None
+    return (
         dataset.impressions(past)
         .filter(pl.col(USAGE).is_in([usage.value for usage in IN_HISTORY]))
         .group_by(ITEM_ID, DAY)
@@ -150,6 +176,11 @@ def _with_exposures(rows: pl.DataFrame, dataset: Dataset, days: list[date]) -> p
         .with_columns(pl.col(EXPOSURES).cum_sum().over(ITEM_ID, order_by=DAY))
         .collect()
     )
+
+
+def _with_exposures(rows: pl.DataFrame, per_day: pl.DataFrame | None) -> pl.DataFrame:
+    if per_day is None:
+        return rows.with_columns(pl.lit(0, dtype=pl.Int64).alias(EXPOSURES))
     counted = rows.sort(DAY, maintain_order=True).join_asof(
         per_day, on=DAY, by=ITEM_ID, strategy="backward", allow_exact_matches=False, check_sortedness=False
     )
@@ -189,7 +220,8 @@ def _context_schema(schema: Schema) -> dict[str, pl.DataType]:
     return {name: dtypes.get(kind, pl.List(pl.Int64())) for name, kind in context.items()}
 
 
-def _concatenated(frames: list[Frame], schema: Schema) -> Frame:
+def concatenated(frames: Sequence[Frame], schema: Schema) -> Frame:
+    """One frame of several; those of other days, or of other users of the same day."""
     if not frames:
         return empty_frame(schema)
     users, items = (_starts([len(getattr(frame, table)) for frame in frames]) for table in ("users", "items"))
@@ -213,8 +245,14 @@ def empty_frame(schema: Schema) -> Frame:
     return Frame(users, items, pl.DataFrame(schema=_row_schema(schema)))
 
 
-def _only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
-    rows = frame.rows.filter(pl.col(USAGE).is_in([usage.value for usage in usages]))
+def only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
+    """The impressions whose usage is one of ``usages``, with the users and items they point at."""
+    return kept(frame, pl.col(USAGE).is_in([usage.value for usage in usages]))
+
+
+def kept(frame: Frame, condition: pl.Expr) -> Frame:
+    """The impressions that meet ``condition``, with the users and items they point at."""
+    rows = frame.rows.filter(condition)
     if len(rows) == len(frame.rows):
         return frame
     users, user_row = _compacted(frame.users, rows[USER_ROW])
@@ -223,8 +261,17 @@ def _only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
 
 
 def _compacted(table: pl.DataFrame, position: pl.Series) -> tuple[pl.DataFrame, pl.Series]:
-    kept = position.unique().sort()
-    return table[kept], position.rank("dense").cast(pl.UInt32) - 1
+    present = position.unique().sort()
+    return table[present], position.rank("dense").cast(pl.UInt32) - 1
+
+
+def newest_items(parts: Iterable[Part]) -> pl.DataFrame:
+    """One row per item of ``parts``, its newest, by item id."""
+    newest = pl.DataFrame()
+    for part in parts:
+        together = pl.concat([newest, part.frame.items.filter(part.first)]) if len(newest) else part.frame.items
+        newest = together.sort(DAY, maintain_order=True).unique(ITEM_ID, keep="last").sort(ITEM_ID)
+    return newest
 
 
 def serving_frame(
