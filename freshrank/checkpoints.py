@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from freshrank.distributed import Group
+from freshrank.distributed import ALONE, Group
 from freshrank.storage import atomic_directory, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -140,13 +140,17 @@ class Checkpoints:
 
     directory: Path
     every: int
-    group: Group
+    """0 = never."""
+    group: Group = ALONE
 
     @property
     def device(self) -> str | None:
         """What the kept training runs on; None where none is kept."""
         path = self.directory / "state.json"
         return read_json(path)["device"] if path.exists() else None
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
     def restore(self, state: State) -> None:
         """Take ``state`` to where the kept training was; leave it where none is kept."""

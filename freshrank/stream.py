@@ -8,6 +8,7 @@ be made without those before it.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from itertools import accumulate
 from typing import TypeVar
@@ -17,15 +18,17 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from freshrank.config import ModelConfig
+from freshrank.config import TrainingConfig
+from freshrank.datasets.contract import Dataset
 from freshrank.distributed import ALONE, Group
 from freshrank.encoding import Catalog, Encoder
 from freshrank.errors import DataError
-from freshrank.frames import Part, concatenated, newest_items
-from freshrank.schema import Schema
-from freshrank.shards import Shard
-from freshrank.training import Encoded, Fed, TensorFrame, check_positives, item_blocks
+from freshrank.frames import Part, concatenated, load_frame, newest_items
+from freshrank.schema import IN_TRAINING, Schema
+from freshrank.shards import Shard, training_rows, training_shards
+from freshrank.training import Device, Encoded, Fed, TensorFrame, check_positives, item_blocks
 from freshrank.transforms import Batch
+from freshrank.workspace import Workspace
 
 SHARDS_PER_WINDOW = 8
 """Shards are cut small enough that so many, of other days and users, are shuffled together."""
@@ -175,11 +178,37 @@ def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield pending.result()
 
 
+def encoded_days(
+    dataset: Dataset,
+    workspace: Workspace,
+    days: Sequence[date],
+    schema: Schema,
+    min_count: int,
+    training: TrainingConfig,
+    group: Group = ALONE,
+) -> Encoded:
+    """The training rows of ``days`` as a ranker that reads ``schema`` is trained on: in memory where they fit a window.
+
+    Every rank of ``group`` calls this; the first one makes the files that all read.
+    """
+    if not group.leads:
+        group.wait()
+    device, items = Device.choose(training).name, dataset.items()
+    if training_rows(dataset, days) <= training.window_rows:
+        encoded = Encoded.of(load_frame(dataset, workspace, days, IN_TRAINING), items, schema, min_count, device)
+    else:
+        shards = training_shards(dataset, workspace, days, training.window_rows // SHARDS_PER_WINDOW)
+        encoded = streamed(shards, items, schema, min_count, training.window_rows, device)
+    if group.leads:
+        group.wait()
+    return encoded
+
+
 def streamed(
     shards: Sequence[Shard],
     items: pl.DataFrame,
     schema: Schema,
-    model: ModelConfig,
+    min_count: int,
     window_rows: int,
     device: str = "cpu",
 ) -> Encoded:
@@ -190,7 +219,7 @@ def streamed(
     """
     positives = {action: sum(shard.positives[action] for shard in shards) for action in schema.actions}
     check_positives(positives, sum(shard.rows for shard in shards))
-    encoder = Encoder.fit_parts(_parts(shards), schema, model.min_count)
+    encoder = Encoder.fit_parts(_parts(shards), schema, min_count)
     stream = Stream(shards, encoder, Catalog.build(items, encoder), window_rows, device)
     return Encoded(encoder, stream, lambda: item_blocks(encoder, newest_items(_parts(shards)), device))
 

@@ -4,15 +4,17 @@ Rows of the same user and day stand together in a batch, so the user block and i
 per user and day and not once per impression; users are shuffled within the whole training range.
 """
 
+import copy
 import functools
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "ranker.safetensors"
 DESCRIPTION = "ranker.json"
 SMALLEST_BATCH = 32
+_MEASURED_STEPS = 15
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,22 @@ class Device:
     compiled: bool
 
     @classmethod
-    def choose(cls, config: TrainingConfig) -> "Device":
-        """CUDA with bf16 and torch.compile where there is one, else the CPU in float32, uncompiled."""
+    def options(cls, config: TrainingConfig) -> list["Device"]:
+        """What ``config`` leaves open: on CUDA, "auto" is bf16 or float32 and torch.compile or not; on the CPU neither.
+
+        The first is the plainest.
+        """
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-        half = cuda and torch.cuda.is_bf16_supported() if config.precision == "auto" else config.precision == "bfloat16"
-        compiled = cuda if config.compile == "auto" else config.compile == "on"
-        return cls("cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32, compiled)
+        halves = {"auto": [False, True] if cuda and torch.cuda.is_bf16_supported() else [False], "float32": [False],
+                  "bfloat16": [True]}[config.precision]  # fmt: skip
+        compiled = {"auto": [False, True] if cuda else [False], "on": [True], "off": [False]}[config.compile]
+        name = "cuda" if cuda else "cpu"
+        return [cls(name, torch.bfloat16 if half else torch.float32, on) for half in halves for on in compiled]
+
+    @classmethod
+    def choose(cls, config: TrainingConfig) -> "Device":
+        """The plainest of :meth:`options`."""
+        return cls.options(config)[0]
 
     def __str__(self) -> str:
         model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
@@ -70,6 +83,32 @@ class Device:
 
 
 Watch = Callable[[int, Ranker, Batch], None]
+
+
+class Fed(NamedTuple):
+    """A batch and what to multiply its loss by, 1 but where ranks have unequal parts of a batch."""
+
+    batch: Batch
+    weight: float
+
+
+class Source(Protocol):
+    """What is trained on: a frame in memory (:class:`TensorFrame`) or a stream (:class:`freshrank.stream.Stream`)."""
+
+    @property
+    def user_days(self) -> int: ...
+
+    @property
+    def cold_rows(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Rows of an epoch, those of all ranks."""
+
+    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+        """``group.rank``'s batches from number ``start`` on; ``size`` is that of all ranks together.
+
+        The n-th batch is the same whatever ``start`` is, and every rank has ceil(len / size) of them per epoch.
+        """
 
 
 class TensorFrame:
@@ -126,32 +165,6 @@ class TensorFrame:
         batches = (rows for _ in range(epochs) for rows in self.batches(size, order))
         for rows, weight in map(group.share, islice(batches, start, None)):
             yield Fed(self.batch(rows), weight)
-
-
-class Fed(NamedTuple):
-    """A batch and what to multiply its loss by, 1 but where ranks have unequal parts of a batch."""
-
-    batch: Batch
-    weight: float
-
-
-class Source(Protocol):
-    """What is trained on: a frame in memory (:class:`TensorFrame`) or a stream (:class:`freshrank.stream.Stream`)."""
-
-    @property
-    def user_days(self) -> int: ...
-
-    @property
-    def cold_rows(self) -> int: ...
-
-    def __len__(self) -> int:
-        """Rows of an epoch, those of all ranks."""
-
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
-        """``group.rank``'s batches from number ``start`` on; ``size`` is that of all ranks together.
-
-        The n-th batch is the same whatever ``start`` is, and every rank has ceil(len / size) of them per epoch.
-        """
 
 
 @dataclass(frozen=True)
@@ -297,10 +310,14 @@ def train_encoded(
 
     A training kept in ``checkpoints`` goes on where it was. Every rank of ``group`` calls this and gets one ranker.
     """
-    encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
-    log.info("training on %s, %d rows, %d user-days", device, len(data), data.user_days)
+    encoder, data, options = encoded.encoder, encoded.data, Device.options(training)
     torch.manual_seed(training.seed)
-    ranker = Ranker(encoder, model, techniques).to(device.name)
+    ranker = Ranker(encoder, model, techniques).to(options[0].name)
+    kept = checkpoints.device if checkpoints else None
+    device = next((option for option in options if str(option) == kept), None) or fastest(
+        options, ranker, data, techniques, training, group
+    )
+    log.info("training on %s, %d rows, %d user-days", device, len(data), data.user_days)
     started = time.perf_counter()
     if techniques.pretraining:
         pretrain_items(ranker.item, encoded.newest_items(), techniques.pretraining, training.seed)
@@ -366,7 +383,7 @@ def fit(
         state.sums.add(parts, weight)
         if state.step % max(1, steps // 50) == 0 or state.step == steps:
             state.curve.add(state.step, state.sums.take(group))
-        if checkpoints and state.step % checkpoints.every == 0:
+        if checkpoints and checkpoints.due(state.step):
             checkpoints.save(state)
     return state.curve
 
@@ -397,6 +414,41 @@ class _Loss(nn.Module):
         loss = cls(ranker, techniques, device.compiled)
         # A batch without a sequence, say, leaves parameters without a gradient.
         return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+def fastest(
+    options: Sequence[Device],
+    ranker: Ranker,
+    data: Source,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    group: Group = ALONE,
+) -> Device:
+    """The one of ``options`` whose steps measure fastest on the first batch; ranker and draws stay as they are."""
+    if len(options) == 1:
+        return options[0]
+    batch = next(data.feed(batch_size(training, len(data)), 1, training.seed, 0, group)).batch
+    seconds = [step_seconds(option, copy.deepcopy(ranker), batch, techniques) for option in options]
+    log.info("seconds per step: %s", ", ".join(f"{o} {s:.4f}" for o, s in zip(options, seconds, strict=True)))
+    return options[int(group.gathered(torch.tensor(seconds))[0].argmin())]
+
+
+def step_seconds(device: Device, ranker: Ranker, batch: Batch, techniques: TechniquesConfig) -> float:
+    """Median of some steps of ``ranker`` on ``batch``, after others that compile and warm up; trains ``ranker``."""
+    loss_of, mixing, found = _Loss(ranker, techniques, device.compiled), torch.Generator().manual_seed(0), []
+    optimizer = torch.optim.AdamW(ranker.parameters(), fused=True)
+    ranker.train()
+    with torch.random.fork_rng():
+        for _ in range(_MEASURED_STEPS):
+            started = time.perf_counter()
+            with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+                loss, _ = loss_of(batch, mixing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            float(loss.detach())  # waits for a GPU
+            found.append(time.perf_counter() - started)
+    return median(found[_MEASURED_STEPS // 3 :])
 
 
 def batch_size(training: TrainingConfig, rows: int) -> int:
