@@ -7,7 +7,7 @@ A user's day is in one shard. An item is in every shard whose impressions point 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -80,7 +80,11 @@ def _of_day(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) 
         parts = max(1, -(-training_rows(dataset, [day]) // shard_rows))
         log.info("cutting %s into %d shards", day, parts)
         with atomic_directory(directory) as temporary:
-            _write(_frames(dataset, workspace, day, parts), dataset.schema, temporary)
+            write_shards(_frames(dataset, workspace, day, parts), dataset.schema, temporary)
+    return read_shards(directory)
+
+
+def read_shards(directory: Path) -> list[Shard]:
     return [Shard(directory, **facts) for facts in read_json(directory / DESCRIPTION)]
 
 
@@ -107,7 +111,8 @@ def user_part(users: Int, parts: int) -> np.ndarray:
     return np.asarray((mixed >> np.uint64(32)) % np.uint64(parts))
 
 
-def _write(frames: Iterator[Frame], schema: Schema, directory: Path) -> None:
+def write_shards(frames: Iterable[Frame], schema: Schema, directory: Path) -> None:
+    """One shard per frame of the same day that has rows, into ``directory``."""
     facts: list[dict[str, object]] = []
     seen = np.zeros(0, np.int64)
     with ExitStack() as stack:
