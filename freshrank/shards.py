@@ -18,7 +18,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from freshrank.columns import Int
 from freshrank.datasets.contract import Dataset
 from freshrank.frames import TABLES, Builder, Frame, Part, frame_path, kept
 from freshrank.schema import IN_TRAINING, ITEM_AGE, ITEM_ID, USAGE, USER_ID, Schema
@@ -94,21 +93,14 @@ def _frames(dataset: Dataset, workspace: Workspace, day: date, parts: int) -> It
     trained = pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING])
     for start in range(0, parts, _BUILT_TOGETHER):
         together = range(start, min(start + _BUILT_TOGETHER, parts))
-        frame = builder.build(_part_of(parts).is_between(together.start, together.stop - 1))[day]
-        yield from (kept(frame, trained & (_part_of(parts) == part)) for part in together)
+        frame = builder.build(user_part(parts).is_between(together.start, together.stop - 1))[day]
+        yield from (kept(frame, trained & (user_part(parts) == part)) for part in together)
 
 
-def _part_of(parts: int) -> pl.Expr:
-    def numbers(users: pl.Series) -> pl.Series:
-        return pl.Series(user_part(users.to_numpy(), parts))
-
-    return pl.col(USER_ID).map_batches(numbers, return_dtype=pl.UInt64, is_elementwise=True)
-
-
-def user_part(users: Int, parts: int) -> np.ndarray:
-    """Which of ``parts`` each user id belongs to, uint64 [N]: Fibonacci hashing, the same on every machine and day."""
-    mixed = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return np.asarray((mixed >> np.uint64(32)) % np.uint64(parts))
+def user_part(parts: int) -> pl.Expr:
+    """Which of ``parts`` a row's ``user_id`` belongs to: Fibonacci hashing, the same on every machine and day."""
+    mixed = pl.col(USER_ID).cast(pl.UInt64, wrap_numerical=True) * pl.lit(0x9E3779B97F4A7C15, pl.UInt64)  # wraps
+    return mixed // 2**32 % parts
 
 
 def write_shards(frames: Iterable[Frame], schema: Schema, directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import polars as pl
 from torch import Tensor
 
 from freshrank.frames import Frame, kept
@@ -15,8 +14,7 @@ from freshrank.transforms import Batch
 
 def cut(frame: Frame, schema: Schema, parts: int, directory: Path) -> list[Shard]:
     directory.mkdir(exist_ok=True)
-    numbers = pl.Series(user_part(frame.rows["user_id"].to_numpy(), parts))
-    write_shards((kept(frame, pl.lit(numbers == part)) for part in range(parts)), schema, directory)
+    write_shards((kept(frame, user_part(parts) == part) for part in range(parts)), schema, directory)
     return read_shards(directory)
 
 
