@@ -26,7 +26,7 @@ from freshrank.errors import DataError
 from freshrank.frames import Part, concatenated, load_frame, newest_items
 from freshrank.schema import IN_TRAINING, Schema
 from freshrank.shards import Shard, training_rows, training_shards
-from freshrank.training import Device, Encoded, Fed, TensorFrame, check_positives, item_blocks
+from freshrank.training import Device, Encoded, Fed, Source, TensorFrame, check_positives, item_blocks
 from freshrank.transforms import Batch
 from freshrank.workspace import Workspace
 
@@ -186,7 +186,7 @@ def encoded_days(
     min_count: int,
     training: TrainingConfig,
     group: Group = ALONE,
-) -> Encoded:
+) -> Encoded[Source]:
     """The training rows of ``days`` as a ranker that reads ``schema`` is trained on: in memory where they fit a window.
 
     Every rank of ``group`` calls this; the first one makes the files that all read.
@@ -194,6 +194,7 @@ def encoded_days(
     if not group.leads:
         group.wait()
     device, items = Device.choose(training).name, dataset.items()
+    encoded: Encoded[Source]
     if training_rows(dataset, days) <= training.window_rows:
         encoded = Encoded.of(load_frame(dataset, workspace, days, IN_TRAINING), items, schema, min_count, device)
     else:
@@ -211,7 +212,7 @@ def streamed(
     min_count: int,
     window_rows: int,
     device: str = "cpu",
-) -> Encoded:
+) -> Encoded[Stream]:
     """Fit the encoder in one pass over ``shards``; what :func:`freshrank.training.train_encoded` trains on.
 
     Raises:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import polars as pl
@@ -109,6 +109,9 @@ class Source(Protocol):
 
         The n-th batch is the same whatever ``start`` is, and every rank has ceil(len / size) of them per epoch.
         """
+
+
+S = TypeVar("S", bound=Source, covariant=True)
 
 
 class TensorFrame:
@@ -276,20 +279,22 @@ def train_ranker(
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Generic[S]):
     """A training frame under the encoder fitted on it: what all rankers of one schema and ``min_count`` can share."""
 
     encoder: Encoder
-    data: Source
+    data: S
     newest_items: Callable[[], dict[str, Tensor]]
     """The item blocks with one row per item of the training days, its newest, by item id."""
 
     @classmethod
-    def of(cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu") -> "Encoded":
+    def of(
+        cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu"
+    ) -> "Encoded[TensorFrame]":
         check_positives({action: int(frame.rows[action].sum()) for action in schema.actions}, len(frame.rows))
         encoder = Encoder.fit(frame, schema, min_count)
         data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device)
-        return cls(encoder, data, lambda: item_blocks(encoder, newest_items([Part.whole(frame)]), device))
+        return Encoded(encoder, data, lambda: item_blocks(encoder, newest_items([Part.whole(frame)]), device))
 
 
 def item_blocks(encoder: Encoder, items: pl.DataFrame, device: str) -> dict[str, Tensor]:
@@ -298,7 +303,7 @@ def item_blocks(encoder: Encoder, items: pl.DataFrame, device: str) -> dict[str,
 
 
 def train_encoded(
-    encoded: Encoded,
+    encoded: Encoded[Source],
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,

@@ -28,7 +28,7 @@ def trained(source: str, directory: Path, group: Group = ALONE) -> Trained:
     """In memory without anything that draws or that is not a mean over rows; streamed with all of it."""
     from tests.test_ranker import SMALL, TRAINING
 
-    fit = TRAINING.model_copy(update={"epochs": 4, "batch_size": 64, "min_steps": 1})
+    fit = TRAINING.model_copy(update={"epochs": 4 if source == "memory" else 12, "batch_size": 64, "min_steps": 1})
     if source == "memory":
         encoded, techniques = Encoded.of(frame(), frame().items, SCHEMA, 1), TechniquesConfig()
         fit = fit.model_copy(update={"new_item_probability": 0.0})

@@ -191,7 +191,7 @@ def test_no_more_than_two_windows_are_held(encoded: Encoded) -> None:
     windows = Epoch.of([shard.rows for shard in encoded.data.shards], 100, 0, 0).windows
     assert len(windows) >= 4
     before, held = _tensor_frames(), []
-    for _ in encoded.data.feed(16, 1, 0):
+    for _ in encoded.data.feed(50, 1, 0):
         gc.collect()
         held.append(_tensor_frames() - before)
     assert 1 <= max(held) <= 2

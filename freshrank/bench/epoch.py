@@ -95,7 +95,7 @@ def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Cons
     return result
 
 
-def _timed(kind: type[Ranker], encoded: Encoded, config: Any) -> tuple[float, list[float]]:
+def _timed(kind: type[Ranker], encoded: Encoded[TensorFrame], config: Any) -> tuple[float, list[float]]:
     torch.manual_seed(config.training.seed)
     ranker = kind(encoded.encoder, config.model, config.techniques)
     started = time.perf_counter()
