@@ -19,11 +19,12 @@ from freshrank.distributed import Group
 from freshrank.encoding import Encoder
 from freshrank.errors import DataError
 from freshrank.frames import Frame, Part, load_frame, newest_items
+from freshrank.models.ranker import Ranker
 from freshrank.schema import IN_TRAINING, Entity
 from freshrank.settings import settings
 from freshrank.shards import Shard, training_shards, user_part
 from freshrank.stream import Epoch, Stream, encoded_days, joined
-from freshrank.training import Encoded, Source, TensorFrame, train_encoded, train_ranker
+from freshrank.training import Device, Encoded, Source, TensorFrame, fastest, train_encoded, train_ranker
 from tests.streams import cut, hours, stream_of
 from tests.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 
@@ -289,3 +290,25 @@ def test_a_shard_is_read_with_the_columns_it_was_cut_from(tmp_path: Path) -> Non
 def test_the_default_window_holds_a_log_of_this_size() -> None:
     """The whole of KuaiRand-Pure (1.4 million impressions) trains in memory, as it did before there were streams."""
     assert TrainingConfig().window_rows >= 1_400_000
+
+
+def test_measuring_several_devices_chooses_one_of_them_and_trains_nothing(
+    encoded: Encoded,
+) -> None:
+    """Two on the CPU: the choice is one of them; weights and torch's generator are as they were."""
+    ranker = Ranker(encoded.encoder, SMALL)
+    before, state = {n: t.clone() for n, t in ranker.state_dict().items()}, torch.get_rng_state()
+    options = [Device("cpu", torch.float32, False), Device("cpu", torch.bfloat16, False)]
+    assert fastest(options, ranker, encoded.data, TechniquesConfig(), TRAINING) in options
+    assert all(torch.equal(value, before[name]) for name, value in ranker.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_slower_device_is_not_used(encoded: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 takes twice as long as float32, then half."""
+    options = [Device("cpu", torch.float32, False), Device("cpu", torch.bfloat16, False)]
+    for seconds, expected in (((1.0, 2.0), 0), ((1.0, 0.5), 1)):
+        measured = dict(zip(options, seconds, strict=True))
+        monkeypatch.setattr("freshrank.training.step_seconds", lambda device, *_, found=measured: found[device])
+        ranker = Ranker(encoded.encoder, SMALL)
+        assert fastest(options, ranker, encoded.data, TechniquesConfig(), TRAINING) == options[expected]
