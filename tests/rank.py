@@ -16,11 +16,12 @@ from tests.streams import stream_of
 from tests.worlds import random_frame, tiny_schema
 
 SCHEMA = tiny_schema()
+SIZES = {"memory": {"users": 60, "rows": 960}, "stream": {"users": 300, "rows": 6000}}
 
 
-def frame() -> Frame:
+def frame(source: str = "memory") -> Frame:
     """Every label observed, so that the mean of the ranks' mean losses is the mean loss of all rows."""
-    found = random_frame(SCHEMA, users=60, rows=960)
+    found = random_frame(SCHEMA, **SIZES[source])
     return Frame(found.users, found.items, found.rows.with_columns(pl.col("save").fill_null(0)))
 
 
@@ -28,12 +29,12 @@ def trained(source: str, directory: Path, group: Group = ALONE) -> Trained:
     """In memory without anything that draws or that is not a mean over rows; streamed with all of it."""
     from tests.test_ranker import SMALL, TRAINING
 
-    fit = TRAINING.model_copy(update={"epochs": 4 if source == "memory" else 12, "batch_size": 64, "min_steps": 1})
+    fit = TRAINING.model_copy(update={"epochs": 3, "batch_size": 64, "min_steps": 1})
     if source == "memory":
         encoded, techniques = Encoded.of(frame(), frame().items, SCHEMA, 1), TechniquesConfig()
         fit = fit.model_copy(update={"new_item_probability": 0.0})
     else:
-        encoded = stream_of(frame(), SCHEMA, directory, window_rows=200, parts=16)
+        encoded = stream_of(frame(source), SCHEMA, directory, window_rows=1000, parts=48)
         techniques = TechniquesConfig(mixup=MixupConfig(), score_reg=ScoreRegConfig())
     return train_encoded(encoded, SMALL, techniques, fit, group=group)
 

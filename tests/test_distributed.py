@@ -41,7 +41,7 @@ def test_both_ranks_hold_the_same_ranker(ranks: Path, source: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_ranker_of_one_on_the_same_batches(ranks: Path, tmp_path: Path) -> None:
-    """60 steps of 64 rows, 32 on each: losses to 1e-4, weights to 1e-3 (sums in another order, amplified by Adam)."""
+    """45 steps of 64 rows, 32 on each: losses to 1e-4, weights to 1e-3 (sums in another order, amplified by Adam)."""
     one, two = trained("memory", tmp_path / "shards"), Trained.load(ranks / "memory-0")
     curves = [each.facts["curve"]["losses"]["bce"] for each in (one, two)]
     assert np.allclose(*curves, rtol=1e-4, atol=0)
@@ -51,17 +51,17 @@ def test_two_processes_train_the_ranker_of_one_on_the_same_batches(ranks: Path, 
 
 @pytest.mark.slow
 def test_two_processes_on_shards_of_their_own_reach_the_loss_of_one(ranks: Path, tmp_path: Path) -> None:
-    """Other rows in every batch, the same number of them: after 12 epochs, loss over all rows to 4%, less than half of
-    what was learned."""
+    """Other rows in every batch, the same number of them: after three epochs, loss over all rows to 3%, where another
+    seed moves that of one process by 2%."""
     one, two = trained("stream", tmp_path / "shards"), Trained.load(ranks / "stream-0")
     assert one.facts["curve"]["steps"] == two.facts["curve"]["steps"]
     first = one.facts["curve"]["losses"]["bce"][0]
     assert _loss(one) < 0.9 * first
-    assert _loss(two) == pytest.approx(_loss(one), rel=0.04)
+    assert _loss(two) == pytest.approx(_loss(one), rel=0.03)
 
 
 def _loss(trained: Trained) -> float:
-    logits, labels = predict(trained, frame(), frame().items), labels_of(frame(), SCHEMA)
+    logits, labels = predict(trained, frame("stream"), frame("stream").items), labels_of(frame("stream"), SCHEMA)
     return float(masked_bce(torch.from_numpy(logits), torch.from_numpy(labels)))
 
 

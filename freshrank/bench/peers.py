@@ -273,7 +273,7 @@ def require(names: Iterable[str]) -> None:
         except ImportError as problem:
             raise ConfigError(
                 f"bench train: {name} cannot be imported ({problem}); install it with `pip install --no-deps "
-                "torch-rechub==0.9.0 fuxictr==2.3.10`, or leave it out with --peers"
+                "torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py msgpack`, or leave it out with --peers"
             ) from problem
 
 
