@@ -29,8 +29,8 @@ CODE_VERSION = 1
 """Raise it when the same frame is cut differently, so that kept shards are cut again."""
 DESCRIPTION = "shards.json"
 FIRST = "first"
-_BUILT_TOGETHER = 8
-"""Shards of a day that are made of one pass over its log: what bounds memory while they are cut."""
+ROWS_AT_ONCE = 500_000
+"""Impressions of a day that are made of one pass over its log, in whole shards: what bounds memory while it is cut."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Shard:
 def training_shards(dataset: Dataset, workspace: Workspace, days: Sequence[date], shard_rows: int) -> list[Shard]:
     """Shards of the training rows of ``days``, about ``shard_rows`` impressions each; cut where they are missing.
 
-    Cutting holds :data:`_BUILT_TOGETHER` shards at a time, whatever the size of a day. A user with more than
+    Cutting holds :data:`ROWS_AT_ONCE` of them at a time, whatever the size of a day. A user with more than
     ``shard_rows`` impressions a day makes a larger shard.
 
     Raises:
@@ -79,7 +79,7 @@ def _of_day(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) 
         parts = max(1, -(-training_rows(dataset, [day]) // shard_rows))
         log.info("cutting %s into %d shards", day, parts)
         with atomic_directory(directory) as temporary:
-            write_shards(_frames(dataset, workspace, day, parts), dataset.schema, temporary)
+            write_shards(_frames(dataset, workspace, day, parts, shard_rows), dataset.schema, temporary)
     return read_shards(directory)
 
 
@@ -87,12 +87,13 @@ def read_shards(directory: Path) -> list[Shard]:
     return [Shard(directory, **facts) for facts in read_json(directory / DESCRIPTION)]
 
 
-def _frames(dataset: Dataset, workspace: Workspace, day: date, parts: int) -> Iterator[Frame]:
+def _frames(dataset: Dataset, workspace: Workspace, day: date, parts: int, shard_rows: int) -> Iterator[Frame]:
     """Frames of the training rows of ``day`` by part of the users."""
     builder = Builder(dataset, workspace, [day])
     trained = pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING])
-    for start in range(0, parts, _BUILT_TOGETHER):
-        together = range(start, min(start + _BUILT_TOGETHER, parts))
+    step = max(1, ROWS_AT_ONCE // shard_rows)
+    for start in range(0, parts, step):
+        together = range(start, min(start + step, parts))
         frame = builder.build(user_part(parts).is_between(together.start, together.stop - 1))[day]
         yield from (kept(frame, trained & (user_part(parts) == part)) for part in together)
 

@@ -1,6 +1,7 @@
 """Training rows as a stream: the same rows, the same encoder, a bounded window, any batch by its number."""
 
 import gc
+import shutil
 from datetime import date
 from pathlib import Path
 
@@ -91,11 +92,11 @@ def _wide(frame: Frame) -> pl.DataFrame:
 
 
 def test_the_shards_of_a_range_are_its_training_frame_with_every_users_day_in_one(run: steps.Run) -> None:
-    """Three days of 900 rows in shards of 100: the same impressions with the same features, none from the future."""
+    """Three days of 900 rows in shards of 150: the same impressions with the same features, none from the future."""
     whole = load_frame(run.dataset, run.workspace, days(run), IN_TRAINING)
-    shards = training_shards(run.dataset, run.workspace, days(run), 100)
-    assert len(shards) > 20
-    assert max(shard.rows for shard in shards) < 200
+    shards = training_shards(run.dataset, run.workspace, days(run), 150)
+    assert len(shards) == 18
+    assert max(shard.rows for shard in shards) < 300
     frames = [shard.read().frame for shard in shards]
     assert_frame_equal(pl.concat([_wide(frame) for frame in frames]).sort(_wide(whole).columns[:5]),
                        _wide(whole).sort(_wide(whole).columns[:5]))  # fmt: skip
@@ -105,10 +106,27 @@ def test_the_shards_of_a_range_are_its_training_frame_with_every_users_day_in_on
     assert sum(shard.cold for shard in shards) == fresh
 
 
+def test_a_day_cut_in_several_passes_is_cut_as_in_one(
+    run: steps.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 rows at a time instead of the whole day: the same shards, so an item is read as of the same instant."""
+    one = training_shards(run.dataset, run.workspace, days(run)[:1], 150)
+    frames = [shard.read() for shard in one]
+    monkeypatch.setattr("freshrank.shards.ROWS_AT_ONCE", 300)
+    shutil.rmtree(one[0].directory)
+    several = training_shards(run.dataset, run.workspace, days(run)[:1], 150)
+    assert several == one
+    for before, shard in zip(frames, several, strict=True):
+        after = shard.read()
+        assert np.array_equal(before.first, after.first)
+        for table in ("users", "items", "rows"):
+            assert_frame_equal(getattr(before.frame, table), getattr(after.frame, table))
+
+
 def test_of_an_items_rows_in_the_shards_of_a_day_one_is_marked(run: steps.Run) -> None:
     """Marked rows are the items of the whole frame."""
     whole = load_frame(run.dataset, run.workspace, days(run), IN_TRAINING)
-    parts = [shard.read() for shard in training_shards(run.dataset, run.workspace, days(run), 100)]
+    parts = [shard.read() for shard in training_shards(run.dataset, run.workspace, days(run), 150)]
     marked = pl.concat([part.frame.items.filter(part.first) for part in parts])
     assert_frame_equal(marked.sort("day", "item_id"), whole.items.sort("day", "item_id"))
     assert_frame_equal(newest_items(iter(parts)), newest_items([Part.whole(whole)]))
@@ -116,9 +134,9 @@ def test_of_an_items_rows_in_the_shards_of_a_day_one_is_marked(run: steps.Run) -
 
 def test_days_that_are_cut_are_not_cut_again(run: steps.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Feast is not asked."""
-    shards = training_shards(run.dataset, run.workspace, days(run), 100)
+    shards = training_shards(run.dataset, run.workspace, days(run), 150)
     monkeypatch.setattr("freshrank.frames.FeatureStore", None)
-    assert training_shards(run.dataset, run.workspace, days(run), 100) == shards
+    assert training_shards(run.dataset, run.workspace, days(run), 150) == shards
 
 
 def test_an_encoder_fitted_on_parts_is_the_one_fitted_on_the_whole(tmp_path: Path) -> None:
