@@ -531,6 +531,38 @@ def bench_epoch(
               f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
 
 
+@bench.command("train")
+def bench_train(
+    data: Data,
+    day: Day = None,
+    days: Annotated[int, typer.Option(min=1, help="Days trained on.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of ours per measurement.")] = 300,
+    peer_steps: Annotated[int, typer.Option(min=4, help="Batches of a peer per measurement.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each system, in turn.")] = 5,
+    window_rows: Annotated[int, typer.Option(min=1000, help="Rows a window of the stream holds.")] = 65_536,
+    peers: Annotated[str, typer.Option(help="Libraries compared with, commas between; empty: none.")] = (
+        "torch-rechub,FuxiCTR"
+    ),
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/train.json"
+    ),
+) -> None:
+    """Examples per second and memory of streamed training, against the same steps from memory and two libraries."""
+    from freshrank.bench.train import Plan, train
+    from freshrank.clock import parse_day
+
+    plan = Plan(days=days, steps=steps, peer_steps=peer_steps, rounds=rounds, window_rows=window_rows,
+                peers=tuple(_names(peers) or ()))  # fmt: skip
+    found = train(data, parse_day(_date(data, day)), plan, target, out)
+    for name, system in found.systems.items():
+        out.print(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
+                  f"{system.peak_mib:,.0f} MiB")  # fmt: skip
+    for ratio in found.ratios:
+        out.print(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), at least "
+                  f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+
+
 @bench.command("serving")
 def bench_serving(
     data: Data,

@@ -195,6 +195,10 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     new_item_probability: Probability = 0.05
     """Share of item ids replaced by the new-item row, so that the row is trained."""
+    window_rows: Annotated[int, Field(ge=1000)] = 2_000_000
+    """Impressions held and shuffled together; more are read as a stream, with a second window being made ready."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 500
+    """Steps after which a training is kept, to go on there should it be killed; 0 = never."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -4,6 +4,7 @@ Every feature has a place in a block; a missing value is index 0 (categorical), 
 padding (sequences), so any frame, however incomplete, encodes to finite-scoring inputs (cold-complete).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import polars as pl
 from safetensors.numpy import load_file, save_file
 
 from freshrank.columns import Bool, Columns, Float, Int, Layout, integers
-from freshrank.frames import Frame
+from freshrank.frames import Frame, Part
 from freshrank.schema import (
     ITEM_ID,
     QUERY_ITEM_ID,
@@ -47,10 +48,12 @@ class Vocabulary:
     @classmethod
     def fit(cls, values: pl.Series, counts: Int | None, min_count: int) -> "Vocabulary":
         """Keep values seen at least ``min_count`` times; ``counts`` weighs each entry of ``values``."""
-        weights = pl.Series(counts) if counts is not None else pl.repeat(1, len(values), eager=True)
-        seen = pl.DataFrame({"value": values, "count": weights}).drop_nulls("value")
-        kept = seen.group_by("value").agg(pl.col("count").sum()).filter(pl.col("count") >= min_count)
-        return cls(kept["value"].cast(pl.Int64).to_numpy())
+        return cls.of(_counted(values, counts), min_count)
+
+    @classmethod
+    def of(cls, counted: pl.DataFrame, min_count: int) -> "Vocabulary":
+        """Keep each ``value`` whose ``count`` is at least ``min_count``; both Int64."""
+        return cls(counted.filter(pl.col("count") >= min_count)["value"].to_numpy())
 
     def __len__(self) -> int:
         """Rows of the embedding table, the two reserved ones included."""
@@ -83,17 +86,30 @@ class Encoder:
     @classmethod
     def fit(cls, frame: Frame, schema: Schema, min_count: int) -> "Encoder":
         """Fit vocabularies and numeric statistics on the training rows only."""
-        encoder = cls(schema, _vocabularies(frame, schema, min_count), {})
-        return cls(schema, encoder.vocabularies, encoder._statistics(frame))
+        return cls.fit_parts([Part.whole(frame)], schema, min_count)
 
-    def _statistics(self, frame: Frame) -> dict[Entity, NumericStatistics]:
+    @classmethod
+    def fit_parts(cls, parts: Iterable[Part], schema: Schema, min_count: int) -> "Encoder":
+        """:meth:`fit` on a frame that comes in parts, in one pass that holds one part and a count per value.
+
+        Vocabularies are those of the whole frame; statistics differ from its by rounding (float64, kept as float32).
+        """
+        reader, counts = cls(schema, {}, {}), _Counts(schema)
+        moments = {e: _Moments.of(np.zeros((0, len(reader.numeric(e))), np.float32)) for e in _ENTITIES}
+        for part in parts:
+            counts.add(part)
+            for entity, block in reader._numeric_blocks(part).items():
+                moments[entity] = moments[entity].joined(_Moments.of(transformed(block, reader.numeric(entity))))
+        return cls(schema, counts.vocabularies(min_count), {e: m.statistics() for e, m in moments.items()})
+
+    def _numeric_blocks(self, part: Part) -> dict[Entity, Float]:
+        frame, items = part.frame, part.frame.items.filter(part.first)
         numeric = {
             Entity.USER: Columns.of(frame.users, Layout.of(self.numeric(Entity.USER))).arrays.get(Kind.NUMERIC),
-            Entity.ITEM: Columns.of(frame.items, Layout.of(self.numeric(Entity.ITEM))).arrays.get(Kind.NUMERIC),
+            Entity.ITEM: Columns.of(items, Layout.of(self.numeric(Entity.ITEM))).arrays.get(Kind.NUMERIC),
             Entity.ROW: self._row_numeric(self._rows(frame)),
         }
-        empty = np.zeros((0, 0), np.float32)
-        return {e: _moments(empty if block is None else block, self.numeric(e)) for e, block in numeric.items()}
+        return {entity: block for entity, block in numeric.items() if block is not None}
 
     @cached_property
     def _selected(self) -> dict[Entity, dict[Kind, list[Feature]]]:
@@ -143,7 +159,11 @@ class Encoder:
 
     def items(self, frame: Frame) -> Blocks:
         """Blocks with leading dimension I (rows of ``frame.items``)."""
-        return self._items(integers(frame.items[ITEM_ID]), Columns.of(frame.items, self.layouts[Entity.ITEM]))
+        return self.item_blocks(frame.items)
+
+    def item_blocks(self, items: pl.DataFrame) -> Blocks:
+        """:meth:`items` of a frame's table of items."""
+        return self._items(integers(items[ITEM_ID]), Columns.of(items, self.layouts[Entity.ITEM]))
 
     def _items(self, ids: Int, items: Columns) -> Blocks:
         known = np.ones(len(ids), np.bool_)
@@ -318,33 +338,68 @@ def transformed(block: Float, features: list[Feature]) -> Float:
     return np.where(logs, signed, block).astype(np.float32)
 
 
-def _vocabularies(frame: Frame, schema: Schema, min_count: int) -> dict[str, Vocabulary]:
-    item_counts = np.bincount(frame.rows["item_row"].to_numpy(), minlength=len(frame.items))
-    tables = {Entity.USER: (frame.users, None), Entity.ITEM: (frame.items, item_counts), Entity.ROW: (frame.rows, None)}
-    result = {ITEM_ID: Vocabulary.fit(frame.items[ITEM_ID], item_counts, min_count)}
-    for feature in schema.features():
-        table, counts = tables[feature.entity]
-        if feature.kind is Kind.CATEGORICAL:
-            result[feature.name] = Vocabulary.fit(table[feature.name], counts, min_count)
-        elif feature.kind is Kind.MULTI_VALUED:
-            result[feature.name] = _fit_multi(table[feature.name], counts, min_count)
-    return result
+def _counted(values: pl.Series, counts: Int | None) -> pl.DataFrame:
+    """Each value but null and how often it occurs, Int64 both; a list counts each of its values."""
+    weights = pl.Series(counts) if counts is not None else pl.repeat(1, len(values), eager=True)
+    table = pl.DataFrame({"value": values, "count": weights})
+    if isinstance(values.dtype, pl.List):
+        table = table.explode("value")
+    return _summed(table.drop_nulls("value").cast(pl.Int64))
 
 
-def _fit_multi(series: pl.Series, counts: Int | None, min_count: int) -> Vocabulary:
-    weights = counts if counts is not None else np.ones(len(series), np.int64)
-    exploded = pl.DataFrame({"value": series, "count": weights}).explode("value")
-    return Vocabulary.fit(exploded["value"], exploded["count"].to_numpy(), min_count)
+def _summed(counted: pl.DataFrame) -> pl.DataFrame:
+    return counted.group_by("value").agg(pl.col("count").sum())
 
 
-def _moments(block: Float, features: list[Feature]) -> NumericStatistics:
-    values = transformed(block, features).astype(np.float64)
-    seen = np.isfinite(values)
-    count = np.maximum(seen.sum(axis=0), 1)
-    mean = np.where(seen, values, 0).sum(axis=0) / count
-    variance = np.where(seen, (values - mean) ** 2, 0).sum(axis=0) / count
-    std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
-    return NumericStatistics(mean.astype(np.float32), std.astype(np.float32))
+class _Counts:
+    """How often each value of each vocabulary was seen."""
+
+    def __init__(self, schema: Schema) -> None:
+        kinds = (Kind.CATEGORICAL, Kind.MULTI_VALUED)
+        self.entities = {ITEM_ID: Entity.ITEM} | {f.name: f.entity for f in schema.features() if f.kind in kinds}
+        self.seen: dict[str, pl.DataFrame] = {}
+
+    def add(self, part: Part) -> None:
+        frame = part.frame
+        item_counts = np.bincount(frame.rows["item_row"].to_numpy(), minlength=len(frame.items))
+        tables = {Entity.USER: (frame.users, None), Entity.ITEM: (frame.items, item_counts),
+                  Entity.ROW: (frame.rows, None)}  # fmt: skip
+        for name, entity in self.entities.items():
+            table, counts = tables[entity]
+            counted = _counted(table[name], counts)
+            self.seen[name] = _summed(pl.concat([self.seen[name], counted])) if name in self.seen else counted
+
+    def vocabularies(self, min_count: int) -> dict[str, Vocabulary]:
+        return {name: Vocabulary.of(self.seen[name], min_count) for name in self.entities}
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Count, mean and summed squared deviation of each column's finite values, float64 [columns] each."""
+
+    count: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, block: Float) -> "_Moments":
+        values = block.astype(np.float64)
+        seen = np.isfinite(values)
+        count = seen.sum(axis=0).astype(np.float64)
+        mean = np.where(seen, values, 0).sum(axis=0) / np.maximum(count, 1)
+        return cls(count, mean, np.where(seen, (values - mean) ** 2, 0).sum(axis=0))
+
+    def joined(self, other: "_Moments") -> "_Moments":
+        """Of both sets of values (Chan et al. 1983)."""
+        count = self.count + other.count
+        share, difference = other.count / np.maximum(count, 1), other.mean - self.mean
+        mean = self.mean + difference * share
+        return _Moments(count, mean, self.deviation + other.deviation + difference**2 * self.count * share)
+
+    def statistics(self) -> NumericStatistics:
+        variance = self.deviation / np.maximum(self.count, 1)
+        std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
+        return NumericStatistics(self.mean.astype(np.float32), std.astype(np.float32))
 
 
 def _first_value(items: Columns, name: str) -> tuple[Int, Bool]:

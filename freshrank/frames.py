@@ -4,17 +4,18 @@ Users and items are held once per day, impressions point at them. Offline and on
 and dtypes, and for the same day the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from freshrank.clock import day_of
 from freshrank.datasets.contract import Dataset
-from freshrank.day_parts import DAY, KEYS, build_parts, part_path, stale_parts
+from freshrank.day_parts import DAY, build_parts, part_path, stale_parts
 from freshrank.feature_store import CREATED_AT_US, FeatureStore, stored_schema
 from freshrank.history import history_fingerprint, require_history
 from freshrank.hourly import CODE_VERSION as HOURLY_VERSION
@@ -45,7 +46,7 @@ JUDGED_AGE = "judged_age_days"
 EXPOSURES = "exposures"
 _ORDER = [EVENT_TIMESTAMP, USER_ID, ITEM_ID, REQUEST_ID]
 _UTC = pl.Datetime("us", "UTC")
-_TABLES = ("users", "items", "rows")
+TABLES = ("users", "items", "rows")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class Frame:
     0 when unknown), ``exposures`` (Int64: impressions of the item on all earlier days), ``usage``."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A frame that is one of several; ``first`` bool [I]: no earlier part holds this row of ``frame.items``."""
+
+    frame: Frame
+    first: npt.NDArray[np.bool_]
+
+    @classmethod
+    def whole(cls, frame: Frame) -> "Part":
+        return cls(frame, np.ones(len(frame.items), np.bool_))
+
+
 def load_frame(
     dataset: Dataset,
     workspace: Workspace,
@@ -76,14 +89,15 @@ def load_frame(
     hourly counters as of its first while they stand, so nothing that happened later can reach a row. Days are cached on
     their own.
     """
-    wanted = {day: _path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
+    wanted = {day: frame_path(dataset, workspace, day) for day in sorted(set(days)) if day in set(dataset.days)}
     missing = [day for day, path in wanted.items() if not path.exists()]
     if missing:
         _write_missing(dataset, workspace, {day: wanted[day] for day in missing})
-    return _only(_concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
+    return only(concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
 
 
-def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
+def frame_path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
+    """Where a day's frame is kept; the name changes when anything that reaches the frame does."""
     past = [seen for seen in dataset.days if seen <= day]
     hourly = {"hourly": HOURLY_VERSION} if dataset.schema.history.hourly else {}
     inputs = fingerprint({"version": CODE_VERSION, "log": dataset.log_fingerprint(past),
@@ -95,40 +109,67 @@ def _path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
 
 def _write(frame: Frame, path: Path) -> None:
     with atomic_directory(path) as temporary:
-        for table in _TABLES:
+        for table in TABLES:
             getattr(frame, table).write_parquet(temporary / f"{table}.parquet")
 
 
 def _read(path: Path) -> Frame:
-    return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in _TABLES))
+    return Frame(*(pl.read_parquet(path / f"{table}.parquet") for table in TABLES))
 
 
 def _write_missing(dataset: Dataset, workspace: Workspace, wanted: dict[date, Path]) -> None:
-    require_history(dataset, workspace, list(wanted))
-    require_hourly(dataset, workspace, list(wanted))
-    store = FeatureStore(dataset, workspace)
-    store.apply()
-    exposures = Exposures(dataset, workspace)
+    builder = Builder(dataset, workspace, list(wanted))
     for day, path in wanted.items():
-        _write(_build(store, exposures, day), path)
+        _write(builder.build(day), path)
 
 
-def _build(store: FeatureStore, exposures: "Exposures", day: date) -> Frame:
-    dataset = store.dataset
-    log = dataset.impressions([day]).filter(pl.col(USAGE) != Usage.HISTORY.value).sort(_ORDER).collect()
-    if dataset.schema.history.hourly:
-        log = with_counted_hour(log, dataset.items(), dataset.schema)
-    users, items = (_entities(store, entity, log) for entity in (Entity.USER, Entity.ITEM))
-    rows = exposures.count(_with_ages(log, dataset.items()), day)
-    return _assemble(users, items, rows, dataset.schema)
+class Builder:
+    """Makes frames of ``days`` from the log and the feature store, of all users or of some.
+
+    Raises:
+        MissingArtifact: the snapshots of ``days`` have not been built.
+    """
+
+    def __init__(self, dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
+        require_history(dataset, workspace, days)
+        require_hourly(dataset, workspace, days)
+        self.dataset = dataset
+        self.store = FeatureStore(dataset, workspace)
+        self.store.apply()
+        self._exposures = Exposures(dataset, workspace)
+        self._seen: tuple[date, pl.DataFrame] | None = None
+
+    def build(self, day: date, users: pl.Expr | None = None) -> Frame:
+        """The frame of ``day``, days in ascending order; ``users`` is a condition on the log's ``user_id``."""
+        whole = self._log(day)
+        log = self._with_hour((whole if users is None else whole.filter(users)).sort(_ORDER).collect())
+        first = log.group_by(USER_ID, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, USER_ID)
+        keys = [DAY, ITEM_ID, *_hour(log)]
+        seen = self._first_seen(day).join(log, on=keys, how="semi", nulls_equal=True).sort(keys)
+        schema = self.store.schema
+        user_rows = _with_day(self.store.offline_users(first), first[DAY], schema, Entity.USER)
+        item_rows = _with_day(self.store.offline_items(seen), seen[DAY], schema, Entity.ITEM)
+        rows = self._exposures.count(_with_ages(log, self.dataset.items()), day)
+        return _assemble(user_rows, item_rows.with_columns(seen.select(_hour(log))), rows, schema)
+
+    def _log(self, day: date) -> pl.LazyFrame:
+        return self.dataset.impressions([day]).filter(pl.col(USAGE) != Usage.HISTORY.value)
+
+    def _with_hour(self, log: pl.DataFrame) -> pl.DataFrame:
+        schema = self.dataset.schema
+        return with_counted_hour(log, self.dataset.items(), schema) if schema.history.hourly else log
+
+    def _first_seen(self, day: date) -> pl.DataFrame:
+        """When each item, with hourly counters in each hour, was first shown on ``day``; of the whole log: an item must
+        be read as of the same instant whichever users are asked for."""
+        if self._seen is None or self._seen[0] != day:
+            log = self._with_hour(self._log(day).select(ITEM_ID, DAY, EVENT_TIMESTAMP).collect())
+            self._seen = day, log.group_by(ITEM_ID, DAY, *_hour(log)).agg(pl.col(EVENT_TIMESTAMP).min())
+        return self._seen[1]
 
 
-def _entities(store: FeatureStore, entity: Entity, log: pl.DataFrame) -> pl.DataFrame:
-    key = KEYS[entity]
-    hour = [COUNTED] if entity is Entity.ITEM and COUNTED in log.columns else []
-    first = log.group_by(key, DAY, *hour).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, key, *hour)
-    read = store.offline_users(first) if entity is Entity.USER else store.offline_items(first)
-    return _with_day(read, first[DAY], store.schema, entity).with_columns(first.select(hour))
+def _hour(log: pl.DataFrame) -> list[str]:
+    return [COUNTED] if COUNTED in log.columns else []
 
 
 def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
@@ -208,7 +249,8 @@ def _context_schema(schema: Schema) -> dict[str, pl.DataType]:
     return {name: dtypes.get(kind, pl.List(pl.Int64())) for name, kind in context.items()}
 
 
-def _concatenated(frames: list[Frame], schema: Schema) -> Frame:
+def concatenated(frames: Sequence[Frame], schema: Schema) -> Frame:
+    """One frame of several; those of other days, or of other users of the same day."""
     if not frames:
         return empty_frame(schema)
     users, items = (_starts([len(getattr(frame, table)) for frame in frames]) for table in ("users", "items"))
@@ -232,8 +274,14 @@ def empty_frame(schema: Schema) -> Frame:
     return Frame(users, items, pl.DataFrame(schema=_row_schema(schema)))
 
 
-def _only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
-    rows = frame.rows.filter(pl.col(USAGE).is_in([usage.value for usage in usages]))
+def only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
+    """The impressions whose usage is one of ``usages``, with the users and items they point at."""
+    return kept(frame, pl.col(USAGE).is_in([usage.value for usage in usages]))
+
+
+def kept(frame: Frame, condition: pl.Expr) -> Frame:
+    """The impressions that meet ``condition``, with the users and items they point at."""
+    rows = frame.rows.filter(condition)
     if len(rows) == len(frame.rows):
         return frame
     users, user_row = _compacted(frame.users, rows[USER_ROW])
@@ -242,8 +290,17 @@ def _only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
 
 
 def _compacted(table: pl.DataFrame, position: pl.Series) -> tuple[pl.DataFrame, pl.Series]:
-    kept = position.unique().sort()
-    return table[kept], position.rank("dense").cast(pl.UInt32) - 1
+    present = position.unique().sort()
+    return table[present], position.rank("dense").cast(pl.UInt32) - 1
+
+
+def newest_items(parts: Iterable[Part]) -> pl.DataFrame:
+    """One row per item of ``parts``, its newest, by item id."""
+    newest = pl.DataFrame()
+    for part in parts:
+        together = pl.concat([newest, part.frame.items.filter(part.first)]) if len(newest) else part.frame.items
+        newest = together.sort(DAY, maintain_order=True).unique(ITEM_ID, keep="last").sort(ITEM_ID)
+    return newest
 
 
 def serving_frame(

@@ -71,11 +71,18 @@ class Run:
         lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
         return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
 
+    def _kept(self, name: str, inputs: dict[str, Any]) -> Path:
+        return self.workspace.steps / name / fingerprint(inputs)
+
+    def done(self, name: str, inputs: dict[str, Any]) -> bool:
+        """Whether the step store holds this fingerprint."""
+        return self._kept(name, inputs).is_dir()
+
     def step(self, name: str, inputs: dict[str, Any], out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
         """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
         key = fingerprint(inputs)
-        kept = self.workspace.steps / name / key
-        if kept.is_dir():
+        kept = self._kept(name, inputs)
+        if self.done(name, inputs):
             log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
         else:
             log.info("step=%s date=%s fingerprint=%s state=started", name, self.date, key)
@@ -142,8 +149,24 @@ def train(
     training: str,
     out: FreshrankPath,
 ) -> dict[str, Any]:
-    """Train the ranker on the training days into directory ``out``."""
-    from freshrank import columns, encoding, frames, history, hourly, pretraining, transforms
+    """Train the ranker on the training days into directory ``out``.
+
+    Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
+    was kept last.
+    """
+    from freshrank import (
+        checkpoints,
+        columns,
+        distributed,
+        encoding,
+        frames,
+        history,
+        hourly,
+        pretraining,
+        shards,
+        stream,
+        transforms,
+    )
     from freshrank import training as training_module
     from freshrank.models import inputs, ranker
     from freshrank.techniques import aldi, feature_dropout, history_masking, meta_embedding, mixup, residual, score_reg
@@ -151,23 +174,34 @@ def train(
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    code = _code(columns, encoding, frames, history, hourly, training_module, transforms, inputs, ranker, aldi,
-                 feature_dropout, history_masking, mixup, residual, score_reg, meta_embedding, pretraining,
-                 objectives)  # fmt: skip
+    code = _code(columns, encoding, frames, history, hourly, shards, stream, distributed, checkpoints, training_module,
+                 transforms, inputs, ranker, aldi, feature_dropout, history_masking, mixup, residual, score_reg,
+                 meta_embedding, pretraining, objectives)  # fmt: skip
     key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
+    fit, shape, switches = (_config(section, text) for section, text in ((TrainingConfig, training),
+                            (ModelConfig, model), (TechniquesConfig, techniques)))  # fmt: skip
+
+    def learned(group: distributed.Group) -> training_module.Trained:
+        seen = training_module.model_schema(run.dataset.schema, switches)
+        encoded = stream.encoded_days(run.dataset, run.workspace, wanted, seen, shape.min_count, fit, group)
+        keep = checkpoints.Checkpoints(kept / str(group.size), fit.checkpoint_every, group)
+        return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
+
     def compute(directory: Path) -> None:
-        frame = frames.load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
-        trained = training_module.train_ranker(
-            frame, run.dataset.items(), run.dataset.schema, _config(ModelConfig, model),
-            _config(TechniquesConfig, techniques), _config(TrainingConfig, training),
-        )  # fmt: skip
-        trained.save(directory)
+        learned(group).save(directory)
         sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
         config = {name: json.loads(section) for name, section in sections.items()}
         write_json(directory / "key.json", {"key": key, "config": config})
 
-    run.step("train", key, out, compute)
+    kept = run.workspace.checkpoints / fingerprint(key)
+    with distributed.joined() as group:
+        if group.leads:
+            run.step("train", key, out, compute)
+            shutil.rmtree(kept, ignore_errors=True)
+        elif not run.done("train", key):
+            learned(group)
+        group.wait()
     facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
     losses = facts["curve"]["losses"]["bce"]
     names = ("device", "parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows", "batch_size")

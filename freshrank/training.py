@@ -4,31 +4,37 @@ Rows of the same user and day stand together in a batch, so the user block and i
 per user and day and not once per impression; users are shuffled within the whole training range.
 """
 
+import copy
 import functools
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from statistics import median
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import polars as pl
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel import DistributedDataParallel
 
+from freshrank.checkpoints import Checkpoints, Draws, State, TrainingCurve
 from freshrank.config import AldiConfig, ModelConfig, TechniquesConfig, TrainingConfig
-from freshrank.day_parts import DAY
+from freshrank.distributed import ALONE, Group
 from freshrank.encoding import FIRST_KNOWN, NEW, Blocks, Catalog, Encoder
 from freshrank.errors import ConfigError, DataError
-from freshrank.frames import Frame
+from freshrank.frames import Frame, Part, newest_items
 from freshrank.models.ranker import Ranker, Representation, count_parameters
 from freshrank.pretraining import pretrain_items
-from freshrank.schema import ITEM_AGE, ITEM_ID, Schema
+from freshrank.schema import ITEM_AGE, Schema
 from freshrank.storage import atomic_write, read_json, write_json
 from freshrank.techniques import aldi
 from freshrank.techniques.meta_embedding import alignment
@@ -41,6 +47,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "ranker.safetensors"
 DESCRIPTION = "ranker.json"
 SMALLEST_BATCH = 32
+_MEASURED_STEPS = 15
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,22 @@ class Device:
     compiled: bool
 
     @classmethod
-    def choose(cls, config: TrainingConfig) -> "Device":
-        """CUDA with bf16 and torch.compile where there is one, else the CPU in float32, uncompiled."""
+    def options(cls, config: TrainingConfig) -> list["Device"]:
+        """What ``config`` leaves open: on CUDA, "auto" is bf16 or float32 and torch.compile or not; on the CPU neither.
+
+        The first is the plainest.
+        """
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-        half = cuda and torch.cuda.is_bf16_supported() if config.precision == "auto" else config.precision == "bfloat16"
-        compiled = cuda if config.compile == "auto" else config.compile == "on"
-        return cls("cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32, compiled)
+        halves = {"auto": [False, True] if cuda and torch.cuda.is_bf16_supported() else [False], "float32": [False],
+                  "bfloat16": [True]}[config.precision]  # fmt: skip
+        compiled = {"auto": [False, True] if cuda else [False], "on": [True], "off": [False]}[config.compile]
+        name = "cuda" if cuda else "cpu"
+        return [cls(name, torch.bfloat16 if half else torch.float32, on) for half in halves for on in compiled]
+
+    @classmethod
+    def choose(cls, config: TrainingConfig) -> "Device":
+        """The plainest of :meth:`options`."""
+        return cls.options(config)[0]
 
     def __str__(self) -> str:
         model = torch.cuda.get_device_name() if self.name == "cuda" else f"{torch.get_num_threads()} threads"
@@ -66,6 +83,35 @@ class Device:
 
 
 Watch = Callable[[int, Ranker, Batch], None]
+
+
+class Fed(NamedTuple):
+    """A batch and what to multiply its loss by, 1 but where ranks have unequal parts of a batch."""
+
+    batch: Batch
+    weight: float
+
+
+class Source(Protocol):
+    """What is trained on: a frame in memory (:class:`TensorFrame`) or a stream (:class:`freshrank.stream.Stream`)."""
+
+    @property
+    def user_days(self) -> int: ...
+
+    @property
+    def cold_rows(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Rows of an epoch, those of all ranks."""
+
+    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+        """``group.rank``'s batches from number ``start`` on; ``size`` is that of all ranks together.
+
+        The n-th batch is the same whatever ``start`` is, and every rank has ceil(len / size) of them per epoch.
+        """
+
+
+S = TypeVar("S", bound=Source, covariant=True)
 
 
 class TensorFrame:
@@ -85,6 +131,14 @@ class TensorFrame:
         self.item_row = torch.from_numpy(frame.rows["item_row"].to_numpy().astype(np.int64)).to(device)
         self.labels = torch.from_numpy(labels_of(frame, schema)).to(device)
         self.cold = torch.from_numpy((frame.rows[ITEM_AGE] < schema.fresh_days).to_numpy().copy()).to(device)
+
+    @property
+    def user_days(self) -> int:
+        return len(self.users["places"])
+
+    @property
+    def cold_rows(self) -> int:
+        return int(self.cold.sum())
 
     def __len__(self) -> int:
         return len(self.user_row)
@@ -108,18 +162,12 @@ class TensorFrame:
         order = torch.argsort(rank.to(self.user_row.device)[self.user_row], stable=True)
         yield from order.split(size)
 
-
-@dataclass
-class TrainingCurve:
-    """Mean losses since the entry before, by step."""
-
-    steps: list[int] = field(default_factory=list)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, step: int, parts: dict[str, float]) -> None:
-        self.steps.append(step)
-        for name, value in parts.items():
-            self.losses.setdefault(name, []).append(value)
+    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+        """See :class:`Source`; every rank holds the whole frame and takes its slice of a batch."""
+        order = torch.Generator().manual_seed(seed)
+        batches = (rows for _ in range(epochs) for rows in self.batches(size, order))
+        for rows, weight in map(group.share, islice(batches, start, None)):
+            yield Fed(self.batch(rows), weight)
 
 
 @dataclass(frozen=True)
@@ -231,48 +279,54 @@ def train_ranker(
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Generic[S]):
     """A training frame under the encoder fitted on it: what all rankers of one schema and ``min_count`` can share."""
 
     encoder: Encoder
-    data: TensorFrame
-    newest: Tensor
-    """Rows of the item blocks, int64 [I]: the newest of each item, by item id."""
+    data: S
+    newest_items: Callable[[], dict[str, Tensor]]
+    """The item blocks with one row per item of the training days, its newest, by item id."""
 
     @classmethod
-    def of(cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu") -> "Encoded":
-        _check_labels(frame, schema)
+    def of(
+        cls, frame: Frame, items: pl.DataFrame, schema: Schema, min_count: int, device: str = "cpu"
+    ) -> "Encoded[TensorFrame]":
+        check_positives({action: int(frame.rows[action].sum()) for action in schema.actions}, len(frame.rows))
         encoder = Encoder.fit(frame, schema, min_count)
-        return cls(encoder, TensorFrame(frame, encoder, Catalog.build(items, encoder), device), _newest(frame))
-
-    def newest_items(self) -> dict[str, Tensor]:
-        """The item blocks with one row per item of the training days."""
-        rows = self.newest.to(self.data.item_row.device)
-        return {name: block[rows] for name, block in self.data.items.items()}
+        data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device)
+        return Encoded(encoder, data, lambda: item_blocks(encoder, newest_items([Part.whole(frame)]), device))
 
 
-def _newest(frame: Frame) -> Tensor:
-    numbered = frame.items.select(ITEM_ID, DAY).with_row_index("row")
-    newest = numbered.sort(DAY).group_by(ITEM_ID, maintain_order=True).last().sort(ITEM_ID)
-    return torch.from_numpy(newest["row"].to_numpy().astype(np.int64))
+def item_blocks(encoder: Encoder, items: pl.DataFrame, device: str) -> dict[str, Tensor]:
+    """The blocks of a frame's items on ``device``."""
+    return _tensors(encoder.item_blocks(items), device)
 
 
 def train_encoded(
-    encoded: Encoded,
+    encoded: Encoded[Source],
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
     watch: Watch | None = None,
+    checkpoints: Checkpoints | None = None,
+    group: Group = ALONE,
 ) -> Trained:
-    """Fit a ranker on a frame that is encoded already, with the encoder's ``min_count`` that of ``model``."""
-    encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
-    log.info("training on %s, %d rows, %d user-days", device, len(data), data.users["places"].shape[0])
+    """Fit a ranker on a source that is encoded already, with the encoder's ``min_count`` that of ``model``.
+
+    A training kept in ``checkpoints`` goes on where it was. Every rank of ``group`` calls this and gets one ranker.
+    """
+    encoder, data, options = encoded.encoder, encoded.data, Device.options(training)
     torch.manual_seed(training.seed)
-    ranker = Ranker(encoder, model, techniques).to(device.name)
+    ranker = Ranker(encoder, model, techniques).to(options[0].name)
+    kept = checkpoints.device if checkpoints else None
+    device = next((option for option in options if str(option) == kept), None) or fastest(
+        options, ranker, data, techniques, training, group
+    )
+    log.info("training on %s, %d rows, %d user-days", device, len(data), data.user_days)
     started = time.perf_counter()
     if techniques.pretraining:
         pretrain_items(ranker.item, encoded.newest_items(), techniques.pretraining, training.seed)
-    curve = fit(ranker, data, encoder, techniques, training, device, watch)
+    curve = fit(ranker, data, encoder, techniques, training, device, watch, checkpoints, group)
     seconds = time.perf_counter() - started
     facts = _facts(ranker, encoder, model, training, data, curve, device) | {
         "examples_per_second": round(len(data) * training.epochs / seconds, 1)
@@ -300,41 +354,106 @@ def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
 
 def fit(
     ranker: Ranker,
-    data: TensorFrame,
+    data: Source,
     encoder: Encoder,
     techniques: TechniquesConfig,
     training: TrainingConfig,
     device: Device,
     watch: Watch | None = None,
+    checkpoints: Checkpoints | None = None,
+    group: Group = ALONE,
 ) -> TrainingCurve:
     """Train ``ranker`` in place, one optimiser step per batch."""
     size = batch_size(training, len(data))
-    order = torch.Generator().manual_seed(training.seed)
-    transforms = batch_transforms(encoder, techniques, training)
-    # Draws of its own: switching mixup on leaves batches, hidden ids and initial weights as they were.
-    mixing = torch.Generator().manual_seed(training.seed + 2)
     steps = training.epochs * -(-len(data) // size)
+    state = _start(ranker, training, steps, device, group)
+    # Draws of its own: switching mixup on leaves batches, hidden ids and initial weights as they were.
+    transforms, mixing = batch_transforms(encoder, techniques, training, state.draws), state.draws.generator(2)
+    if checkpoints:
+        checkpoints.restore(state)
+    loss_of = _Loss.of(ranker, techniques, device, group)
+    ranker.train()
+    fed = data.feed(size, training.epochs, training.seed, state.step, group)
+    for batch, weight in track(fed, "training", total=steps - state.step, disable=not sys.stderr.isatty()):
+        state.step += 1
+        batch = functools.reduce(lambda batch, transform: transform(batch), transforms, batch)
+        if watch:
+            watch(state.step, ranker, batch)
+        with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+            loss, parts = loss_of(batch, mixing)
+        state.optimizer.zero_grad(set_to_none=True)
+        (loss * weight).backward()
+        state.optimizer.step()
+        state.schedule.step()
+        state.sums.add(parts, weight)
+        if state.step % max(1, steps // 50) == 0 or state.step == steps:
+            state.curve.add(state.step, state.sums.take(group))
+        if checkpoints and checkpoints.due(state.step):
+            checkpoints.save(state)
+    return state.curve
+
+
+def _start(ranker: Ranker, training: TrainingConfig, steps: int, device: Device, group: Group) -> State:
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
                                   fused=True)  # fmt: skip
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    run = torch.compile(objective) if device.compiled else objective
-    curve, sums = TrainingCurve(), _RunningMean()
+    draws = Draws(training.seed, group.rank)
+    draws.seed_torch()
+    return State(ranker, optimizer, schedule, draws, str(device))
+
+
+class _Loss(nn.Module):
+    """:func:`objective` as a module, which is what torch's DistributedDataParallel wraps."""
+
+    def __init__(self, ranker: Ranker, techniques: TechniquesConfig, compiled: bool) -> None:
+        super().__init__()
+        self.ranker, self.techniques = ranker, techniques
+        self.run = torch.compile(objective) if compiled else objective
+
+    def forward(self, batch: Batch, mixing: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.run(self.ranker, batch, self.techniques, mixing)
+
+    @classmethod
+    def of(cls, ranker: Ranker, techniques: TechniquesConfig, device: Device, group: Group) -> nn.Module:
+        """Over several ranks, gradients are averaged while they are computed."""
+        loss = cls(ranker, techniques, device.compiled)
+        # A batch without a sequence, say, leaves parameters without a gradient.
+        return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+def fastest(
+    options: Sequence[Device],
+    ranker: Ranker,
+    data: Source,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    group: Group = ALONE,
+) -> Device:
+    """The one of ``options`` whose steps measure fastest on the first batch; ranker and draws stay as they are."""
+    if len(options) == 1:
+        return options[0]
+    batch = next(data.feed(batch_size(training, len(data)), 1, training.seed, 0, group)).batch
+    seconds = [step_seconds(option, copy.deepcopy(ranker), batch, techniques) for option in options]
+    log.info("seconds per step: %s", ", ".join(f"{o} {s:.4f}" for o, s in zip(options, seconds, strict=True)))
+    return options[int(group.gathered(torch.tensor(seconds))[0].argmin())]
+
+
+def step_seconds(device: Device, ranker: Ranker, batch: Batch, techniques: TechniquesConfig) -> float:
+    """Median of some steps of ``ranker`` on ``batch``, after others that compile and warm up; trains ``ranker``."""
+    loss_of, mixing, found = _Loss(ranker, techniques, device.compiled), torch.Generator().manual_seed(0), []
+    optimizer = torch.optim.AdamW(ranker.parameters(), fused=True)
     ranker.train()
-    batches = (rows for _ in range(training.epochs) for rows in data.batches(size, order))
-    for step, rows in enumerate(track(batches, "training", total=steps, disable=not sys.stderr.isatty()), start=1):
-        batch = functools.reduce(lambda batch, transform: transform(batch), transforms, data.batch(rows))
-        if watch:
-            watch(step, ranker, batch)
-        with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
-            loss, parts = run(ranker, batch, techniques, mixing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        sums.add(parts)
-        if step % max(1, steps // 50) == 0 or step == steps:
-            curve.add(step, sums.take())
-    return curve
+    with torch.random.fork_rng():
+        for _ in range(_MEASURED_STEPS):
+            started = time.perf_counter()
+            with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+                loss, _ = loss_of(batch, mixing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            float(loss.detach())  # waits for a GPU
+            found.append(time.perf_counter() - started)
+    return median(found[_MEASURED_STEPS // 3 :])
 
 
 def batch_size(training: TrainingConfig, rows: int) -> int:
@@ -343,24 +462,6 @@ def batch_size(training: TrainingConfig, rows: int) -> int:
     while size > SMALLEST_BATCH and rows < size * training.min_steps:
         size //= 2
     return size
-
-
-class _RunningMean:
-    """Sums losses on the device and reads them only when asked, to keep a GPU busy."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def add(self, parts: dict[str, Tensor]) -> None:
-        self.count += 1
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
 
 
 def predict(trained: Trained, frame: Frame, items: pl.DataFrame, batch_size: int = 8192) -> np.ndarray:
@@ -384,12 +485,12 @@ def labels_of(frame: Frame, schema: Schema) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _check_labels(frame: Frame, schema: Schema) -> None:
-    for action in schema.actions:
-        positives = frame.rows[action].sum()
-        if not positives:
+def check_positives(positives: dict[str, int], rows: int) -> None:
+    """Raise :class:`DataError` unless every action has a positive among ``rows`` training rows."""
+    for action, count in positives.items():
+        if not count:
             raise DataError(
-                f"action '{action}': 0 positives in {len(frame.rows)} training rows; expected at least one. "
+                f"action '{action}': 0 positives in {rows} training rows; expected at least one. "
                 "Check the label join, or train on more days (windows.train_days)"
             )
 
@@ -403,7 +504,7 @@ def _facts(
     encoder: Encoder,
     model: ModelConfig,
     training: TrainingConfig,
-    data: TensorFrame,
+    data: Source,
     curve: TrainingCurve,
     device: Device,
 ) -> dict[str, object]:
@@ -414,8 +515,8 @@ def _facts(
         "device": str(device),
         "rows": len(data),
         "batch_size": batch_size(training, len(data)),
-        "cold_rows": int(data.cold.sum()),
-        "user_days": int(data.users["places"].shape[0]),
+        "cold_rows": data.cold_rows,
+        "user_days": data.user_days,
         "parameters": parameters,
         "parameter_increase": parameters / plain - 1,
         "curve": {"steps": curve.steps, "losses": curve.losses},

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from freshrank.checkpoints import Draws
 from freshrank.config import FeatureDropoutConfig, HistoryMaskingConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import MISSING, NEW, Encoder, absent_history
 from freshrank.models.inputs import ItemIds
@@ -30,15 +31,15 @@ Absent = dict[Entity, tuple[list[int], Tensor]]
 """Per entity: positions of the historical columns of its numeric block, and what they hold without history."""
 
 
-def batch_transforms(encoder: Encoder, techniques: TechniquesConfig, training: TrainingConfig) -> list[Transform]:
+def batch_transforms(
+    encoder: Encoder, techniques: TechniquesConfig, training: TrainingConfig, draws: Draws
+) -> list[Transform]:
     """The transforms of one training run.
 
     Each draws from a generator of its own, so switching one on leaves batches, hidden ids and all else as they were.
     """
 
-    def generator(stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(training.seed + stream)
-
+    generator = draws.generator
     transforms: list[Transform] = [partial(hide_ids, probability=training.new_item_probability, generator=generator(1))]
     if techniques.meta_embedding:
         share = techniques.meta_embedding.share

@@ -64,6 +64,16 @@ class Workspace:
         return self.home / "frames" / self.dataset
 
     @property
+    def shards(self) -> Path:
+        """Training frames cut by user, one directory per day, of logs too large for one window."""
+        return self.home / "shards" / self.dataset
+
+    @property
+    def checkpoints(self) -> Path:
+        """Trainings under way, by fingerprint of their inputs."""
+        return self.home / "checkpoints" / self.dataset
+
+    @property
     def steps(self) -> Path:
         """Finished outputs of train, calibrate, evaluate, by fingerprint of their inputs."""
         return self.home / "steps" / self.dataset

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from freshrank.checkpoints import Draws
 from freshrank.config import HistoryMaskingConfig, ModelConfig, TechniquesConfig, TrainingConfig
 from freshrank.encoding import NEW, Catalog, Encoder
 from freshrank.models.ranker import Ranker
@@ -135,9 +136,9 @@ def test_a_rows_own_label_plays_no_part() -> None:
 
 def test_switched_off_there_is_no_transform_of_it() -> None:
     """Hidden ids are the only one left."""
-    assert len(batch_transforms(ENCODER, TechniquesConfig(), TrainingConfig())) == 1
+    assert len(batch_transforms(ENCODER, TechniquesConfig(), TrainingConfig(), Draws(0))) == 1
     on = TechniquesConfig(history_masking=HistoryMaskingConfig())
-    assert len(batch_transforms(ENCODER, on, TrainingConfig())) == 2
+    assert len(batch_transforms(ENCODER, on, TrainingConfig(), Draws(0))) == 2
 
 
 @pytest.mark.parametrize("setting, sees", [("raw", [True, True]), ("capped", [True, False]), ("none", [False, False])])

@@ -105,7 +105,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class EncodedEvidence:
-    train: Encoded
+    train: Encoded[TensorFrame]
     calibration: TensorFrame
     evaluation: TensorFrame
 

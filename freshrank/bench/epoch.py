@@ -78,7 +78,7 @@ def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Cons
                        windows=prepared.source.windows)  # fmt: skip
     whole = load_evidence(prepared.source).encoded(config).train
     ways = [(Ranker, _First(whole.data, steps)), (_Padded, _PerImpression(whole.data, steps))]
-    found = [[_timed(ranker, Encoded(whole.encoder, data, whole.newest), config) for ranker, data in ways]
+    found = [[_timed(ranker, Encoded(whole.encoder, data, whole.newest_items), config) for ranker, data in ways]
              for _ in track(range(repeats), "epochs", console=console, disable=not console.is_terminal)]  # fmt: skip
     ratios = [naive / ours for (ours, _), (naive, _) in found]
     (_, losses), (_, others) = found[0]
@@ -95,7 +95,7 @@ def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Cons
     return result
 
 
-def _timed(kind: type[Ranker], encoded: Encoded, config: Any) -> tuple[float, list[float]]:
+def _timed(kind: type[Ranker], encoded: Encoded[TensorFrame], config: Any) -> tuple[float, list[float]]:
     torch.manual_seed(config.training.seed)
     ranker = kind(encoded.encoder, config.model, config.techniques)
     started = time.perf_counter()

@@ -80,7 +80,7 @@ def _measure(wanted: dict[str, tuple[Task, Path]], baseline: Task, repeats: int,
 def _steps(task: Task, evidence: Evidence) -> tuple[float, Trained]:
     """CPU seconds of the first steps, and what came of them."""
     whole = evidence.encoded(task.config).train
-    few = Encoded(whole.encoder, _FirstSteps(whole.data), whole.newest)
+    few = Encoded(whole.encoder, _FirstSteps(whole.data), whole.newest_items)
     started = time.process_time()
     trained = train_encoded(few, task.config.model, task.config.techniques, task.config.training)
     return time.process_time() - started, trained

@@ -26,8 +26,9 @@ from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_o
 from freshrank.workspace import Workspace
 
 PACKAGE = Path(training.__file__).parent
-_TRAINED_BY = ("training.py", "pretraining.py", "transforms.py", "columns.py", "encoding.py", "frames.py", "history.py",
-               "feature_store.py", "calibration.py", "exposure.py", "models/*.py", "techniques/*.py")  # fmt: skip
+_TRAINED_BY = ("training.py", "checkpoints.py", "distributed.py", "pretraining.py", "transforms.py", "columns.py",
+               "encoding.py", "frames.py", "history.py", "feature_store.py", "calibration.py", "exposure.py",
+               "models/*.py", "techniques/*.py")  # fmt: skip
 _JUDGED_BY = (calibration, evaluation, statistics)
 MEASURES = ((MetricName.HITS, FRESH), (MetricName.HITS, ALL), (MetricName.MATCHED_HITS, FRESH),
             (MetricName.LOG_LOSS, FRESH), (MetricName.LOG_LOSS, WARM))  # fmt: skip

@@ -1,0 +1,129 @@
+"""A training that is killed goes on at the very batch, and ends with the very ranker."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from freshrank.checkpoints import Checkpoints
+from freshrank.config import (
+    FeatureDropoutConfig,
+    HistoryMaskingConfig,
+    MixupConfig,
+    ModelConfig,
+    PretrainingConfig,
+    TechniquesConfig,
+)
+from freshrank.models.ranker import Ranker
+from freshrank.storage import read_json, sha256_of
+from freshrank.training import Encoded, Trained, train_encoded
+from freshrank.transforms import Batch
+from tests.homes import Home
+from tests.streams import stream_of
+from tests.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
+
+DRAWING = TechniquesConfig(
+    mixup=MixupConfig(), feature_dropout=FeatureDropoutConfig(), history_masking=HistoryMaskingConfig(),
+    pretraining=PretrainingConfig(steps=2),
+)  # fmt: skip
+"""Everything that draws random numbers; dropout of the model besides."""
+DROPPING = SMALL.model_copy(update={"dropout": 0.2})
+
+
+class Killed(Exception):
+    pass
+
+
+def _killed_at(step: int) -> object:
+    def watch(number: int, ranker: Ranker, batch: Batch) -> None:
+        if number == step:
+            raise Killed
+
+    return watch
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoded]:
+    return {"memory": Encoded.of(FRAME, FRAME.items, SCHEMA, 1),
+            "stream": stream_of(FRAME, SCHEMA, tmp_path_factory.mktemp("shards"))}  # fmt: skip
+
+
+def trained(encoded: Encoded, model: ModelConfig, kept: Checkpoints | None = None, kill: int = 0) -> Trained:
+    watch = _killed_at(kill) if kill else None
+    return train_encoded(encoded, model, DRAWING, TRAINING, watch, kept)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("source", ["memory", "stream"])
+@pytest.mark.parametrize("kill", [3, 8, 19])
+def test_a_training_killed_at_any_step_ends_with_the_ranker_of_an_undisturbed_one(
+    sources: dict[str, Encoded], source: str, kill: int, tmp_path: Path
+) -> None:
+    """26 steps in two epochs, kept every second one; weights and curve to the bit."""
+    undisturbed = trained(sources[source], DROPPING)
+    kept = Checkpoints(tmp_path / "kept", every=2)
+    with pytest.raises(Killed):
+        trained(sources[source], DROPPING, kept, kill)
+    assert read_json(kept.directory / "state.json")["step"] == (kill - 1) // 2 * 2
+    torch.manual_seed(99)  # what the process drew before must not matter
+    resumed = trained(sources[source], DROPPING, kept)
+    weights = resumed.ranker.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in undisturbed.ranker.state_dict().items())
+    assert resumed.facts["curve"] == undisturbed.facts["curve"]
+
+
+def test_the_steps_before_the_kept_one_are_not_done_again(sources: dict[str, Encoded], tmp_path: Path) -> None:
+    """Killed before step 8, kept after 6: 7 to 26 are left."""
+    kept, steps = Checkpoints(tmp_path / "kept", every=3), []
+    with pytest.raises(Killed):
+        trained(sources["stream"], SMALL, kept, 8)
+    train_encoded(sources["stream"], SMALL, DRAWING, TRAINING, lambda step, *_: steps.append(step), kept)
+    assert steps == list(range(7, 27))
+
+
+def test_a_training_that_is_never_kept_leaves_nothing(sources: dict[str, Encoded], tmp_path: Path) -> None:
+    """Every 0 steps is never."""
+    trained(sources["memory"], SMALL, Checkpoints(tmp_path / "kept", every=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_of_a_checkpoint_can_run_code(sources: dict[str, Encoded], tmp_path: Path) -> None:
+    """Tensors as safetensors and the rest as JSON."""
+    kept = Checkpoints(tmp_path / "kept", every=2)
+    trained(sources["memory"], SMALL, kept)
+    assert sorted(path.name for path in kept.directory.iterdir()) == ["state.json", "state.safetensors"]
+
+
+@pytest.mark.slow
+def test_freshrank_train_killed_with_kill_9_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    """In the middle of a streamed epoch; the ranker's file is that of a run nobody disturbed, and nothing is left."""
+    homes = [Home.make(tmp_path / name) for name in ("undisturbed", "killed")]
+    arguments = ("train", "--date", "2024-01-07", *_sets("training.window_rows=2000", "training.checkpoint_every=5",
+                 "training.batch_size=64", "windows.train_days=3"))  # fmt: skip
+    weights = []
+    for home in homes:
+        build = [sys.executable, "-m", "freshrank", "features", "build", "--data", str(home.data), *arguments[1:3]]
+        subprocess.run(build, env=home.environment, check=True, capture_output=True)
+    _kill_once_kept(homes[1], arguments)
+    for home in homes:
+        done = home.freshrank(*arguments, "--out", str(home.path / "ranker"))
+        assert done.returncode == 0, done.stderr
+        weights.append(sha256_of(home.path / "ranker" / "ranker.safetensors"))
+    assert "goes on after step" in done.stderr
+    assert weights[0] == weights[1]
+    assert not list((homes[1].path / "home" / "checkpoints").rglob("state.*"))
+
+
+def _sets(*overrides: str) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def _kill_once_kept(home: Home, arguments: tuple[str, ...]) -> None:
+    with subprocess.Popen(home.command(*arguments), env=home.environment, stderr=subprocess.DEVNULL) as process:
+        while not list((home.path / "home" / "checkpoints").rglob("1/state.json")):
+            assert process.poll() is None, "it ended before it was kept"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
