@@ -120,8 +120,9 @@ class PeerRanker(nn.Module):
         z = self.mlp(self.cross(torch.cat([flat, self._interest(tokens, rows["action"])], dim=1)))
         experts = torch.stack([expert(z) for expert in self.experts], dim=1)
         mixed = [(torch.softmax(gate(z), dim=1)[:, :, None] * experts).sum(1) for gate in self.gates]
-        logits: Tensor = torch.cat([tower(x) for tower, x in zip(self.towers, mixed, strict=True)], dim=1)
-        return logits.sigmoid()
+        towers = [tower(x) for tower, x in zip(self.towers, mixed, strict=True)]
+        scores: Tensor = torch.sigmoid(torch.cat(towers, dim=1))
+        return scores
 
     def _interest(self, tokens: Tensor, action: Tensor) -> Tensor:
         absent = action == 0
