@@ -121,15 +121,15 @@ class PeerRanker(nn.Module):
         experts = torch.stack([expert(z) for expert in self.experts], dim=1)
         mixed = [(torch.softmax(gate(z), dim=1)[:, :, None] * experts).sum(1) for gate in self.gates]
         towers = [tower(x) for tower, x in zip(self.towers, mixed, strict=True)]
-        scores: Tensor = torch.sigmoid(torch.cat(towers, dim=1))
-        return scores
+        return torch.sigmoid(torch.cat(towers, dim=1))
 
     def _interest(self, tokens: Tensor, action: Tensor) -> Tensor:
         absent = action == 0
         absent[:, 0] = False  # an empty sequence would be attended to by nobody
         encoded = self.encoder(self.project(tokens) + self.action(action) + self.position, src_key_padding_mask=absent)
         present = (~absent)[:, :, None].to(encoded.dtype)
-        return (encoded * present).sum(1) / present.sum(1)
+        mean: Tensor = (encoded * present).sum(1) / present.sum(1)
+        return mean
 
 
 class _RechubEmbedding(nn.Module):
