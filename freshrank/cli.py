@@ -254,17 +254,29 @@ def evaluate(
 def publish(
     data: Data,
     day: Day = None,
-    bundle: Annotated[Path | None, typer.Option(help="Output of `freshrank calibrate`. Default: the run's.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Output of `freshrank calibrate`. Default: the run's, or what is installed of that day."),
+    ] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Output of `freshrank evaluate`. Default: the run's.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also a version that was rolled back, or older than what serves.")
     ] = False,
 ) -> None:
-    """Load a blessed bundle into Triton beside what serves, verify it, and point to it."""
+    """Load a blessed bundle into Triton beside what serves, verify it, and point to it.
+
+    A day whose version is installed, as `freshrank run` leaves it, is served again (with --force, where it was rolled
+    back or is older than what serves).
+    """
     from freshrank import steps
     from freshrank.scheduling import give_way
 
     give_way()
+    if bundle is evaluation is None and not _folder(data, day, "bundle").exists():
+        version = steps.republish(data, _date(data, day), force)
+        if version is not None:
+            out.print(f"served version: {version}")
+            return
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
@@ -398,8 +410,9 @@ def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
     from freshrank.report import ranking_table
 
     if as_json:
+        who = {"model_version": answer.model_version, "arm": answer.arm, "degraded": answer.degraded}
         for row in answer.rows()[: top or None]:
-            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.write(json.dumps(row | who) + "\n")
     else:
         out.print(ranking_table(answer, top))
 
@@ -416,10 +429,14 @@ def experiment_start(
     salt: Annotated[str, typer.Option(help="Name of an earlier experiment whose users are to be kept.")] = "",
 ) -> None:
     """Let challengers answer a share of users, or shadows score it unseen; both are loaded and verified first."""
+    from freshrank.serving.experiment import ExperimentFile
     from freshrank.serving.experiments import planned, start
     from freshrank.settings import settings
 
     plan = planned(name, salt, challenger or [], shadow or [])
+    running = ExperimentFile(_repository(data).root).read()
+    if running and running.name != name:
+        err.print(f"experiment '{running.name}' runs and is replaced")
     start(settings().triton_grpc_url, _repository(data), plan)
     experiment_show(data)
 

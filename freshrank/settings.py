@@ -4,8 +4,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from freshrank.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,5 +57,14 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    loaded = Settings()
+    try:
+        loaded = Settings()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problem(str(each["loc"][0]), each["input"], each["msg"])
+                                    for each in error.errors())) from None  # fmt: skip
     return loaded.model_copy(update={"home": loaded.home.resolve()})
+
+
+def _problem(name: str, received: object, expected: str) -> str:
+    is_secret = name in Settings.model_fields and Settings.model_fields[name].annotation is SecretStr
+    return f"FRESHRANK_{name.upper()}: received {'a secret' if is_secret else repr(received)}, {expected}"

@@ -382,8 +382,9 @@ def deploy(
     repository = ModelRepository(run.workspace.triton)
     served = repository.served()
     if served and served.run_date > run_date and not force:
-        log.warning("step=deploy date=%s: run %s already serves as version %d and stays", run.date, served.run_date,
-                    served.version)  # fmt: skip
+        log.warning("step=deploy date=%s: run %s already serves as version %d and stays; to serve this one instead: "
+                    "freshrank publish --data %s --date %s --bundle %s --evaluation %s --force", run.date,
+                    served.run_date, served.version, data, run_date, bundle, evaluation)  # fmt: skip
         pointer = served
     else:
         pointer = publish(Path(bundle), settings().triton_grpc_url, repository, force=force)
@@ -394,6 +395,30 @@ def deploy(
         write_json(directory / "published.json", result)
     _record(run)
     return result
+
+
+def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | None:
+    """Serve again the version of ``run_date`` that is installed; what serves then, or None where none is of that day.
+
+    Raises:
+        ServingError: no server is ready, or the server's answers are not the golden ones.
+    """
+    from freshrank.serving.publish import publish
+    from freshrank.serving.repository import ModelRepository
+    from freshrank.settings import settings
+
+    run = Run(data, run_date)
+    repository = ModelRepository(run.workspace.triton)
+    of_day = [version for version in repository.versions() if repository.info(version).run_date == run_date]
+    served = repository.served()
+    if not of_day:
+        return None
+    if served and served.run_date > run_date and not force:
+        log.warning("step=publish date=%s: run %s already serves as version %d and stays; --force serves this one",
+                    run.date, served.run_date, served.version)  # fmt: skip
+        return served.version
+    bundle = repository.version_directory(of_day[-1])
+    return publish(bundle, settings().triton_grpc_url, repository, force=force).version
 
 
 def _register_service(run: Run, repository: "ModelRepository", version: int) -> None:

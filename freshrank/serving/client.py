@@ -4,6 +4,7 @@ Both speak gRPC, and every refusal of the server becomes a ServingError.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,10 +251,10 @@ class _Speaker:
         self._is_own_server = False
 
     @classmethod
-    def for_dataset(cls, data: Path) -> Self:
-        """For the imported dataset at ``data`` and the server that the settings name."""
-        dataset = Dataset.open(data)
-        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS)
+    def for_dataset(cls, data: Path | str, timeout: float = 30.0) -> Self:
+        """For the imported dataset at ``data`` and the server that the settings name; ``timeout`` seconds a request."""
+        dataset = Dataset.open(Path(data))
+        return cls(settings().triton_grpc_url, dataset.schema, dataset.path / MAPPINGS, timeout)
 
     def _request(
         self,
@@ -264,6 +265,8 @@ class _Speaker:
         query: Id | None,
         version: int | None,
     ) -> Tensors:
+        if isinstance(candidates, str | bytes):
+            raise ConfigError(f"candidates: received the text {candidates!r}, expected a list of item ids")
         tensors = _context(context, self.schema, self._codes)
         tensors |= {} if query is None else {QUERY_ITEM_ID: np.array([self._codes.id(ITEM_ID, query)])}
         ids = [self._codes.id(ITEM_ID, item) for item in candidates]
@@ -303,13 +306,13 @@ class Client(_Speaker):
 
         Args:
             at: time of the request: ISO 8601 with a zone, or an aware datetime; now by default.
-            context: values of context columns, by name or as ``name=value``; one not named is missing.
+            context: values of context columns, by name or as ``name=value``; one not named, or None, is missing.
             query: the item the request starts from, where the schema has ``query_item_id``.
             version: a loaded version that is to answer, whatever serves and whatever experiment runs.
             request_id: what the request log calls it; outcomes are joined on it.
 
         Raises:
-            ConfigError: a time without a zone, or a context column or value that cannot be.
+            ConfigError: a time without a zone, candidates that are no list, or an id or context value that cannot be.
             ServingError: no server, one of another dataset, nothing published, or the server refused.
         """
         return self._ask(candidates, self._request(user, candidates, at, context, query, version), request_id)
@@ -411,25 +414,51 @@ class Codes:
         self._loaded: dict[str, dict[str, int]] = {}
 
     def id(self, column: str, value: Id) -> int:
-        """Code of a value; an integer is one already, and text no import has seen is UNKNOWN_ID."""
-        if not isinstance(value, str):
-            return int(value)
-        if mapping_of(column) in self._files:
-            return self._mapping(mapping_of(column)).get(value, UNKNOWN_ID)
-        code = _as(int, value)
-        return UNKNOWN_ID if code is None else code
+        """Code of a value; an integer is one already, and text no import has seen is :func:`unknown_id` of it.
+
+        Raises:
+            ConfigError: it is neither text nor an integer.
+        """
+        if isinstance(value, str):
+            code = self._code(column, value)
+            return unknown_id(value) if code is None else code
+        return _integer(column, value)
 
     def category(self, column: str, value: Id) -> int:
-        """The same for a categorical column; ConfigError for text where the log holds integers."""
-        if isinstance(value, str) and column not in self._files and _as(int, value) is None:
+        """The same for a categorical column, where unknown text is UNKNOWN_ID; ConfigError for text where the log holds
+        integers."""
+        if not isinstance(value, str):
+            return _integer(f"context column '{column}'", value)
+        code = self._code(column, value)
+        if code is None and column not in self._files:
             raise ConfigError(f"context column '{column}': received {value!r}, expected an integer as in the log")
-        return self.id(column, value)
+        return UNKNOWN_ID if code is None else code
+
+    def _code(self, column: str, text: str) -> int | None:
+        if mapping_of(column) in self._files:
+            return self._mapping(mapping_of(column)).get(text)
+        return _as(int, text)
 
     def _mapping(self, name: str) -> dict[str, int]:
         if name not in self._loaded:
             table = pl.read_parquet(self._files[name])
             self._loaded[name] = dict(zip(table["value"], table["code"], strict=True))
         return self._loaded[name]
+
+
+def unknown_id(text: str) -> int:
+    """The code of an id no import has seen: -2 - n, n the first 62 bits of the SHA-256 of its UTF-8 text.
+
+    Of its own, so that new users are drawn into arms one by one and the request log tells new items apart.
+    """
+    return -2 - (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2)
+
+
+def _integer(name: str, value: Any) -> int:
+    number = _as(int, value)
+    if number is None or number != value:
+        raise ConfigError(f"{name}: received {value!r}, expected text or an integer, as in the log")
+    return number
 
 
 def _request(user_id: int, item_ids: Sequence[int], at: str | datetime | None, version: int | None = None) -> Tensors:
@@ -447,6 +476,7 @@ def _microseconds(at: str | datetime) -> int:
 
 def _context(given: Sequence[str] | Mapping[str, Any] | None, schema: Schema, codes: Codes) -> Tensors:
     values = dict(given) if isinstance(given, Mapping) else dict(map(_named, given or []))
+    values = {name: value for name, value in values.items() if value is not None}
     if not values:
         return {}
     categorical, numeric = (context_columns(schema, kind) for kind in (Kind.CATEGORICAL, Kind.NUMERIC))

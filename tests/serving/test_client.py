@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,6 +24,7 @@ from freshrank.serving.client import (
     _context,
     _microseconds,
     _require_project,
+    unknown_id,
 )
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
@@ -41,8 +43,28 @@ def test_text_ids_are_translated_and_integers_pass_through(codes: Codes) -> None
     """The query item shares the items' codes; text no import has seen is unknown, not an error."""
     assert [codes.id("item_id", value) for value in ("a", "b", 7, np.int64(8))] == [0, 1, 7, 8]
     assert codes.id("query_item_id", "b") == 1
-    assert codes.id("item_id", "never seen") == UNKNOWN_ID
-    assert [codes.id("user_id", value) for value in ("12", "anna")] == [12, UNKNOWN_ID]
+    assert codes.id("item_id", "never seen") == unknown_id("never seen") < UNKNOWN_ID
+    assert [codes.id("user_id", value) for value in ("12", "anna")] == [12, unknown_id("anna")]
+
+
+def test_new_users_have_codes_of_their_own() -> None:
+    """Else all of them would be one user: drawn into one arm, and one row in the request log."""
+    assert unknown_id("anna") == -2 - (int("55579b557896d0ce", 16) >> 2)
+    assert len({unknown_id(f"new-{number}") for number in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("value", [None, 1.5, float("nan"), [1]])
+def test_an_id_that_cannot_be_is_named(codes: Codes, value: Any) -> None:
+    """A missing user is not a user; whole numbers of any type are."""
+    with pytest.raises(ConfigError, match=r"user_id: received .* expected text or an integer"):
+        codes.id("user_id", value)
+    assert codes.id("user_id", np.float64(12.0)) == 12
+
+
+def test_a_text_is_no_list_of_candidates(tmp_path: Path) -> None:
+    """Its letters would be ranked."""
+    with Client("127.0.0.1:1", tiny_schema(), tmp_path) as client, pytest.raises(ConfigError, match="expected a list"):
+        client.rank("anna", "2152")
 
 
 def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None:
@@ -53,7 +75,7 @@ def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None
     tensors = _context({"hour": 13.5, "surface": "new here"}, tiny_schema(), codes)
     assert (tensors["context_categorical"].tolist(), tensors["context_numeric"].tolist()) == ([UNKNOWN_ID], [13.5])
     assert tensors["context_present"].tolist() == [True, True]
-    assert _context(None, tiny_schema(), codes) == {}
+    assert _context(None, tiny_schema(), codes) == _context({"surface": None}, tiny_schema(), codes) == {}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +85,9 @@ def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None
         (["surface"], "received 'surface', expected name=value"),
         (["hour=noon"], "'hour': received 'noon', expected a finite number"),
         ({"hour": float("nan")}, "'hour': received nan, expected a finite number"),
+        ({"surface": float("nan")}, "'surface': received nan, expected text or an integer"),
     ],
-    ids=["unknown column", "no value", "not a number", "NaN"],
+    ids=["unknown column", "no value", "not a number", "NaN", "a category that is NaN"],
 )
 def test_a_context_that_cannot_be_is_named(codes: Codes, given: list[str], sentence: str) -> None:
     """Before anything is sent."""

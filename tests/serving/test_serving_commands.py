@@ -45,6 +45,13 @@ def test_status_and_rollback_say_what_serves_and_what_would(home: Home) -> None:
     assert (again.returncode, again.stdout) == (0, "version 1 already serves (rolled back from 2)\n")
     present = home.freshrank("status")
     assert (present.returncode, "\nserved version: 1 (run 2022-05-01)\n" in present.stdout) == (0, True)
+    # The day's version is installed, though no `freshrank calibrate` left a bundle in its run.
+    stays = home.freshrank("publish", "--date", "2022-05-01")
+    assert (stays.returncode, stays.stdout) == (0, "served version: 1\n")
+    assert "publish with --force" in stays.stderr
+    back = home.freshrank("publish", "--date", "2022-05-01", "--force")
+    assert (back.returncode, back.stdout) == (0, "served version: 2\n")
+    home.freshrank("rollback")
     served.server.stop()
     stopped = home.freshrank("status")
     assert (stopped.returncode, "would serve version 1 (run 2022-05-01) once started" in stopped.stdout) == (1, True)

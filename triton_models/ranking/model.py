@@ -47,9 +47,10 @@ class TritonPythonModel:
         given = [_given(request) for request in requests]
         found = self.service.rank(given, [request.request_id() for request in requests])
         for request, each in zip(given, found, strict=True):
-            # What a publication itself asks names its version.
+            # What a publication itself asks names its version: it is not traffic.
             if isinstance(each, Ranked) and "version" not in request:
                 self.recorder.offer(request)
+                self._log(each)
         return [self._respond(each) for each in found]
 
     def finalize(self) -> None:
@@ -59,7 +60,7 @@ class TritonPythonModel:
 
     def _respond(self, found: Ranked | Exception) -> Any:
         if isinstance(found, Ranked):
-            self._record(found)
+            self.metrics.answered(found, self.service.encoder(int(found.answer["model_version"][0])))
             return pb_utils.InferenceResponse([to_tensor(s.name, found.answer[s.name][None]) for s in OUTPUTS])
         outcome, code = _REFUSALS.get(type(found), ("failed", "INTERNAL"))
         if outcome == "failed":
@@ -67,8 +68,7 @@ class TritonPythonModel:
         self.metrics.refused(outcome)
         return pb_utils.InferenceResponse([], pb_utils.TritonError(str(found), getattr(pb_utils.TritonError, code)))
 
-    def _record(self, ranked: Ranked) -> None:
-        self.metrics.answered(ranked, self.service.encoder(int(ranked.answer["model_version"][0])))
+    def _log(self, ranked: Ranked) -> None:
         if self.log and (kept := self.log.offer(ranked)) is not None:
             self.metrics.add("log_requests_total", 1, outcome="kept" if kept else "dropped")
 
