@@ -175,12 +175,19 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
 
 
 @app.command()
-def validate(data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE) -> None:
-    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks."""
+def validate(
+    data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
+) -> None:
+    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks.
+
+    What a failed expectation leads to can be set by its name, e.g. ``--set
+    'validation.severity={"click_like_trailing_week": "off"}'`` (blocking, warning or off).
+    """
     from freshrank import steps
 
     where = target or _folder(data, day, "validation")
-    result = steps.validate(data, _date(data, day), recipe(recipe_name, None).windows.model_dump_json(), where)
+    config = recipe(recipe_name, overrides).validation
+    result = steps.validate(data, _date(data, day), config.model_dump_json(), where)
     out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
 
 
