@@ -6,6 +6,7 @@ VALIDATION/data_docs/index.html, <table>.html
 
 import re
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,21 @@ def _environment() -> Any:
 def _rendered(view: Any, suite: Any) -> str:
     from great_expectations.render.renderer import ValidationResultsPageRenderer
 
-    return str(view.render(ValidationResultsPageRenderer().render(suite), "data_docs_page.html.j2"))
+    document = ValidationResultsPageRenderer().render(_readable(suite))
+    # Of the overview the statistics alone: its links lead to pages that are not here.
+    overview = document.sections[0]
+    overview.content_blocks = overview.content_blocks[1:2]
+    return str(view.render(document, "data_docs_page.html.j2"))
+
+
+def _readable(suite: Any) -> Any:
+    """A copy with numbers of Python: the renderer takes their text, which of numpy's since 2.0 is no number."""
+    copied = deepcopy(suite)
+    for outcome in copied.results:
+        observed = outcome.result.get("observed_value")
+        if hasattr(observed, "item"):
+            outcome.result["observed_value"] = observed.item()
+    return copied
 
 
 def _offline_view() -> Any:
