@@ -52,7 +52,7 @@ def write_data_docs(found: Validation, directory: Path) -> None:
     pages = [(table, files[table], suite) for table, suite in found.suites.items()]
     with atomic_directory(directory) as temporary:
         for table, suite in found.suites.items():
-            (temporary / files[table]).write_text(_rendered(view, suite), encoding="utf-8")
+            (temporary / files[table]).write_text(_rendered(view, table, suite), encoding="utf-8")
         text = index.render(report=found.report, pages=pages, back=f"../{PAGE}")
         (temporary / "index.html").write_text(text, encoding="utf-8")
 
@@ -63,14 +63,14 @@ def _environment() -> Any:
     return Environment(autoescape=True, loader=FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True)
 
 
-def _rendered(view: Any, suite: Any) -> str:
+def _rendered(view: Any, table: str, suite: Any) -> str:
     from great_expectations.render.renderer import ValidationResultsPageRenderer
 
     document = ValidationResultsPageRenderer().render(_readable(suite))
     # Of the overview the statistics alone: its links lead to pages that are not here.
     overview = document.sections[0]
     overview.content_blocks = overview.content_blocks[1:2]
-    return str(view.render(document, "data_docs_page.html.j2"))
+    return str(view.render(document, "data_docs_page.html.j2", table=table))
 
 
 def _readable(suite: Any) -> Any:
