@@ -631,6 +631,27 @@ def bench_swap(
     raise typer.Exit(0 if found.passed else 1)
 
 
+@bench.command("validation")
+def bench_validation(
+    rows: Annotated[int, typer.Option(min=1_000, help="Impressions of each simulated day.")] = 1_000_000,
+    trailing_days: Annotated[int, typer.Option(min=1, help="Days before the validated one.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine, in turn.")] = 3,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/validation.json"
+    ),
+) -> None:
+    """How long a day of a million rows takes to validate, and which engine of Great Expectations does it best."""
+    from freshrank.bench.validation import Plan, validation
+    from freshrank.settings import settings
+
+    plan = Plan(rows=rows, trailing_days=trailing_days, repeats=repeats)
+    found = validation(settings().home / "bench_validation", plan, target, out)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+    raise typer.Exit(0 if found.passed else 1)
+
+
 # ---------------------------------------------------------------- shared
 
 

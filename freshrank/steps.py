@@ -208,7 +208,7 @@ def validate(data: FreshrankPath, run_date: str, validation: str, out: Freshrank
     from freshrank.validation_page import write_pages
 
     run = Run(data, run_date)
-    found = inspect_day(run.dataset, run.date, _item_history(run), _config(ValidationConfig, validation))
+    found = inspect_day(run.dataset, run.date, item_history(run), _config(ValidationConfig, validation))
     report = found.report
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "validation.json", report.model_dump(mode="json"))
@@ -218,7 +218,7 @@ def validate(data: FreshrankPath, run_date: str, validation: str, out: Freshrank
     return {"expectations": len(report.results), "passed": held, "rows": report.rows, "fresh_rows": report.fresh_rows}
 
 
-def _item_history(run: Run) -> pl.DataFrame | None:
+def item_history(run: Run) -> pl.DataFrame | None:
     """The last week's snapshots of item counters beside each item's birth, for the leak detector.
 
     The run's own snapshot alone would show nothing: whatever is in the log was born before it.

@@ -104,6 +104,8 @@ class Validation:
     report: ValidationReport
     suites: dict[str, Any] = field(default_factory=dict)
     """By table the ``ExpectationSuiteValidationResult``; empty where the day cannot be looked at."""
+    sheets: list[Sheet] = field(default_factory=list)
+    """What was asked of which table."""
 
 
 def validate_day(
@@ -134,11 +136,10 @@ def inspect_day(
     config = config or ValidationConfig()
     day = run_date - timedelta(days=1)
     unusable = _unusable(dataset, day)
-    counts = {} if unusable else _day_counts(dataset, day)
     report = ValidationReport(
         dataset=dataset.schema.name,
         day=day,
-        day_counts=counts,
+        day_counts={} if unusable else _day_counts(dataset, day),
         import_counts=dataset.manifest.get("counts", {}),
         switched_off=tuple(name for name, severity in config.severity.items() if severity == "off"),
     )
@@ -146,8 +147,7 @@ def inspect_day(
     if log is None or log.is_empty():
         return Validation(report.model_copy(update={"results": (unusable or _no_rows(day, "0 rows"),)}))
     trailing = _trailing(dataset, day, config)
-    week = judged_log(dataset, trailing, config) if trailing else None
-    asked = sheets(dataset, day, log, week, item_history, config)
+    asked = sheets(dataset, day, log, judged_log(dataset, trailing, config) if trailing else None, item_history, config)
     suites = run_suites(asked)
     found = {
         "trailing": tuple(trailing),
@@ -156,12 +156,12 @@ def inspect_day(
         "results": tuple(result for sheet in asked for result in _results(sheet, suites)),
         "coverage": tuple(one for sheet in asked for one in sheet.coverage),
     }
-    return Validation(report.model_copy(update=found), suites)
+    return Validation(report.model_copy(update=found), suites, asked)
 
 
 def run_suites(asked: Sequence[Sheet], result_format: str = RESULT_FORMAT) -> dict[str, Any]:
     """By table what Great Expectations finds, on pandas; a table of which nothing is expected is left out."""
-    with _context() as context:
+    with quiet_context() as context:
         source = context.data_sources.add_pandas("memory")
         return {
             sheet.table: source.add_dataframe_asset(sheet.table)
@@ -174,7 +174,7 @@ def run_suites(asked: Sequence[Sheet], result_format: str = RESULT_FORMAT) -> di
 
 
 @contextmanager
-def _context() -> Iterator[Any]:
+def quiet_context() -> Iterator[Any]:
     """Great Expectations in memory, without progress bars and chatter."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
