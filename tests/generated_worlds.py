@@ -116,6 +116,52 @@ def worlds(draw: st.DrawFn) -> GeneratedWorld:
     )
 
 
+def rich_world() -> GeneratedWorld:
+    """All that a schema may declare at once, every column with some values and some missing."""
+    key, time = {"role": "key"}, {"role": "time"}
+    content = {"category": {"kind": "categorical"}, "tags": {"kind": "multi_valued", "max_values": 2},
+               "title": {"kind": "text", "max_values": 2}, "length": {"kind": "numeric", "transform": "log1p"},
+               "price": {"kind": "numeric", "default": 0.5}, "image": {"kind": "embedding", "dim": 2}}  # fmt: skip
+    schema = Schema.model_validate({
+        "name": "generated",
+        "utc_offset_hours": 8,
+        "impressions": {"request_id": key, "event_timestamp": time, "user_id": key, "item_id": key, "query_item_id": key,
+                        "click": {"role": "action"}, "save": {"role": "action"},
+                        "surface": {"role": "context", "kind": "categorical"},
+                        "battery": {"role": "context", "kind": "numeric"}},
+        "items": {"item_id": key, "created_at": time, **{n: {"role": "content", **c} for n, c in content.items()}},
+        "users": {"user_id": key, **{n: {"role": "profile", **c} for n, c in content.items()}},
+        "history": {"windows": [1, 2], "sequence_length": 2, "affinity": ["category", "tags"], "affinity_size": 2,
+                    "siblings": ["category", "category+length"]},
+    })  # fmt: skip
+    births = [-24, -24, -1, 30, 50]
+    items = pl.DataFrame({"item_id": ITEMS, "created_at": [_at(hour, schema) for hour in births]})
+    shown = [(1, 1, 1, None), (2, 1, 2, 1), (3, 2, UNKNOWN, None), (20, 3, 3, 2), (26, 1, 3, 1), (40, 1, 4, UNKNOWN),
+             (41, UNKNOWN, 1, 4), (49, 1, 1, 3), (50, 1, 5, None), (51, 2, UNKNOWN, 5), (60, 3, 3, UNKNOWN),
+             (70, UNKNOWN, 2, 1), (71, 1, 4, 4)]  # fmt: skip
+    count = len(shown)
+    log = pl.DataFrame({
+        "request_id": range(count),
+        "event_timestamp": [_at(hour, schema) for hour, *_ in shown],
+        **{name: [row[place] for row in shown] for place, name in enumerate(("user_id", "item_id", QUERY_ITEM_ID), 1)},
+        "click": pl.Series([None if row % 5 == 4 else row % 2 for row in range(count)], dtype=pl.Int8),
+        "save": pl.Series([None if row % 3 == 2 else int(row % 4 == 0) for row in range(count)], dtype=pl.Int8),
+        "surface": [None if row % 3 == 1 else row % 4 for row in range(count)],
+        "battery": [None if row % 4 == 3 else row / 7 for row in range(count)],
+    })  # fmt: skip
+    values: dict[str, list[Any]] = {
+        "category": [3, None, 3, 0, 3],
+        "tags": [[1, 2, 3], [], None, [2], [1]],
+        "title": ["a b c", None, "", "b", "a"],
+        "length": [0.0, 7.5, None, 1e6, 6.0],
+        "price": [None, 1.0, -2.5, None, 0.0],
+        "image": [[0.5, -1.0], None, [1.0, 1.0], [0.25, 3.0], None],
+    }
+    filled = {name: pl.Series(name, column) for name, column in values.items()}
+    users = pl.DataFrame({"user_id": USERS, **{name: column.head(len(USERS)) for name, column in filled.items()}})
+    return GeneratedWorld(schema, log, items.with_columns(**filled), users)
+
+
 def _at(hour: float, schema: Schema) -> datetime:
     """``hour`` hours into the first local day."""
     return START + timedelta(hours=hour - schema.utc_offset_hours)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from freshrank.config import ModelConfig
 from freshrank.datasets.contract import Dataset
@@ -23,7 +23,7 @@ from freshrank.schema import QUERY_ITEM_ID, Role
 from freshrank.serving.features import OnlineFeatures
 from freshrank.serving.ranking import Batch, Query, online_features
 from freshrank.workspace import Workspace
-from tests.generated_worlds import DAYS, START, UNKNOWN, GeneratedWorld, worlds
+from tests.generated_worlds import DAYS, START, UNKNOWN, GeneratedWorld, rich_world, worlds
 
 LAST = START.date() + timedelta(days=DAYS - 1)
 SMALL = ModelConfig(item_id_dim=2, categorical_dim=2, min_count=1, sequence_dim=4, group_dim=4, cross_rank=2,
@@ -132,7 +132,8 @@ def cold(here: Served) -> Blocks:
     return asked
 
 
-@settings(max_examples=3, **COMMON)
+@settings(max_examples=2, **COMMON)
+@example(rich_world())
 @given(worlds())
 def test_offline_frame_online_lookup_and_model_input_agree_and_are_finite(world: GeneratedWorld) -> None:
     """For any schema and any of its values missing."""
@@ -140,7 +141,7 @@ def test_offline_frame_online_lookup_and_model_input_agree_and_are_finite(world:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **COMMON)
+@settings(max_examples=60, **COMMON)
 @given(worlds())
 def test_many_schemas_agree_and_are_finite(world: GeneratedWorld) -> None:
     """As above, for many schemas."""
