@@ -20,6 +20,7 @@ def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> ds
         run_date: str,
         data_version: str,
         windows: str,
+        validation: str,
         model: str,
         techniques: str,
         training: str,
@@ -28,7 +29,7 @@ def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> ds
         gate: str,
     ) -> str:
         log = {"data": data, "run_date": run_date}
-        checked = tasks.validate_data(**log, data_version=data_version, windows=windows)
+        checked = tasks.validate_data(**log, data_version=data_version, validation=validation)
         trained = tasks.train(
             **log,
             data_version=data_version,

@@ -18,11 +18,11 @@ component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
 
 @component
 def validate_data(
-    data: str, run_date: str, data_version: str, windows: str, validation: Output[Artifact], report: Output[HTML]
+    data: str, run_date: str, data_version: str, validation: str, findings: Output[Artifact], report: Output[HTML]
 ) -> None:
     from freshrank.orchestration.artifacts import validate
 
-    validate(data, run_date, windows, validation.path, report.path)
+    validate(data, run_date, validation, findings.path, report.path)
 
 
 @component

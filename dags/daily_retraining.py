@@ -74,7 +74,7 @@ def validate(data: str, run_date: str, params: dict[str, Any] | None = None) -> 
     with final_errors():
         path, config = data_directory(data), run_config(params["recipe"], params["overrides"])
         folder = steps.Run(path, run_date).directory / "validation"
-        steps.validate(path, run_date, config.windows.model_dump_json(), folder)
+        steps.validate(path, run_date, config.validation.model_dump_json(), folder)
 
 
 @task

@@ -191,12 +191,19 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
 
 
 @app.command()
-def validate(data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE) -> None:
-    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks."""
+def validate(
+    data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
+) -> None:
+    """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks.
+
+    What a failed expectation leads to can be set by its name, e.g. ``--set
+    'validation.severity={"click_like_trailing_week": "off"}'`` (blocking, warning or off).
+    """
     from freshrank import steps
 
     where = target or _folder(data, day, "validation")
-    result = steps.validate(data, _date(data, day), recipe(recipe_name, None).windows.model_dump_json(), where)
+    config = recipe(recipe_name, overrides).validation
+    result = steps.validate(data, _date(data, day), config.model_dump_json(), where)
     out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
 
 
@@ -708,6 +715,27 @@ def bench_swap(
     from freshrank.bench.swap import Plan, swap
 
     found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+    raise typer.Exit(0 if found.passed else 1)
+
+
+@bench.command("validation")
+def bench_validation(
+    rows: Annotated[int, typer.Option(min=1_000, help="Impressions of each simulated day.")] = 1_000_000,
+    trailing_days: Annotated[int, typer.Option(min=1, help="Days before the validated one.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine, in turn.")] = 3,
+    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
+        "docs/bench/validation.json"
+    ),
+) -> None:
+    """How long a day of a million rows takes to validate, and which engine of Great Expectations does it best."""
+    from freshrank.bench.validation import Plan, validation
+    from freshrank.settings import settings
+
+    plan = Plan(rows=rows, trailing_days=trailing_days, repeats=repeats)
+    found = validation(settings().home / "bench_validation", plan, target, out)
     for sentence in found.sentences():
         out.print(sentence, highlight=False)
     out.print(f"written: {target} and {target.with_suffix('.png').name}")

@@ -1,6 +1,7 @@
 """What is trained, judged and shipped: one typed tree, serialised as JSON, one pipeline parameter per section."""
 
 from datetime import date, timedelta
+from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -19,6 +20,8 @@ def _ascending(edges: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Ascending = AfterValidator(_ascending)
+AGE_BUCKETS = (1.0, 7.0, 28.0)
+"""Days since creation at which the buckets of an item's age end; one more holds the older ones."""
 
 
 class Section(BaseModel):
@@ -51,6 +54,37 @@ class Split(Section):
     train: tuple[date, ...]
     calibration: tuple[date, ...]
     evaluation: tuple[date, ...]
+
+
+class Severity(StrEnum):
+    BLOCKING = "blocking"
+    """A failure stops the run before anything is trained."""
+    WARNING = "warning"
+
+
+class ValidationConfig(Section):
+    """How far a day may stray from the days before it, and what a failed expectation leads to."""
+
+    trailing_days: Positive = 7
+    """Days before the validated one that make the reference; those the log lacks are left out."""
+    warn_factor: Annotated[float, Field(gt=1)] = 2.0
+    block_factor: Annotated[float, Field(gt=1)] = 5.0
+    """A value must lie within ``reference / factor .. reference * factor``: volume and positive rates; the share of
+    fresh items (a launch may raise it) and positives of the late hours are blocked downwards only."""
+    warn_coverage: Annotated[float, Field(gt=0, le=1)] = 0.9
+    block_coverage: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Least share of filled values, as a part of the reference's share."""
+    min_cohort: Positive = 20
+    """Coverage is shown, not judged, where the day or its reference has fewer rows than this."""
+    min_positives: Positive = 1
+    min_known_items: Annotated[float, Field(gt=0, le=1)] = 0.99
+    age_buckets: Annotated[tuple[float, ...], Ascending] = AGE_BUCKETS
+    """Content coverage is judged in each of these by itself."""
+    late_hours: Annotated[float, Field(gt=0, lt=24)] = 6.0
+    """The end of the day, whose labels a join that runs too early has not seen yet."""
+    severity: dict[str, Severity | Literal["off"]] = {}
+    """By name of an expectation what its failure leads to, in place of what it is made for; off: it is left out. One
+    with two bounds (a warning before the block) gets this severity for both."""
 
 
 class ModelConfig(Section):
@@ -222,7 +256,7 @@ class EvaluationConfig(Section):
     lists: Literal["request", "user"] = "request"
     """What is ranked together: a request, or all a user saw on the evaluation days (logs without request ids)."""
     min_candidates: Positive = 4
-    age_buckets: Annotated[tuple[float, ...], Ascending] = (1.0, 7.0, 28.0)
+    age_buckets: Annotated[tuple[float, ...], Ascending] = AGE_BUCKETS
     exposure_buckets: Annotated[tuple[int, ...], Ascending] = (0, 10, 100, 1000)
     warm_up_buckets: Annotated[tuple[int, ...], Ascending] = (0, 3, 10, 30, 100, 300, 1000)
     """Upper ends, in impressions since birth, of the buckets of the warm-up curve; one more holds the rest."""
@@ -274,6 +308,7 @@ class RunConfig(Section):
 
     recipe: str = "baseline"
     windows: WindowConfig = WindowConfig()
+    validation: ValidationConfig = ValidationConfig()
     model: ModelConfig = ModelConfig()
     techniques: TechniquesConfig = TechniquesConfig()
     training: TrainingConfig = TrainingConfig()

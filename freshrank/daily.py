@@ -66,7 +66,7 @@ def run(data: Path, run_date: date, config: RunConfig, console: Console | None =
     progress("historical features")
     steps.build_features(data, day, windows)
     progress("validate")
-    steps.validate(data, day, windows, steps.Run(data, day).directory / "validation")
+    steps.validate(data, day, config.validation.model_dump_json(), steps.Run(data, day).directory / "validation")
     progress("materialize")
     steps.materialize(data, day)
     run_pipeline(data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)

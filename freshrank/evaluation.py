@@ -267,7 +267,7 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
     """Name -> row mask [N]; age buckets hold their lower end, exposure buckets their upper end."""
     named = {ALL: np.ones(len(age_days), np.bool_), FRESH: age_days < fresh_days, WARM: age_days >= fresh_days}
     age_of = np.searchsorted(config.age_buckets, age_days, side="right")
-    for bucket, name in enumerate(_age_names(config.age_buckets)):
+    for bucket, name in enumerate(age_names(config.age_buckets)):
         named[f"age:{name}"] = age_of == bucket
     exposed = np.searchsorted(config.exposure_buckets, exposures, side="left")
     for bucket, name in enumerate(exposure_names(config.exposure_buckets)):
@@ -275,7 +275,8 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
     return named
 
 
-def _age_names(edges: tuple[float, ...]) -> list[str]:
+def age_names(edges: tuple[float, ...]) -> list[str]:
+    """``0-1``, ``1-7``, ``7+`` for the ends (1, 7)."""
     inner = [f"{low:g}-{high:g}" for low, high in zip((0.0, *edges), edges, strict=False)]
     return [*inner, f"{edges[-1]:g}+" if edges else "0+"]
 

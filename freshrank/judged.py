@@ -21,6 +21,7 @@ from freshrank.schema import IN_EVALUATION, REQUEST_ID, USER_ID, Schema
 from freshrank.serving.repository import ModelRepository
 from freshrank.storage import read_json, write_json
 from freshrank.training import labels_of
+from freshrank.validation_page import DOCS, PAGE
 
 if TYPE_CHECKING:
     from freshrank.steps import Run
@@ -167,7 +168,8 @@ class Judgement:
             config=self.bundle["config"] | self.sections,
             versions=library_versions(),
             fingerprints={"bundle": self.bundle["fingerprint"]},
-            validation_page="validation/validation.html",
+            validation_page=f"validation/{PAGE}",
+            data_docs=f"validation/{DOCS}",
         )
 
 

@@ -76,6 +76,8 @@ class ReportInput(BaseModel):
     fingerprints: dict[str, str] = {}
     validation_page: str | None = None
     """Link to the data validation page, relative to the report."""
+    data_docs: str | None = None
+    """Link to Great Expectations' Data Docs of the day."""
 
 
 class RunSummary(BaseModel):

@@ -26,6 +26,7 @@ from freshrank.config import (
     Split,
     TechniquesConfig,
     TrainingConfig,
+    ValidationConfig,
     WindowConfig,
 )
 from freshrank.datasets.contract import Dataset
@@ -244,25 +245,27 @@ def calibrate(
     return by_action | {"fresh_shift": platt.fresh_shift}
 
 
-def validate(data: FreshrankPath, run_date: str, windows: str, out: FreshrankPath) -> dict[str, Any]:
-    """Check the newest day, write ``validation.json`` and ``validation.html`` into ``out``.
+def validate(data: FreshrankPath, run_date: str, validation: str, out: FreshrankPath) -> dict[str, Any]:
+    """Check the newest day; write ``validation.json``, ``validation.html`` and ``data_docs/`` into ``out``.
 
     Raises:
-        ValidationFailed: a blocking expectation failed; the two files say so as well.
+        ValidationFailed: a blocking expectation failed; the files say so as well.
     """
-    from freshrank import validation
+    from freshrank.validation import inspect_day
+    from freshrank.validation_page import write_pages
 
     run = Run(data, run_date)
-    report = validation.validate_day(run.dataset, run.date, _item_history(run))
+    found = inspect_day(run.dataset, run.date, item_history(run), _config(ValidationConfig, validation))
+    report = found.report
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "validation.json", report.model_dump(mode="json"))
-        validation.write_validation_page(report, directory / "validation.html")
+        write_pages(found, directory)
     report.raise_if_blocked()
     held = sum(result.success for result in report.results)
     return {"expectations": len(report.results), "passed": held, "rows": report.rows, "fresh_rows": report.fresh_rows}
 
 
-def _item_history(run: Run) -> pl.DataFrame | None:
+def item_history(run: Run) -> pl.DataFrame | None:
     """The last week's snapshots of item counters beside each item's birth, for the leak detector.
 
     The run's own snapshot alone would show nothing: whatever is in the log was born before it.

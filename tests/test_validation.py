@@ -2,24 +2,21 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from freshrank.config import Severity, ValidationConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.errors import DataError, ValidationFailed
+from freshrank.errors import ConfigError, DataError, ValidationFailed
+from freshrank.expectations import Coverage, coverage_checks, names
 from freshrank.schema import Entity, Group, Kind
-from freshrank.validation import (
-    ExpectationResult,
-    Severity,
-    ValidationBounds,
-    ValidationReport,
-    validate_day,
-    write_validation_page,
-)
+from freshrank.validation import ExpectationResult, Validation, ValidationReport, inspect_day, validate_day
+from freshrank.validation_page import write_data_docs, write_pages, write_validation_page
 from tests.tiny_log import snapshots_of
 
 WORLD = WorldConfig(days=9, users=300, items_at_start=300, new_items_per_day=30, impressions_per_day=1_200)
@@ -91,9 +88,10 @@ def test_every_name_comes_from_the_schema(clean: Dataset) -> None:
         assert expected <= set(names)
     covered = {(result.table, result.column) for result in report.results if result.name.endswith("_covered")}
     content = {"category", "author", "tags", "duration", "embedding"}
+    cohorts = ("fresh items", "warm items", *(f"items {age} days old" for age in ("0-1", "1-7", "7-28", "28+")))
     assert covered == {
-        *((f"{cohort} items", column) for cohort in ("fresh", "warm") for column in content),
-        ("impressions", "surface"),
+        *((cohort, column) for cohort in cohorts for column in content),
+        *(("impressions", column) for column in ("surface", "click", "save")),
     }
 
 
@@ -121,6 +119,10 @@ BROKEN_ROWS: list[tuple[str, Change, str, str]] = [
     ("a tenth of the log", lambda log: log.head(120), "volume_like_trailing_week",
      "the number of impressions is like the trailing week's 1,200; observed 120, expected 240 .. 6,000"),
     ("the log ten times", lambda log: pl.concat([log] * 10), "volume_like_trailing_week", "observed 12,000"),
+    ("labels not joined", lambda log: log.with_columns(first(700, None, "click").cast(pl.Int8)), "click_covered",
+     "click of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%"),
+    ("an hour too late", lambda log: log.with_columns(pl.col("event_timestamp") + timedelta(hours=1)),
+     "inside_the_day", f"every impression happened on {DAY}"),
     ("context gone", lambda log: log.with_columns(first(700, None, "surface")), "surface_covered",
      "surface of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%"),
     ("no rows", lambda log: log.clear(), "day_has_impressions", "observed 0 rows, expected at least 1 row"),
@@ -185,11 +187,50 @@ def test_a_launch_warns_but_does_not_block(dataset: Dataset) -> None:
 
 
 def test_fresh_items_without_content_block_even_when_the_table_looks_filled(dataset: Dataset) -> None:
-    """The items of three days came without an embedding: only the fresh cohort shows it."""
+    """The items of three days came without an embedding: only the fresh cohorts show it."""
     lost = pl.col("created_at") >= datetime.combine(DAY - timedelta(days=2), datetime.min.time(), UTC)
     spoil_items(dataset, pl.when(~lost).then(pl.col("embedding")).alias("embedding"))
-    blocking = failed(validate_day(dataset, RUN_DATE, bounds=ValidationBounds(block_coverage=0.9)))
-    assert [(one.table, one.column) for one in blocking.values()] == [("fresh items", "embedding")]
+    report = validate_day(dataset, RUN_DATE, config=ValidationConfig(block_coverage=0.9))
+    blocking = [(one.table, one.column) for one in report.failures(Severity.BLOCKING)]
+    tables = ("fresh items", "items 0-1 days old", "items 1-7 days old")
+    assert blocking == [(table, "embedding") for table in tables]
+
+
+def test_items_of_the_day_without_content_block_in_their_bucket_of_age_alone(dataset: Dataset) -> None:
+    """Two days' items came without embeddings: 60 of some 200 fresh items, for which all of these would only warn."""
+    lost = pl.col("created_at") >= datetime.combine(DAY - timedelta(days=1), datetime.min.time(), UTC)
+    spoil_items(dataset, pl.when(~lost).then(pl.col("embedding")).alias("embedding"))
+    report = validate_day(dataset, RUN_DATE)
+    assert [(one.table, one.column) for one in report.failures(Severity.BLOCKING)] == [
+        ("items 0-1 days old", "embedding")
+    ]
+    (found,) = [one for one in report.coverage if (one.table, one.column) == ("items 0-1 days old", "embedding")]
+    assert found.share is not None
+    assert found.reference is not None
+    assert found.share < 0.5 < found.reference
+
+
+def test_a_column_that_the_items_lost_altogether_warns(dataset: Dataset) -> None:
+    """Of the week before it is lost as well, so there is nothing to compare with."""
+    spoil_items(dataset, pl.lit(None, pl.Float32).alias("duration"))
+    warned = failed(validate_day(dataset, RUN_DATE), Severity.WARNING)["duration_covered"]
+    assert (
+        str(warned)
+        == "warm items.duration: duration of warm items holds values at all; observed 0, expected more than 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("usual", "rows", "lowest"),
+    [(1.0, 20, 0.5), (0.2, 100, 0.08), (0.05, 20, None), (0.0, 100, None)],
+    ids=["always filled", "three standard errors of 4% below 20%", "one of twenty may be none", "never filled"],
+)
+def test_a_share_of_few_rows_may_fall_by_chance(usual: float, rows: int, lowest: float | None) -> None:
+    """The bound is half the usual share, or three standard errors below it where that is lower."""
+    one = Coverage(table="fresh items", column="tags", rows=rows, share=0, reference_rows=1000, reference=usual)
+    checks = list(coverage_checks([one], ValidationConfig()))
+    bounds = [check.arguments["min_value"] for check in checks if check.severity is Severity.BLOCKING]
+    assert bounds == ([] if lowest is None else [pytest.approx(lowest)])
 
 
 def test_an_empty_list_of_tags_is_a_missing_value(dataset: Dataset) -> None:
@@ -197,8 +238,10 @@ def test_an_empty_list_of_tags_is_a_missing_value(dataset: Dataset) -> None:
     born = datetime.combine(DAY - timedelta(days=1), datetime.min.time(), UTC)
     tags = pl.when(pl.col("created_at") < born).then(pl.col("tags")).otherwise(pl.lit([], pl.List(pl.Int64)))
     spoil_items(dataset, tags.alias("tags"))
-    warned = failed(validate_day(dataset, RUN_DATE), Severity.WARNING)["tags_covered"]
-    assert (warned.table, warned.column) == ("fresh items", "tags")
+    report = validate_day(dataset, RUN_DATE)
+    warned = [(one.table, one.column) for one in report.failures(Severity.WARNING)]
+    assert ("fresh items", "tags") in warned
+    assert ("warm items", "tags") not in warned
 
 
 def test_freshness_is_counted_from_the_judged_creation(dataset: Dataset) -> None:
@@ -225,6 +268,77 @@ def test_a_warning_does_not_block(dataset: Dataset) -> None:
     report = validate_day(dataset, RUN_DATE)
     assert "volume_like_trailing_week" in failed(report, Severity.WARNING)
     report.raise_if_blocked()
+
+
+LATE = datetime.combine(DAY, datetime.min.time(), UTC) + timedelta(hours=18)
+
+
+def test_labels_that_were_joined_too_early_block(dataset: Dataset) -> None:
+    """No click of the last six hours has arrived: the day's rate falls by a quarter only, that of these hours to 0."""
+    arrived = pl.when(pl.col("event_timestamp") < LATE).then(pl.col("click")).otherwise(0).cast(pl.Int8).alias("click")
+    spoil(dataset, lambda log: log.with_columns(arrived))
+    problem = failed(validate_day(dataset, RUN_DATE))
+    assert list(problem) == ["late_click_like_trailing_week"]
+    assert problem["late_click_like_trailing_week"].observed == "0"
+    assert "the positive rate of click in the last 6 hours" in str(problem["late_click_like_trailing_week"])
+
+
+def test_a_slow_day_is_no_late_one(dataset: Dataset) -> None:
+    """Every third click is gone at all hours: nothing points at the join."""
+    kept = pl.when(pl.int_range(pl.len()) % 3 > 0).then(pl.col("click")).otherwise(0).cast(pl.Int8).alias("click")
+    spoil(dataset, lambda log: log.with_columns(kept))
+    report = validate_day(dataset, RUN_DATE)
+    assert not [one for one in report.results if one.name.startswith("late_") and not one.success]
+
+
+def test_a_log_without_times_of_day_has_no_late_hours(dataset: Dataset) -> None:
+    """All rows at midnight, as in logs that only know the date: nothing is compared."""
+    for day in dataset.days:
+        spoil(dataset, lambda log: log.with_columns(pl.col("event_timestamp").dt.truncate("1d")), day)
+    assert not [one for one in validate_day(dataset, RUN_DATE).results if one.name.startswith("late_")]
+
+
+def test_a_named_expectation_blocks_warns_or_is_left_out(dataset: Dataset) -> None:
+    """A third of the volume warns; the same day blocks, or says nothing, as the configuration wants it."""
+    spoil(dataset, lambda log: log.head(400))
+    name = "volume_like_trailing_week"
+    reports = {severity: validate_day(dataset, RUN_DATE, config=ValidationConfig(severity={name: severity}))
+               for severity in (Severity.BLOCKING, Severity.WARNING, "off")}  # fmt: skip
+    assert name in failed(reports[Severity.BLOCKING])
+    assert reports[Severity.WARNING].passed
+    assert name in failed(reports[Severity.WARNING], Severity.WARNING)
+    assert not [one for one in reports["off"].results if one.name == name]
+    assert reports["off"].switched_off == (name,)
+
+
+def test_an_unknown_expectation_is_refused_with_the_known_ones(clean: Dataset) -> None:
+    """A misspelt name would silently change nothing."""
+    with pytest.raises(ConfigError, match=r"validation\.severity: received \['volumes'\].*'volume_like_trailing_week'"):
+        validate_day(clean, RUN_DATE, config=ValidationConfig(severity={"volumes": "off"}))
+
+
+def test_every_expectation_can_be_named(clean: Dataset) -> None:
+    """The names of a report with all its tables are the names that are known."""
+    report = validate_day(clean, RUN_DATE, history_of(clean, 0.0, 1.0))
+    assert {result.name for result in report.results} == set(names(clean.schema))
+
+
+def test_rows_of_the_day_and_of_the_import_are_counted(dataset: Dataset) -> None:
+    """Five rows twice, three of the evening before, two of tomorrow; two durations that the import read as null."""
+    one_day = pl.when(pl.int_range(pl.len()) < 3).then(-1).when(pl.int_range(pl.len()) < 5).then(1).otherwise(0)
+    moved = (pl.col("event_timestamp") + pl.duration(days=one_day)).alias("event_timestamp")
+    spoil(dataset, lambda log: pl.concat([log.with_columns(moved), log.tail(5)]))
+    counted = replace(dataset, manifest=dataset.manifest | {"counts": {"items.duration: NaN read as null": 2}})
+    report = validate_day(counted, RUN_DATE)
+    assert report.day_counts == {
+        "rows that the import wrote": 1_200,
+        "rows in the partition": 1_205,
+        "rows that only feed history (not judged)": 0,
+        "rows that repeat an earlier one": 5,
+        "late rows (of an earlier day)": 3,
+        "early rows (of a later day)": 2,
+    }
+    assert report.import_counts == {"items.duration: NaN read as null": 2}
 
 
 def test_rows_that_only_feed_history_are_not_judged(dataset: Dataset) -> None:
@@ -328,6 +442,63 @@ def test_the_page_shows_failures_first_and_needs_no_network(dataset: Dataset, tm
     hostile = report.results[0].model_copy(update={"success": False, "examples": ("<b>x</b>",)})
     write_validation_page(report.model_copy(update={"results": (hostile,)}), path)
     assert "&lt;b&gt;x&lt;/b&gt;" in path.read_text()
+
+
+def test_data_docs_hold_every_table_and_need_no_network(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Great Expectations' own words on a page per table, failures with what was found, linked with our page."""
+    spoil(dataset, lambda log: log.with_columns(first(3, 7, "click").cast(pl.Int8)))
+    found = inspect_day(dataset, RUN_DATE)
+    write_pages(found, tmp_path / "out")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    docs = tmp_path / "out" / "data_docs"
+    pages = {path.stem: path.read_text() for path in docs.glob("*.html")}
+    tables = (
+        "impressions",
+        "fresh_items",
+        "warm_items",
+        *(f"items_{age}_days_old" for age in ("0_1", "1_7", "7_28", "28")),
+    )
+    assert set(pages) == {"index", *tables}
+    for page in pages.values():
+        assert not [wrong for wrong in ("np.", "Traceback", "../expectations") if wrong in page]
+        assert not [outside for outside in ("http:", "https:", "<script", "<link", "src=") if outside in page]
+    assert "values must belong to this set" in pages["impressions"]
+    assert "3 unexpected values found" in pages["impressions"]
+    assert 'href="impressions.html"' in pages["index"]
+    assert 'href="data_docs/index.html"' in (tmp_path / "out" / "validation.html").read_text()
+    assert 'href="../validation.html"' in pages["index"]
+
+
+def test_data_docs_of_a_day_that_cannot_be_looked_at_say_so(clean: Dataset, tmp_path: Path) -> None:
+    """No table was read, so there is an index alone."""
+    write_pages(inspect_day(clean, RUN_DATE + timedelta(days=1)), tmp_path)
+    assert [path.name for path in (tmp_path / "data_docs").iterdir()] == ["index.html"]
+    assert "The day could not be looked at." in (tmp_path / "data_docs" / "index.html").read_text()
+
+
+def test_data_docs_are_replaced_as_a_whole(clean: Dataset, tmp_path: Path) -> None:
+    """The page of a table that the second validation does not have is gone; a failed write leaves the first."""
+    found = inspect_day(clean, RUN_DATE)
+    write_data_docs(found, tmp_path / "docs")
+    one = Validation(found.report, {"impressions": found.suites["impressions"]})
+    write_data_docs(one, tmp_path / "docs")
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"index.html", "impressions.html"}
+    with pytest.raises(AttributeError):
+        write_data_docs(Validation(found.report, {"impressions": None}), tmp_path / "docs")
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"index.html", "impressions.html"}
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
+
+
+def test_the_page_shows_what_is_filled_by_age(clean: Dataset, tmp_path: Path) -> None:
+    """A row per column, a cell per bucket: today's share, the week's, the rows."""
+    report = validate_day(clean, RUN_DATE)
+    write_validation_page(report, tmp_path / "page.html")
+    page = tmp_path.joinpath("page.html").read_text()
+    assert "<th>items 0-1 days old</th>" in page
+    (duration,) = [one for one in report.coverage if (one.table, one.column) == ("items 28+ days old", "duration")]
+    assert f"{duration.share:.1%} ({duration.reference:.1%}) of {duration.rows}" in page
 
 
 def test_validation_is_quiet(clean: Dataset, capfd: pytest.CaptureFixture[str]) -> None:

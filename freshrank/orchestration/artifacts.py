@@ -20,10 +20,10 @@ def log_metrics(metrics: MetricsArtifact, values: dict[str, Any]) -> None:
             metrics.log_metric(name, float(value))
 
 
-def validate(data: str, run_date: str, windows: str, out: str, page: str) -> None:
+def validate(data: str, run_date: str, validation: str, out: str, page: str) -> None:
     """``steps.validate``, its page shown in Kubeflow's interface also when validation fails."""
     try:
-        steps.validate(data, run_date, windows, out)
+        steps.validate(data, run_date, validation, out)
     finally:
         _show(Path(out) / "validation.html", page)
 
