@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 STAMP := $(VENV)/.ready
-SPARK := $(VENV)/.spark
+HEAVY := $(VENV)/.heavy
 PACKAGES := freshrank components dags
 
 DATA ?=
@@ -33,10 +33,10 @@ serve: $(STAMP) ## Start the local Triton: [DATA=imported dataset]
 stop: $(STAMP) ## Stop the local Triton: [DATA=imported dataset]
 	$(PYTHON) -m freshrank stop --data "$(DATASET)"
 
-test: $(STAMP) $(SPARK) ## Run the tests, but for the slow ones
+test: $(STAMP) $(HEAVY) ## Run the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP) $(SPARK) ## Run the tests that take minutes
+test-slow: $(STAMP) $(HEAVY) ## Run the tests that take minutes
 	$(PYTEST) -m slow
 
 lint: $(STAMP) ## Check style and types
@@ -66,13 +66,13 @@ REDIS = command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -
 	&& apt-get update -qq && apt-get install -qq --yes --no-install-recommends redis-server >/dev/null; } \
 	|| echo "setup: redis-server is missing, and the tests of Redis need it; on Debian: apt-get install redis-server"
 
-# Only a test needs it: Spark, and the Java it runs on.
+# Only tests and benches need it: Spark with the Java it runs on, FuxiCTR.
 JAVA = command -v java >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -qq && apt-get install -qq --yes --no-install-recommends openjdk-17-jre-headless >/dev/null; } \
 	|| echo "test: java is missing, and the test of Spark needs it; on Debian: apt-get install openjdk-17-jre-headless"
 
-$(SPARK): $(STAMP) requirements/spark.lock
-	$(UV) pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode -r requirements/spark.lock
+$(HEAVY): $(STAMP) requirements/heavy.lock
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode -r requirements/heavy.lock
 	@$(JAVA)
 	touch $@
 

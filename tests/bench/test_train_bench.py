@@ -46,8 +46,6 @@ def test_a_peers_row_is_an_impression_with_its_users_features_beside_it(encoded:
 @pytest.mark.parametrize("name", ["torch-rechub", "FuxiCTR"])
 def test_a_peer_learns_from_the_rows(encoded: Encoded[TensorFrame], name: str) -> None:
     """Twenty times the same 64 rows: a lower loss."""
-    if name == "FuxiCTR":
-        pytest.importorskip("fuxictr", reason="in the extra `bench`, without its dependencies")
     batch = encoded.data.batch(torch.arange(64))
     rows, labels = peers.rows_of(batch, encoded.encoder, Ranker(encoded.encoder, ModelConfig()))
     columns = peers.Columns.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
@@ -89,6 +87,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
         peers.require(["torch-rechub"])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Prepared, tmp_path: Path) -> None:
     """Ten batches of 256 rows, one round, torch-rechub; streamed in windows of 1,000 rows."""
