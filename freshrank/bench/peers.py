@@ -287,6 +287,11 @@ def version(name: str) -> str:
 @contextmanager
 def silent() -> Iterator[None]:
     """Without the progress bars and prints of a library."""
-    logging.getLogger().setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
-        yield
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
+            yield
+    finally:
+        root.setLevel(level)
