@@ -582,7 +582,7 @@ def bench_train(
         out.print(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
                   f"{system.peak_mib:,.0f} MiB")  # fmt: skip
     for ratio in found.ratios:
-        out.print(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), at least "
+        out.print(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
                   f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
     out.print(f"written: {target} and {target.with_suffix('.png').name}")
 

@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from freshrank.errors import ConfigError
 from freshrank.settings import settings
@@ -20,18 +21,25 @@ else:
 _CODEC = "zstd"
 
 
-class Engine(Protocol):
-    """Reads Parquet files and writes what is made of them."""
+class Engine(ABC):
+    """Reads Parquet files and writes what is made of them; ``connection`` is ibis'."""
 
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @abstractmethod
     def read(self, paths: Sequence[Path]) -> Table:
         """The rows of ``paths``, files of the same columns."""
 
     def view(self, name: str, table: Table) -> Table:
         """``table`` under a name, in place of what had it: a query of views is compiled once and run for every day."""
+        return self._connection.create_view(name, table, overwrite=True)
 
     def compile(self, table: Table) -> str:
         """``table`` as SQL."""
+        return str(self._connection.compile(table))
 
+    @abstractmethod
     def write(self, query: str, path: Path) -> None:
         """What ``query`` gives, in its order, as one Parquet file."""
 
@@ -47,20 +55,11 @@ def open_engine() -> Iterator[Engine]:
         yield engine
 
 
-class DuckDB:
+class DuckDB(Engine):
     """In this process, on its cores; what does not fit ``FRESHRANK_FEATURES_MEMORY_GIB`` goes to disk."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
 
     def read(self, paths: Sequence[Path]) -> Table:
         return self._connection.read_parquet([str(path) for path in paths], hive_partitioning=False)
-
-    def view(self, name: str, table: Table) -> Table:
-        return self._connection.create_view(name, table, overwrite=True)
-
-    def compile(self, table: Table) -> str:
-        return str(self._connection.compile(table))
 
     def write(self, query: str, path: Path) -> None:
         name = str(path).replace("'", "''")
@@ -79,12 +78,12 @@ def _duckdb() -> Iterator[DuckDB]:
         connection.disconnect()
 
 
-class Spark:
+class Spark(Engine):
     """A Spark session: the one that is there, else a local one."""
 
     def __init__(self, session: Any, connection: Any) -> None:
+        super().__init__(connection)
         self._session = session
-        self._connection = connection
 
     def read(self, paths: Sequence[Path]) -> Table:
         import ibis
@@ -92,12 +91,6 @@ class Spark:
         name = ibis.util.gen_name("freshrank")
         self._session.read.parquet(*map(str, paths)).createOrReplaceTempView(name)
         return self._connection.table(name)
-
-    def view(self, name: str, table: Table) -> Table:
-        return self._connection.create_view(name, table, overwrite=True)
-
-    def compile(self, table: Table) -> str:
-        return str(self._connection.compile(table))
 
     def write(self, query: str, path: Path) -> None:
         directory = path.with_name(f"{path.name}.spark")

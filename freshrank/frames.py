@@ -136,6 +136,7 @@ class Builder:
         self.dataset = dataset
         self.store = FeatureStore(dataset, workspace)
         self.store.apply()
+        self._births = _births(dataset.items())
         self._exposures = Exposures(dataset, workspace)
         self._seen: tuple[date, pl.DataFrame] | None = None
 
@@ -149,7 +150,7 @@ class Builder:
         schema = self.store.schema
         user_rows = _with_day(self.store.offline_users(first), first[DAY], schema, Entity.USER)
         item_rows = _with_day(self.store.offline_items(seen), seen[DAY], schema, Entity.ITEM)
-        rows = self._exposures.count(_with_ages(log, self.dataset.items()), day)
+        rows = self._exposures.count(_with_ages(log, self._births), day)
         return _assemble(user_rows, item_rows.with_columns(seen.select(_hour(log))), rows, schema)
 
     def _log(self, day: date) -> pl.LazyFrame:
@@ -157,7 +158,7 @@ class Builder:
 
     def _with_hour(self, log: pl.DataFrame) -> pl.DataFrame:
         schema = self.dataset.schema
-        return with_counted_hour(log, self.dataset.items(), schema) if schema.history.hourly else log
+        return with_counted_hour(log, self._births, schema) if schema.history.hourly else log
 
     def _first_seen(self, day: date) -> pl.DataFrame:
         """When each item, with hourly counters in each hour, was first shown on ``day``; of the whole log: an item must
@@ -177,9 +178,15 @@ def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity
     return read.with_columns(day).select(key, DAY, *features)
 
 
-def _with_ages(log: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+def _births(items: pl.DataFrame) -> pl.DataFrame:
+    """When each item was created, and when it was for whoever judges."""
     judged = pl.coalesce([name for name in (JUDGED_CREATED_AT, CREATED_AT) if name in items.columns])
-    births = items.select(ITEM_ID, pl.col(CREATED_AT).alias("_created"), judged.alias("_judged"))
+    return items.select(ITEM_ID, CREATED_AT, judged.alias(JUDGED_CREATED_AT))
+
+
+def _with_ages(log: pl.DataFrame, births: pl.DataFrame) -> pl.DataFrame:
+    # A log may have columns of these names.
+    births = births.rename({CREATED_AT: "_created", JUDGED_CREATED_AT: "_judged"})
     ages = {ITEM_AGE: "_created", JUDGED_AGE: "_judged"}
     return (
         log.join(births, on=ITEM_ID, how="left", maintain_order="left")

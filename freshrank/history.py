@@ -12,7 +12,7 @@ A snapshot is summed from the parts of its days (:mod:`freshrank.day_parts`), th
 The expressions keep to what ibis offers on DuckDB and on Spark alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta
 from functools import reduce
 from pathlib import Path
@@ -104,8 +104,8 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
     """
     wanted = {day: history_fingerprint(dataset, day) for day in sorted(set(days))}
     stale = [day for day, expected in wanted.items() if not _is_built(workspace, day, expected)]
-    if stale:
-        _remove_outgrown(workspace, dataset.schema)
+    for entity in KEYS if stale else ():
+        remove_outgrown(workspace.features / entity, history_schema(dataset.schema, entity))
     parts = stale_parts(dataset, workspace, [seen for day in stale for seen in _read_days(dataset, day)])
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("history: days of the log", total=len(parts))
@@ -121,14 +121,13 @@ def _read_days(dataset: Dataset, day: date) -> list[date]:
     return reach_days(dataset, day) or dataset.days[:1]
 
 
-def _remove_outgrown(workspace: Workspace, schema: Schema) -> None:
-    """Remove the snapshots of a schema with other columns: no fingerprint fits them any more, and Feast, which reads
-    the files of all days as one table, takes its columns from the first."""
-    for entity in KEYS:
-        columns = list(history_schema(schema, entity))
-        for path in (workspace.features / entity).glob("date=*/part-0.parquet"):
-            if list(pl.read_parquet_schema(path)) != columns:
-                path.unlink()
+def remove_outgrown(folder: Path, columns: Iterable[str]) -> None:
+    """Remove the days under ``folder`` that have other columns: no fingerprint fits them any more, and Feast, which
+    reads the files of all days as one table, takes its columns from the first."""
+    wanted = list(columns)
+    for path in folder.glob("date=*/part-0.parquet"):
+        if list(pl.read_parquet_schema(path)) != wanted:
+            path.unlink()
 
 
 def require_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
@@ -164,8 +163,12 @@ def _marker(workspace: Workspace, day: date) -> Path:
 
 
 def _is_built(workspace: Workspace, day: date, expected: str) -> bool:
-    files = [_marker(workspace, day), *(snapshot_path(workspace, entity, day) for entity in KEYS)]
-    return all(file.exists() for file in files) and read_json(files[0]) == expected
+    return is_kept(_marker(workspace, day), expected, *(snapshot_path(workspace, entity, day) for entity in KEYS))
+
+
+def is_kept(marker: Path, expected: str, *files: Path) -> bool:
+    """Whether ``files`` are there and ``marker``, which is written after them, holds the fingerprint ``expected``."""
+    return all(file.exists() for file in (marker, *files)) and read_json(marker) == expected
 
 
 def day_views(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:

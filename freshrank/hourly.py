@@ -20,7 +20,7 @@ from freshrank.clock import midnight
 from freshrank.columns import Columns, Int
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import DataError, MissingArtifact
-from freshrank.history import CREATED
+from freshrank.history import CREATED, is_kept, remove_outgrown
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -33,7 +33,7 @@ from freshrank.schema import (
     Schema,
     hourly_names,
 )
-from freshrank.storage import atomic_write, fingerprint, read_json, write_json
+from freshrank.storage import atomic_write, fingerprint, write_json
 from freshrank.workspace import Workspace
 
 CODE_VERSION = 1
@@ -159,7 +159,7 @@ def build_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date]) -
         return
     stale = {day: key for day, key in _wanted(dataset, days).items() if not _is_built(workspace, day, key)}
     if stale:
-        _remove_outgrown(workspace, dataset.schema)
+        remove_outgrown(hourly_folder(workspace), hourly_schema(dataset.schema))
     for day, key in stale.items():
         _marker(workspace, day).unlink(missing_ok=True)
         with atomic_write(hourly_path(workspace, day)) as temporary:
@@ -207,16 +207,7 @@ def _marker(workspace: Workspace, day: date) -> Path:
 
 
 def _is_built(workspace: Workspace, day: date, expected: str) -> bool:
-    files = [_marker(workspace, day), hourly_path(workspace, day)]
-    return all(file.exists() for file in files) and read_json(files[0]) == expected
-
-
-def _remove_outgrown(workspace: Workspace, schema: Schema) -> None:
-    """Remove counters of a schema with other columns: Feast reads the files of all days as one table."""
-    columns = list(hourly_schema(schema))
-    for path in hourly_folder(workspace).glob("date=*/part-0.parquet"):
-        if list(pl.read_parquet_schema(path)) != columns:
-            path.unlink()
+    return is_kept(_marker(workspace, day), expected, hourly_path(workspace, day))
 
 
 def with_counted_hour(rows: pl.DataFrame, items: pl.DataFrame, schema: Schema) -> pl.DataFrame:

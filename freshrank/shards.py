@@ -60,7 +60,13 @@ def training_shards(dataset: Dataset, workspace: Workspace, days: Sequence[date]
     Raises:
         MissingArtifact: the snapshots of ``days`` have not been built.
     """
-    return [shard for day in days for shard in _of_day(dataset, workspace, day, shard_rows)]
+    directories = {day: _directory(dataset, workspace, day, shard_rows) for day in days}
+    missing = sorted(day for day, directory in directories.items() if not (directory / DESCRIPTION).exists())
+    if missing:
+        builder = Builder(dataset, workspace, missing)
+        for day in missing:
+            _cut(builder, day, directories[day], shard_rows)
+    return [shard for directory in directories.values() for shard in read_shards(directory)]
 
 
 def training_rows(dataset: Dataset, days: Sequence[date]) -> int:
@@ -72,24 +78,24 @@ def _trained_on(dataset: Dataset, days: Sequence[date]) -> pl.LazyFrame:
     return dataset.impressions(list(days)).filter(pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING]))
 
 
-def _of_day(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> list[Shard]:
+def _directory(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> Path:
     key = fingerprint({"frame": frame_path(dataset, workspace, day).name, "rows": shard_rows, "version": CODE_VERSION})
-    directory = workspace.shards / f"{day.isoformat()}-{key}"
-    if not (directory / DESCRIPTION).exists():
-        parts = max(1, -(-training_rows(dataset, [day]) // shard_rows))
-        log.info("cutting %s into %d shards", day, parts)
-        with atomic_directory(directory) as temporary:
-            write_shards(_frames(dataset, workspace, day, parts, shard_rows), dataset.schema, temporary)
-    return read_shards(directory)
+    return workspace.shards / f"{day.isoformat()}-{key}"
+
+
+def _cut(builder: Builder, day: date, directory: Path, shard_rows: int) -> None:
+    parts = max(1, -(-training_rows(builder.dataset, [day]) // shard_rows))
+    log.info("cutting %s into %d shards", day, parts)
+    with atomic_directory(directory) as temporary:
+        write_shards(_frames(builder, day, parts, shard_rows), builder.dataset.schema, temporary)
 
 
 def read_shards(directory: Path) -> list[Shard]:
     return [Shard(directory, **facts) for facts in read_json(directory / DESCRIPTION)]
 
 
-def _frames(dataset: Dataset, workspace: Workspace, day: date, parts: int, shard_rows: int) -> Iterator[Frame]:
+def _frames(builder: Builder, day: date, parts: int, shard_rows: int) -> Iterator[Frame]:
     """Frames of the training rows of ``day`` by part of the users."""
-    builder = Builder(dataset, workspace, [day])
     trained = pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING])
     step = max(1, ROWS_AT_ONCE // shard_rows)
     for start in range(0, parts, step):

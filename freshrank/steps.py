@@ -37,7 +37,7 @@ from freshrank.workspace import Workspace
 
 if TYPE_CHECKING:
     from freshrank.report import RunSummary
-    from freshrank.serving.repository import ModelRepository
+    from freshrank.serving.repository import ModelRepository, Pointer
 
 log = logging.getLogger(__name__)
 FreshrankPath = Path | str
@@ -383,8 +383,7 @@ def deploy(
         raise ServingError(f"deploy: the verdict on bundle {judged_fingerprint} is '{verdict}'; expected 'blessed' for "
                            f"bundle {fingerprint_}; what serves is unchanged")  # fmt: skip
     repository = ModelRepository(run.workspace.triton)
-    served = repository.served()
-    if served and served.run_date > run_date and not force:
+    if served := _newer(repository, run_date, force):
         log.warning("step=deploy date=%s: run %s already serves as version %d and stays; to serve this one instead: "
                     "freshrank publish --data %s --date %s --bundle %s --evaluation %s --force", run.date,
                     served.run_date, served.version, data, run_date, bundle, evaluation)  # fmt: skip
@@ -413,15 +412,20 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
     run = Run(data, run_date)
     repository = ModelRepository(run.workspace.triton)
     of_day = [version for version in repository.versions() if repository.info(version).run_date == run_date]
-    served = repository.served()
     if not of_day:
         return None
-    if served and served.run_date > run_date and not force:
+    if served := _newer(repository, run_date, force):
         log.warning("step=publish date=%s: run %s already serves as version %d and stays; --force serves this one",
                     run.date, served.run_date, served.version)  # fmt: skip
         return served.version
     bundle = repository.version_directory(of_day[-1])
     return publish(bundle, settings().triton_grpc_url, repository, force=force).version
+
+
+def _newer(repository: "ModelRepository", run_date: str, force: bool) -> "Pointer | None":
+    """What serves, where it is of a later day than ``run_date`` and ``force`` does not put it out."""
+    served = repository.served()
+    return served if served and served.run_date > run_date and not force else None
 
 
 def _register_service(run: Run, repository: "ModelRepository", version: int) -> None:

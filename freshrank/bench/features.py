@@ -1,14 +1,11 @@
 """`freshrank bench features`: what one day's features and frame cost, from 1 to 100 million rows.
 
 Every size is a simulated world of its own, written day by day. Each step runs in a process of its own, whose peak
-memory the kernel reports. The floor is DuckDB on the same files: one GROUP BY per entity that counts the same windows,
+memory is its own. The floor is DuckDB on the same files: one GROUP BY per entity that counts the same windows,
 and one statement per entity that gives the very features.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +13,11 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 
 from freshrank.bench.features_picture import write_picture
-from freshrank.bench.surroundings import machine
+from freshrank.bench.features_step import measured
+from freshrank.bench.processes import alone
+from freshrank.bench.surroundings import environment, machine
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import WorldConfig
-from freshrank.errors import FreshrankError
 from freshrank.report import library_versions
 from freshrank.storage import read_json, write_json
 
@@ -108,7 +106,8 @@ def features(plan: Plan, work: Path, out: Path, console: Console) -> FeaturesBen
 
     What a size leaves in ``work`` is removed when it is done, but for the simulated worlds, which are used again.
     """
-    sizes = [_size(plan, millions, work, console) for millions in plan.millions]
+    with environment(FEATURES_MEMORY_GIB=str(plan.memory_gib)):
+        sizes = [_size(plan, millions, work, console) for millions in plan.millions]
     found = FeaturesBench(plan=plan, machine=machine(), versions=library_versions(), sizes=sizes,
                           ratios=_ratios(sizes), peak_gib=_peak(sizes))  # fmt: skip
     write_json(out, found.model_dump(mode="json"))
@@ -123,11 +122,11 @@ def _size(plan: Plan, millions: float, work: Path, console: Console) -> Size:
     data = place / "data"
     if not _is_simulated(data, world):
         write_json(place / "world.json", world.model_dump(mode="json"))
-        taken["simulate"] = [_run(plan, "simulate", place)]
+        taken["simulate"] = [alone(measured, "simulate", place)]
     for number in range(plan.rounds):
         for step in STEPS[1:]:
             console.print(f"  round {number + 1}: {step} ...")
-            taken.setdefault(step, []).append(_run(plan, step, place))
+            taken.setdefault(step, []).append(alone(measured, step, place))
     shutil.rmtree(place / "home", ignore_errors=True)
     rows = sum(Dataset.open(data).rows(day) for day in Dataset.open(data).days[:LOOKBACK])
     items = world.items_at_start + world.days * world.new_items_per_day
@@ -137,19 +136,6 @@ def _size(plan: Plan, millions: float, work: Path, console: Console) -> Size:
 def _is_simulated(data: Path, world: WorldConfig) -> bool:
     manifest = data / "manifest.json"
     return manifest.exists() and read_json(manifest)["source"].get("world") == world.model_dump(mode="json")
-
-
-def _run(plan: Plan, step: str, place: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of ``step`` in a process of its own."""
-    result = place / f"{step}.json"
-    environment = os.environ | {"FRESHRANK_FEATURES_MEMORY_GIB": str(plan.memory_gib)}
-    command = [sys.executable, "-m", "freshrank.bench.features_step", step, str(place), str(result)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise FreshrankError(f"bench features: step {step} in {place} ended with exit code {process.returncode}")
-    return float(read_json(result)["seconds"]), usage.ru_maxrss / 2**20
 
 
 def _step(runs: list[tuple[float, float]]) -> Step:

@@ -1,16 +1,15 @@
-"""One step of `freshrank bench features`, alone in its process: ``python -m freshrank.bench.features_step STEP PLACE
-RESULT``."""
+"""The steps that `freshrank bench features` measures, each alone in its process."""
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from freshrank.bench.processes import peak_mib
 from freshrank.datasets.contract import Dataset
 from freshrank.settings import settings
-from freshrank.storage import read_json, write_json
+from freshrank.storage import read_json
 from freshrank.workspace import Workspace
 
 WINDOWS = (1, 7, 28)
@@ -162,13 +161,10 @@ RUN: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main(step: str, place: Path, result: Path) -> None:
+def measured(step: str, place: Path) -> tuple[float, float]:
+    """Seconds of ``step``, and the peak GiB of this process, which must be its own."""
     if step != "simulate":
         _prepare(step, place)
     started = time.perf_counter()
     RUN[step](place)
-    write_json(result, {"seconds": time.perf_counter() - started})
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    return time.perf_counter() - started, peak_mib() / 1024

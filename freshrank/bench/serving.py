@@ -25,6 +25,7 @@ from rich.progress import track
 
 from freshrank import steps
 from freshrank.bench.load import Callers, Place, Slice
+from freshrank.bench.ratios import Ratio, ratio
 from freshrank.bench.redis_server import RedisServer
 from freshrank.bench.serving_picture import write_picture
 from freshrank.bench.surroundings import environment, free_ports, machine
@@ -78,17 +79,6 @@ class Cell(BaseModel):
     per_second: float
     caller_cores: float
     """CPU seconds per second that the calling processes took from the two sides' common cores."""
-
-
-class Ratio(BaseModel):
-    """Taken within each round, then the median over rounds and the range."""
-
-    name: str
-    value: float
-    lowest: float
-    highest: float
-    target: str
-    met: bool | None
 
 
 class ServingBench(BaseModel):
@@ -182,13 +172,13 @@ def ratios(rounds: Rounds, plan: Plan) -> list[Ratio]:
     floor_rate = [max(pair) for pair in zip(*(busiest[name] for name in FLOORS), strict=True)]
     size = plan.size
     return [
-        _ratio(f"p99 of ranking / floor, {size} candidates, 1 caller", p99[OURS], floor_p99, at_most=2),
-        _ratio(f"p99 of ranking, nothing kept / floor, {size} candidates, 1 caller", p99[UNCACHED], floor_p99),
-        _ratio(f"p99 of ranking / ranker alone, {size} candidates, 1 caller", p99[OURS], p99[RANKER], at_most=3),
-        _ratio(f"throughput of ranking / floor, {size} candidates", busiest[OURS], floor_rate, at_least=0.6),
-        _ratio(f"throughput of ranking, nothing kept / floor, {size} candidates", busiest[UNCACHED], floor_rate),
-        _ratio(f"p99 of FastAPI / ranking, {size} candidates, 1 caller", p99[FASTAPI], p99[OURS]),
-        _ratio(f"throughput of ranking / FastAPI, {size} candidates", busiest[OURS], busiest[FASTAPI]),
+        ratio(f"p99 of ranking / floor, {size} candidates, 1 caller", p99[OURS], floor_p99, at_most=2),
+        ratio(f"p99 of ranking, nothing kept / floor, {size} candidates, 1 caller", p99[UNCACHED], floor_p99),
+        ratio(f"p99 of ranking / ranker alone, {size} candidates, 1 caller", p99[OURS], p99[RANKER], at_most=3),
+        ratio(f"throughput of ranking / floor, {size} candidates", busiest[OURS], floor_rate, at_least=0.6),
+        ratio(f"throughput of ranking, nothing kept / floor, {size} candidates", busiest[UNCACHED], floor_rate),
+        ratio(f"p99 of FastAPI / ranking, {size} candidates, 1 caller", p99[FASTAPI], p99[OURS]),
+        ratio(f"throughput of ranking / FastAPI, {size} candidates", busiest[OURS], busiest[FASTAPI]),
     ]
 
 
@@ -197,20 +187,6 @@ def _saturation(rounds: Rounds, plan: Plan, system: str) -> list[float]:
     found = [[each.per_second for each in rounds[system, plan.size, count]] for size, count in plan.cells()
              if size == plan.size]  # fmt: skip
     return [max(each) for each in zip(*found, strict=True)]
-
-
-def _ratio(
-    name: str, upper: list[float], lower: list[float], at_most: float | None = None, at_least: float | None = None
-) -> Ratio:
-    values = [a / b for a, b in zip(upper, lower, strict=True)]
-    value = median(values)
-    if at_most is not None:
-        target, met = f"at most {at_most:g}", value <= at_most
-    elif at_least is not None:
-        target, met = f"at least {at_least:g}", value >= at_least
-    else:
-        target, met = "", None
-    return Ratio(name=name, value=value, lowest=min(values), highest=max(values), target=target, met=met)
 
 
 @contextmanager

@@ -5,17 +5,15 @@ within a turn. Ours trains with no technique on, streamed and on the same batche
 encoding and shuffling cost. The peers train on batches held ready in memory, which their loaders would have to make.
 """
 
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -25,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from freshrank import steps
 from freshrank.bench import peers
+from freshrank.bench.processes import alone, peak_mib
+from freshrank.bench.ratios import Ratio, ratio
 from freshrank.bench.surroundings import machine
 from freshrank.config import ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
 from freshrank.distributed import ALONE, Group
@@ -38,7 +38,6 @@ from freshrank.training import Device, Encoded, Fed, Source, TensorFrame, fit, m
 STREAMED, READY = "freshrank, streamed", "freshrank, batches in memory"
 LOADER = "torch-rechub, its own loader"
 WARM_UP = 3
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,17 +98,6 @@ class Speed(BaseModel):
     parameters: int
     rows: int
     loss: float
-
-
-class Ratio(BaseModel):
-    """Of examples per second, formed within each round."""
-
-    name: str
-    value: float
-    lowest: float
-    highest: float
-    target: float
-    met: bool
 
 
 class Memory(BaseModel):
@@ -234,18 +222,6 @@ def _set_threads(work: Work) -> None:
         torch.set_num_threads(work.plan.threads)
 
 
-def peak_mib() -> float:
-    """Highest resident memory of this process so far; getrusage would count what its parent had when it was started."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
-
-
-def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """``function`` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -> TrainBench:
     """Measure as ``plan`` says; write ``out`` as JSON and a picture beside it.
 
@@ -301,16 +277,12 @@ def _speed(found: Sequence[Measured]) -> Speed:
 
 def _ratios(found: Sequence[dict[str, Measured]], names: Sequence[str]) -> list[Ratio]:
     speeds = [{name: each.rows / each.seconds for name, each in turn.items()} for turn in found]
-    ratios = [_ratio("streamed / batches in memory", [each[STREAMED] / each[READY] for each in speeds], 0.9)]
+    ours, ready = ([each[name] for each in speeds] for name in (STREAMED, READY))
+    ratios = [ratio("streamed / batches in memory", ours, ready, at_least=0.9)]
     if names:
-        better = [each[STREAMED] / max(each[name] for name in names) for each in speeds]
-        ratios.append(_ratio("streamed / the better peer, its batches in memory", better, 3.0))
+        better = [max(each[name] for name in names) for each in speeds]
+        ratios.append(ratio("streamed / the better peer, its batches in memory", ours, better, at_least=3))
     return ratios
-
-
-def _ratio(name: str, values: Sequence[float], target: float) -> Ratio:
-    value = median(values)
-    return Ratio(name=name, value=value, lowest=min(values), highest=max(values), target=target, met=value >= target)
 
 
 def _memory(work: Work, share: int) -> Memory:

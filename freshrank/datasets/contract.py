@@ -117,9 +117,8 @@ class Dataset:
     def log_fingerprint(self, wanted: Sequence[date]) -> str:
         """Changes when the declared impressions or the log of any ``wanted`` day does."""
         declared = {name: column.model_dump(mode="json") for name, column in self.schema.impressions.items()}
-        days = {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
         offset = self.schema.utc_offset_hours
-        return fingerprint({"impressions": declared, "utc_offset_hours": offset, "days": days})
+        return fingerprint({"impressions": declared, "utc_offset_hours": offset, "days": self._facts(wanted)})
 
     def items_fingerprint(self, day: date, columns: Sequence[str] | None = None) -> str:
         """Changes when ``columns`` (default all) or the creation of any item created before the end of ``day`` does;
@@ -131,8 +130,10 @@ class Dataset:
     def fingerprint(self, wanted: Sequence[date]) -> str:
         """Changes when the schema, items, users or the log of any ``wanted`` day changes."""
         files = self.manifest["files"]
-        days = {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
-        return fingerprint({"schema": self.schema.model_dump(mode="json"), "files": files, "days": days})
+        return fingerprint({"schema": self.schema.model_dump(mode="json"), "files": files, "days": self._facts(wanted)})
+
+    def _facts(self, wanted: Sequence[date]) -> dict[str, Any]:
+        return {day.isoformat(): self.manifest["days"].get(day.isoformat()) for day in wanted}
 
 
 @lru_cache(maxsize=4096)

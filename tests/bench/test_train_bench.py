@@ -8,8 +8,9 @@ from rich.console import Console
 
 from freshrank.bench import peers
 from freshrank.bench.data import Prepared, load_evidence
+from freshrank.bench.processes import peak_mib
 from freshrank.bench.rows import BASELINE, ROWS, config_of
-from freshrank.bench.train import READY, STREAMED, First, Measured, Plan, Ready, _ratios, peak_mib, train
+from freshrank.bench.train import READY, STREAMED, First, Measured, Plan, Ready, _ratios, train
 from freshrank.config import ModelConfig, TrainingConfig
 from freshrank.errors import ConfigError
 from freshrank.models.ranker import Ranker
@@ -87,7 +88,6 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
         peers.require(["torch-rechub"])
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Prepared, tmp_path: Path) -> None:
     """Ten batches of 256 rows, one round, torch-rechub; streamed in windows of 1,000 rows."""
