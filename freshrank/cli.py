@@ -677,7 +677,7 @@ def bench_figures(
 
 @bench.command("features")
 def bench_features(
-    millions: Annotated[str, typer.Option(help="Impressions of 28 days, in millions; 100 take some 20 GB of disk.")] = (
+    millions: Annotated[str, typer.Option(help="Impressions of 28 days, in millions; 100 take some 8 GB of disk.")] = (
         "1,10,100"
     ),
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each step, in turn.")] = 3,

@@ -28,9 +28,11 @@ from freshrank.bench.ratios import Ratio, ratio
 from freshrank.bench.surroundings import machine
 from freshrank.config import ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
 from freshrank.distributed import ALONE, Group
+from freshrank.errors import ConfigError
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.report import library_versions
 from freshrank.schema import IN_TRAINING
+from freshrank.shards import training_rows
 from freshrank.storage import write_json
 from freshrank.stream import encoded_days
 from freshrank.training import Device, Encoded, Fed, Source, TensorFrame, fit, model_schema
@@ -71,11 +73,25 @@ class Work:
     def training(self) -> TrainingConfig:
         return TrainingConfig(batch_size=self.plan.batch_size, window_rows=self.plan.window_rows, min_steps=1)
 
+    @property
+    def run(self) -> steps.Run:
+        return steps.Run(self.data, self.run_date.isoformat())
+
+    @property
+    def wanted(self) -> list[date]:
+        return self.run.days(self.windows.split(self.run_date).train, "training", IN_TRAINING)
+
+    @property
+    def rows(self) -> int:
+        return training_rows(self.run.dataset, self.wanted)
+
+    def fewer(self, share: int) -> "Work":
+        """The last of the days, a part of ``share``."""
+        return replace(self, plan=replace(self.plan, days=self.plan.days // share))
+
     def encoded(self) -> Encoded[Source]:
-        run = steps.Run(self.data, self.run_date.isoformat())
-        wanted = run.days(self.windows.split(run.date).train, "training", IN_TRAINING)
-        schema = model_schema(run.dataset.schema, TechniquesConfig())
-        return encoded_days(run.dataset, run.workspace, wanted, schema, ModelConfig().min_count, self.training)
+        run, schema = self.run, model_schema(self.run.dataset.schema, TechniquesConfig())
+        return encoded_days(run.dataset, run.workspace, self.wanted, schema, ModelConfig().min_count, self.training)
 
 
 class Measured(BaseModel):
@@ -226,12 +242,15 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
     """Measure as ``plan`` says; write ``out`` as JSON and a picture beside it.
 
     Raises:
-        ConfigError: a peer is not installed.
+        ConfigError: a peer is not installed, or all rows fit a window, so that nothing would be streamed.
     """
     from freshrank.bench.train_picture import write_picture
 
     peers.require(plan.peers)
     work = Work(data.resolve(), run_date, plan)
+    if work.rows <= plan.window_rows:
+        raise ConfigError(f"bench train: --window-rows: received {plan.window_rows}, expected fewer than the "
+                          f"{work.rows} training rows, else nothing is streamed; or name more --days")  # fmt: skip
     steps.build_features(work.data, run_date.isoformat(), work.windows.model_dump_json())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
@@ -240,7 +259,9 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
         found = [{name: alone(*call) for name, call in (turns if number % 2 else dict(reversed(turns.items()))).items()}
                  for number in track(range(plan.rounds), "training", console=console,
                                      disable=not console.is_terminal)]  # fmt: skip
-    memory = [_memory(work, share) for share in (4, 2, 1) if plan.days // share]
+    # Fewer days may fit a window, and then there is nothing to compare.
+    parts = [work.fewer(share) for share in (4, 2, 1) if plan.days // share]
+    memory = [_memory(part) for part in parts if part.rows > plan.window_rows]
     systems = {name: _speed([each[name] for each in found]) for name in turns}
     result = TrainBench(
         rows=memory[-1].rows,
@@ -285,7 +306,6 @@ def _ratios(found: Sequence[dict[str, Measured]], names: Sequence[str]) -> list[
     return ratios
 
 
-def _memory(work: Work, share: int) -> Memory:
-    fewer = replace(work, plan=replace(work.plan, days=work.plan.days // share))
-    streamed, whole = alone(_read, fewer, False), alone(_read, fewer, True)
-    return Memory(days=fewer.plan.days, rows=streamed.rows, streamed_mib=streamed.peak_mib, whole_mib=whole.peak_mib)
+def _memory(work: Work) -> Memory:
+    streamed, whole = alone(_read, work, False), alone(_read, work, True)
+    return Memory(days=work.plan.days, rows=streamed.rows, streamed_mib=streamed.peak_mib, whole_mib=whole.peak_mib)

@@ -88,6 +88,15 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
         peers.require(["torch-rechub"])
 
 
+def test_rows_that_all_fit_a_window_are_refused_before_anything_is_measured(world: Prepared, tmp_path: Path) -> None:
+    """Nothing would be streamed, and the comparison would be of one thing with itself."""
+    plan = Plan(days=3, window_rows=10**6, peers=())
+    with pytest.raises(
+        ConfigError, match=r"--window-rows: received 1000000, expected fewer than the \d+ training rows"
+    ):
+        train(world.source.path, world.source.run_date, plan, tmp_path / "train.json", Console(quiet=True))
+
+
 @pytest.mark.slow
 def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Prepared, tmp_path: Path) -> None:
     """Ten batches of 256 rows, one round, torch-rechub; streamed in windows of 1,000 rows."""
