@@ -93,9 +93,8 @@ class Sheet:
 def judged_log(dataset: Dataset, wanted: list[date], config: ValidationConfig) -> pl.LazyFrame:
     """The log of ``wanted`` days but for rows that only feed history, with what the checks look at: each item's age,
     its bucket, ``fresh``, and ``late`` for the last hours of the day."""
-    schema, items = dataset.schema, dataset.items().lazy()
-    born = pl.coalesce(pl.col(name) for name in (JUDGED_CREATED_AT, CREATED_AT) if name in items.collect_schema())
-    births = items.select(ITEM_ID, CREATED_AT, born.alias("born"), pl.lit(1.0).alias(_KNOWN_ITEM))
+    schema, born = dataset.schema, pl.col(JUDGED_CREATED_AT).alias("born")
+    births = dataset.births().lazy().select(ITEM_ID, CREATED_AT, born, pl.lit(1.0).alias(_KNOWN_ITEM))
     log = dataset.impressions(wanted)
     if USAGE in log.collect_schema():
         log = log.filter(pl.col(USAGE).fill_null(Usage.ALL) != Usage.HISTORY)

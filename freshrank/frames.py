@@ -136,7 +136,7 @@ class Builder:
         self.dataset = dataset
         self.store = FeatureStore(dataset, workspace)
         self.store.apply()
-        self._births = _births(dataset.items())
+        self._births = dataset.births()
         self._exposures = Exposures(dataset, workspace)
         self._seen: tuple[date, pl.DataFrame] | None = None
 
@@ -176,12 +176,6 @@ def _hour(log: pl.DataFrame) -> list[str]:
 def _with_day(read: pl.DataFrame, day: pl.Series, schema: Schema, entity: Entity) -> pl.DataFrame:
     key, *features = stored_schema(schema, entity)
     return read.with_columns(day).select(key, DAY, *features)
-
-
-def _births(items: pl.DataFrame) -> pl.DataFrame:
-    """When each item was created, and when it was for whoever judges."""
-    judged = pl.coalesce([name for name in (JUDGED_CREATED_AT, CREATED_AT) if name in items.columns])
-    return items.select(ITEM_ID, CREATED_AT, judged.alias(JUDGED_CREATED_AT))
 
 
 def _with_ages(log: pl.DataFrame, births: pl.DataFrame) -> pl.DataFrame:

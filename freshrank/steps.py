@@ -276,7 +276,7 @@ def item_history(run: Run) -> pl.DataFrame | None:
     present = [path for path in week if path.exists()]
     if not present:
         return None
-    births = run.dataset.items().select(ITEM_ID, CREATED_AT)
+    births = run.dataset.births().select(ITEM_ID, CREATED_AT)
     return pl.read_parquet(present, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
 
 

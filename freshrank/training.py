@@ -379,11 +379,7 @@ def fit(
         batch = functools.reduce(lambda batch, transform: transform(batch), transforms, batch)
         if watch:
             watch(state.step, ranker, batch)
-        with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
-            loss, parts = loss_of(batch, mixing)
-        state.optimizer.zero_grad(set_to_none=True)
-        (loss * weight).backward()
-        state.optimizer.step()
+        _, parts = _step(loss_of, state.optimizer, device, batch, mixing, weight)
         state.schedule.step()
         state.sums.add(parts, weight)
         if state.step % max(1, steps // 50) == 0 or state.step == steps:
@@ -421,6 +417,23 @@ class _Loss(nn.Module):
         return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=True)
 
 
+def _step(
+    loss_of: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: Device,
+    batch: Batch,
+    mixing: torch.Generator,
+    weight: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss before the step, and its parts; ``weight`` is the batch's among those of all ranks."""
+    with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+        loss, parts = loss_of(batch, mixing)
+    optimizer.zero_grad(set_to_none=True)
+    (loss * weight).backward()
+    optimizer.step()
+    return loss, parts
+
+
 def fastest(
     options: Sequence[Device],
     ranker: Ranker,
@@ -446,11 +459,7 @@ def step_seconds(device: Device, ranker: Ranker, batch: Batch, techniques: Techn
     with torch.random.fork_rng():
         for _ in range(_MEASURED_STEPS):
             started = time.perf_counter()
-            with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
-                loss, _ = loss_of(batch, mixing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            loss, _ = _step(loss_of, optimizer, device, batch, mixing)
             float(loss.detach())  # waits for a GPU
             found.append(time.perf_counter() - started)
     return median(found[_MEASURED_STEPS // 3 :])

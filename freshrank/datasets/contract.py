@@ -39,6 +39,7 @@ from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
     ITEM_ID,
+    JUDGED_CREATED_AT,
     REQUEST_ID,
     TABLES,
     USAGE,
@@ -104,6 +105,13 @@ class Dataset:
 
     def users(self) -> pl.DataFrame:
         return pl.read_parquet(self.path / "users.parquet")
+
+    def births(self) -> pl.DataFrame:
+        """item_id, created_at and judged_created_at of every item; the last is created_at where the table lacks it."""
+        items = pl.scan_parquet(self.path / "items.parquet")
+        present = items.collect_schema()
+        judged = pl.coalesce([name for name in (JUDGED_CREATED_AT, CREATED_AT) if name in present])
+        return items.select(ITEM_ID, CREATED_AT, judged.alias(JUDGED_CREATED_AT)).collect()
 
     def mapping_digest(self, column: str, rows: int) -> str:
         """Fingerprint of the first ``rows`` strings of a mapping: an import that only appended keeps it."""
