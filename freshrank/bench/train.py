@@ -100,6 +100,8 @@ class Measured(BaseModel):
     rows: int
     seconds: float
     peak_mib: float
+    cpu_seconds: float = 0.0
+    """Of all threads: what reading ahead costs shows here, and other load on the machine hardly does."""
     parameters: int = 0
     loss: float = 0.0
 
@@ -110,6 +112,7 @@ class Speed(BaseModel):
     examples_per_second: float
     lowest: float
     highest: float
+    examples_per_cpu_second: float
     peak_mib: float
     parameters: int
     rows: int
@@ -170,9 +173,11 @@ def _ours(work: Work, ready: bool) -> Measured:
     encoded, plan = work.encoded(), work.plan
     _fitted(First(encoded.data, WARM_UP), encoded, work)
     source = Ready(encoded.data, plan.steps, work.training) if ready else First(encoded.data, plan.steps)
+    cpu = time.process_time()
     seconds, loss, parameters = _fitted(source, encoded, work)
+    cpu = time.process_time() - cpu
     rows = min(len(encoded.data), plan.steps * plan.batch_size)
-    return Measured(rows=rows, seconds=seconds, peak_mib=peak_mib(), parameters=parameters, loss=loss)
+    return Measured(rows=rows, seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(), parameters=parameters, loss=loss)
 
 
 def _fitted(source: Source, encoded: Encoded[Source], work: Work) -> tuple[float, float, int]:
@@ -208,12 +213,11 @@ def _peer(name: str, work: Work, columns: peers.Columns, path: Path, own_loader:
         if own_loader:
             assert isinstance(peer, peers.Rechub)
             fed = peer.loader(rows, labels, size)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         losses = peer.train(fed)
-    seconds = time.perf_counter() - started
-    return Measured(
-        rows=len(labels), seconds=seconds, peak_mib=peak_mib(), parameters=peer.parameters, loss=sum(losses)
-    )
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return Measured(rows=len(labels), seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(),
+                    parameters=peer.parameters, loss=sum(losses))  # fmt: skip
 
 
 def _batches(rows: peers.Rows, labels: torch.Tensor, size: int) -> list[tuple[peers.Rows, torch.Tensor]]:
@@ -292,6 +296,7 @@ def _turns(work: Work, columns: peers.Columns, path: Path) -> dict[str, tuple[An
 def _speed(found: Sequence[Measured]) -> Speed:
     speeds = [each.rows / each.seconds for each in found]
     return Speed(examples_per_second=median(speeds), lowest=min(speeds), highest=max(speeds),
+                 examples_per_cpu_second=median(each.rows / each.cpu_seconds for each in found),
                  peak_mib=max(each.peak_mib for each in found), parameters=found[0].parameters, rows=found[0].rows,
                  loss=found[0].loss)  # fmt: skip
 

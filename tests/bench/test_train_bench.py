@@ -68,7 +68,7 @@ def test_a_ratio_is_the_median_of_those_of_each_round_against_the_better_peer() 
 
 
 def speed(rows: int) -> Measured:
-    return Measured(rows=rows, seconds=1.0, peak_mib=1.0)
+    return Measured(rows=rows, seconds=1.0, cpu_seconds=1.0, peak_mib=1.0)
 
 
 def test_peak_memory_counts_what_was_let_go() -> None:
