@@ -125,8 +125,8 @@ def rich_world() -> GeneratedWorld:
     schema = Schema.model_validate({
         "name": "generated",
         "utc_offset_hours": 8,
-        "impressions": {"request_id": key, "event_timestamp": time, "user_id": key, "item_id": key, "query_item_id": key,
-                        "click": {"role": "action"}, "save": {"role": "action"},
+        "impressions": {"request_id": key, "event_timestamp": time, "user_id": key, "item_id": key,
+                        "query_item_id": key, "click": {"role": "action"}, "save": {"role": "action"},
                         "surface": {"role": "context", "kind": "categorical"},
                         "battery": {"role": "context", "kind": "numeric"}},
         "items": {"item_id": key, "created_at": time, **{n: {"role": "content", **c} for n, c in content.items()}},
