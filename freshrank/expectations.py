@@ -135,7 +135,7 @@ def sheets(
 def names(schema: Schema) -> list[str]:
     """Of the expectations whose severity can be set, each once."""
     config, day = ValidationConfig(), date(2000, 1, 1)
-    rates = dict.fromkeys(["volume", FRESH, *schema.actions], 1.0)
+    rates: dict[str, float | None] = dict.fromkeys(["volume", FRESH, *schema.actions], 1.0)
     checks = [*_contract_checks(schema, day, config), *_positive_checks(schema, config),
               *_trailing_checks(schema, rates, config), *_birth_checks(schema)]  # fmt: skip
     covered = [_covered(name) for table in _COVERED for name in _columns(schema, table)]

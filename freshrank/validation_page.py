@@ -64,7 +64,7 @@ def _environment() -> Any:
 
 
 def _rendered(view: Any, table: str, suite: Any) -> str:
-    from great_expectations.render.renderer import ValidationResultsPageRenderer
+    from great_expectations.render.renderer.page_renderer import ValidationResultsPageRenderer
 
     document = ValidationResultsPageRenderer().render(_readable(suite))
     # Of the overview the statistics alone: its links lead to pages that are not here.
@@ -85,6 +85,6 @@ def _readable(suite: Any) -> Any:
 
 def _offline_view() -> Any:
     """Great Expectations' own view and blocks in a frame of ours: its own loads styles and scripts from elsewhere."""
-    from great_expectations.render.view import DefaultJinjaPageView
+    from great_expectations.render.view.view import DefaultJinjaPageView
 
     return DefaultJinjaPageView(custom_views_directory=str(_TEMPLATES))

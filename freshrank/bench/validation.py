@@ -216,7 +216,8 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
     session = SparkSession.builder.master("local[*]").config("spark.ui.enabled", "false").getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     with tempfile.TemporaryDirectory() as directory:
-        source, found = quiet_context().data_sources.add_spark("spark"), {}
+        source = quiet_context().data_sources.add_spark("spark")
+        found: dict[str, Any] = {}
         for sheet in asked:
             path = f"{directory}/{len(found)}.parquet"
             sheet.frame.write_parquet(path)
