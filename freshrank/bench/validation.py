@@ -131,7 +131,7 @@ def validation(home: Path, plan: Plan, out: Path, console: Console) -> Validatio
         tables={sheet.table: len(sheet.frame) for sheet in asked},
         day_seconds=day_seconds,
         page_seconds=page_seconds,
-        engines=compare(asked, plan.repeats, console),
+        engines=compare(engines(), asked, plan.repeats, console),
     )
     write_json(out, found.model_dump(mode="json"))
     write_picture(found, out.with_suffix(".png"))
@@ -227,9 +227,10 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
     return found
 
 
-def compare(asked: Sequence[Sheet], repeats: int, console: Console) -> dict[str, EngineFound]:
+def compare(
+    running: dict[str, Engine], asked: Sequence[Sheet], repeats: int, console: Console
+) -> dict[str, EngineFound]:
     """Every engine ``repeats`` times in turn on ``asked``, then once on the same tables with :data:`FAULTS`."""
-    running = engines()
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
         for name, engine in running.items():
