@@ -120,11 +120,9 @@ def sheets(
     """Every table with what is expected of it; ``log`` and ``week`` are :func:`judged_log` of the day and before it.
 
     Raises:
-        ConfigError: ``config.severity`` names an expectation that this schema does not have.
         DataError: ``item_history`` lacks a column.
     """
     schema = dataset.schema
-    _refuse_unknown(schema, config)
     found = [
         _log_sheet(schema, day, log, week, config),
         *_item_sheets(dataset, log.lazy(), week, config),
@@ -144,7 +142,8 @@ def names(schema: Schema) -> list[str]:
     return list(dict.fromkeys([*(check.name for check in checks), *late, *covered]))
 
 
-def _refuse_unknown(schema: Schema, config: ValidationConfig) -> None:
+def refuse_unknown(schema: Schema, config: ValidationConfig) -> None:
+    """:class:`ConfigError` where ``config.severity`` names an expectation that this schema does not have."""
     known = names(schema)
     if unknown := [name for name in config.severity if name not in known]:
         raise ConfigError(f"validation.severity: received {unknown}, expected names of {known}")

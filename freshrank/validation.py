@@ -6,7 +6,6 @@ warns is written down. Summary results only: they carry a few offending values, 
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any, cast
@@ -19,7 +18,7 @@ from freshrank.config import Severity, ValidationConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.tables import IMPRESSION_KEY
 from freshrank.errors import ValidationFailed
-from freshrank.expectations import FRESH, Check, Coverage, Sheet, judged_log, number, sheets
+from freshrank.expectations import FRESH, Check, Coverage, Sheet, judged_log, number, refuse_unknown, sheets
 from freshrank.schema import EVENT_TIMESTAMP, USAGE, Usage
 
 RESULT_FORMAT = "SUMMARY"
@@ -134,6 +133,7 @@ def inspect_day(
 ) -> Validation:
     """:func:`validate_day` with Great Expectations' own results beside the report."""
     config = config or ValidationConfig()
+    refuse_unknown(dataset.schema, config)
     day = run_date - timedelta(days=1)
     unusable = _unusable(dataset, day)
     report = ValidationReport(
@@ -161,20 +161,18 @@ def inspect_day(
 
 def run_suites(asked: Sequence[Sheet], result_format: str = RESULT_FORMAT) -> dict[str, Any]:
     """By table what Great Expectations finds, on pandas; a table of which nothing is expected is left out."""
-    with quiet_context() as context:
-        source = context.data_sources.add_pandas("memory")
-        return {
-            sheet.table: source.add_dataframe_asset(sheet.table)
-            .add_batch_definition_whole_dataframe("whole")
-            .get_batch({"dataframe": sheet.frame.to_pandas()})
-            .validate(suite_of(sheet), result_format=result_format)
-            for sheet in asked
-            if sheet.checks
-        }
+    source = quiet_context().data_sources.add_pandas("memory")
+    return {
+        sheet.table: source.add_dataframe_asset(sheet.table)
+        .add_batch_definition_whole_dataframe("whole")
+        .get_batch({"dataframe": sheet.frame.to_pandas()})
+        .validate(suite_of(sheet), result_format=result_format)
+        for sheet in asked
+        if sheet.checks
+    }
 
 
-@contextmanager
-def quiet_context() -> Iterator[Any]:
+def quiet_context() -> Any:
     """Great Expectations in memory, without progress bars and chatter."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -182,7 +180,7 @@ def quiet_context() -> Iterator[Any]:
     _quieten("great_expectations")
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
-    yield context
+    return context
 
 
 def suite_of(sheet: Sheet) -> Any:
@@ -196,9 +194,7 @@ def suite_of(sheet: Sheet) -> Any:
 def _expectation(check: Check, place: int) -> Any:
     from great_expectations import expectations
 
-    severity = {Severity.BLOCKING: "critical", Severity.WARNING: "warning"}[check.severity]
-    kind = getattr(expectations, check.expectation)
-    return kind(**check.arguments, severity=severity, notes=check.sentence, meta={"check": place})
+    return getattr(expectations, check.expectation)(**check.arguments, meta={"check": place})
 
 
 def outcomes(sheet: Sheet, suite: Any) -> list[Any]:

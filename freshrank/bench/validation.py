@@ -131,7 +131,7 @@ def validation(home: Path, plan: Plan, out: Path, console: Console) -> Validatio
         tables={sheet.table: len(sheet.frame) for sheet in asked},
         day_seconds=day_seconds,
         page_seconds=page_seconds,
-        engines=compare(asked, plan.repeats, console),
+        engines=compare(engines(), asked, plan.repeats, console),
     )
     write_json(out, found.model_dump(mode="json"))
     write_picture(found, out.with_suffix(".png"))
@@ -191,7 +191,7 @@ def _on_sqlite(asked: Sequence[Sheet]) -> dict[str, Any]:
     """Tables loaded into a file, then queried."""
     from sqlalchemy import create_engine
 
-    with tempfile.TemporaryDirectory() as directory, quiet_context() as context:
+    with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{directory}/day.db"
         database = create_engine(url)
         # Great Expectations does not quote names of tables.
@@ -199,7 +199,7 @@ def _on_sqlite(asked: Sequence[Sheet]) -> dict[str, Any]:
         for sheet in asked:
             sheet.frame.to_pandas().to_sql(tables[sheet.table], database, index=False)
         database.dispose()
-        source = context.data_sources.add_sqlite("file", connection_string=url)
+        source = quiet_context().data_sources.add_sqlite("file", connection_string=url)
         return {
             sheet.table: source.add_table_asset(sheet.table, table_name=tables[sheet.table])
             .add_batch_definition_whole_table("whole")
@@ -215,8 +215,8 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
 
     session = SparkSession.builder.master("local[*]").config("spark.ui.enabled", "false").getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
-    with tempfile.TemporaryDirectory() as directory, quiet_context() as context:
-        source = context.data_sources.add_spark("spark")
+    with tempfile.TemporaryDirectory() as directory:
+        source = quiet_context().data_sources.add_spark("spark")
         found: dict[str, Any] = {}
         for sheet in asked:
             path = f"{directory}/{len(found)}.parquet"
@@ -227,9 +227,10 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
     return found
 
 
-def compare(asked: Sequence[Sheet], repeats: int, console: Console) -> dict[str, EngineFound]:
+def compare(
+    running: dict[str, Engine], asked: Sequence[Sheet], repeats: int, console: Console
+) -> dict[str, EngineFound]:
     """Every engine ``repeats`` times in turn on ``asked``, then once on the same tables with :data:`FAULTS`."""
-    running = engines()
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
         for name, engine in running.items():

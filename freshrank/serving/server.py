@@ -100,14 +100,20 @@ class TritonServer:
         A server of this repository that already runs on the same ports is left as it is.
         """
         with self.repository.lock():
-            running = self._running()
-            if running:
-                self._require_same_ports(running)
-            else:
+            if not self._adopts(timeout):
                 self._launch()
-            self._wait_until_ready(timeout)
+                if not self._is_ready_within(timeout):
+                    raise self._failure("exited")
             self._conceal_token()
         return self.status()
+
+    def _adopts(self, timeout: float) -> bool:
+        """Whether a server runs here already and is ready; one killed a moment ago looks alive until it is gone."""
+        running = self._running()
+        if running is None:
+            return False
+        self._require_same_ports(running)
+        return self._is_ready_within(timeout)
 
     def stop(self, timeout: float = STOP_SECONDS) -> bool:
         """Stop the server and its Python stubs; False when none ran."""
@@ -215,14 +221,19 @@ class TritonServer:
                     f"set FRESHRANK_TRITON_{name.upper()}_PORT to a free one"
                 )
 
-    def _wait_until_ready(self, timeout: float) -> None:
+    def _is_ready_within(self, timeout: float) -> bool:
+        """False as soon as the server is dead. Raise ServingError, and stop it, if it lives on without being ready."""
         with TritonClient(f"{LOOPBACK}:{self.ports.grpc}", timeout=5.0) as client:
             _wait_until(lambda: client.is_ready() or self._running() is None, timeout)
-            died = self._running() is None
-            if died or not client.is_ready():
-                self.stop()
-                fate = "exited" if died else f"was not ready after {timeout:.0f} s"
-                raise ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
+            if self._running() is None:
+                return False
+            if not client.is_ready():
+                raise self._failure(f"was not ready after {timeout:.0f} s")
+            return True
+
+    def _failure(self, fate: str) -> ServingError:
+        self.stop()
+        return ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
 
     def _conceal_token(self) -> None:
         record, token = self._running(), control.token_of(self.repository.root)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from threading import Timer
 
 import psutil
 import pytest
@@ -91,6 +92,20 @@ def test_killed_server_starts_again_and_serves_the_pointed_version(new_server: N
     assert len(stubs_of(served)) == 4
     after = served.ask(version)
     assert all(before[name].tobytes() == after[name].tobytes() for name in OUTPUTS)
+
+
+def test_a_server_that_dies_while_a_start_waits_for_it_is_started_anew(new_server: NewServer) -> None:
+    """Stopped, it is alive and deaf: as one is between its kill and its end."""
+    served = new_server()
+    first = served.server.start().pid
+    assert first
+    os.kill(first, signal.SIGSTOP)
+    killer = Timer(2.0, os.kill, (first, signal.SIGKILL))
+    killer.start()
+    again = served.server.start()
+    assert killer.finished.is_set()
+    assert again.ready
+    assert again.pid != first
 
 
 def test_a_pid_that_now_belongs_to_another_program_is_neither_trusted_nor_harmed(new_server: NewServer) -> None:
