@@ -324,11 +324,12 @@ class Catalog:
 
 def _table_rows(known: Int, values: Int, present: npt.NDArray[np.bool_]) -> Int:
     """Row of each of ``values`` in a table of the ascending ``known`` ones behind the reserved rows."""
-    if not len(known):
-        return np.where(present, NEW, MISSING).astype(np.int64)
-    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    found = known[place] == values
-    return np.where(present, np.where(found, place + FIRST_KNOWN, NEW), MISSING).astype(np.int64)
+    rows = np.full(values.shape, MISSING, np.int64)
+    wanted = values[present]  # most of a padded sequence is not
+    place = np.searchsorted(known, wanted)
+    found = np.append(known, 0)[place] == wanted
+    rows[present] = np.where(found & (place < len(known)), place + FIRST_KNOWN, NEW)
+    return rows
 
 
 def transformed(block: Float, features: list[Feature]) -> Float:

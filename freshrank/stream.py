@@ -110,7 +110,7 @@ class Stream:
         ends = _ends(epoch.starts[-1], size, steps, group)
         wanted = [list(epoch.pieces(a, b)) for a, b in zip([0, *ends], ends, strict=False)][first:]
         numbers = sorted({window for pieces in wanted for window, _ in pieces})
-        loads = (partial(self._window, epoch.windows[n], [seed, number, group.rank, n]) for n in numbers)
+        loads = (partial(self._window, epoch.windows[n]) for n in numbers)
         windows, held, data = zip(numbers, ahead(loads), strict=True), -1, None
         for pieces in wanted:
             batches = []
@@ -118,26 +118,24 @@ class Stream:
                 if window != held:
                     data = None  # let go of the last window before the one after the next is begun
                     held, data = next(windows)
+                    order = _order(data, [seed, number, group.rank, held])
                 assert data is not None
-                batches.append(data.batch(rows))
+                batches.append(data.batch(order[rows]))
             weight = sum(rows.stop - rows.start for _, rows in pieces) * group.size * steps / len(self)
             yield Fed(joined(batches), weight if group.size > 1 else 1.0)
 
-    def _window(self, shards: Sequence[int], seed: Sequence[int]) -> "_Window":
+    def _window(self, shards: Sequence[int]) -> TensorFrame:
+        """Runs in a thread beside training, so nothing here may compute with torch: a thread that does has OpenMP
+        threads of its own, and with more of these than cores every operation of training waits for wake-ups."""
         parts = [self.shards[shard].read().frame for shard in sorted(shards)]
-        data = TensorFrame(concatenated(parts, self.encoder.schema), self.encoder, self.catalog, self.device)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        (order,) = data.batches(len(data), generator)
-        return _Window(data, order)
+        return TensorFrame(concatenated(parts, self.encoder.schema), self.encoder, self.catalog, self.device)
 
 
-@dataclass(frozen=True)
-class _Window:
-    data: TensorFrame
-    order: Tensor
-
-    def batch(self, rows: slice) -> Batch:
-        return self.data.batch(self.order[rows])
+def _order(data: TensorFrame, seed: Sequence[int]) -> Tensor:
+    """Rows of a window, its user-days in random order."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    (order,) = data.batches(len(data), generator)
+    return order
 
 
 def _ends(rows: int, size: int, steps: int, group: Group) -> list[int]:

@@ -2,8 +2,10 @@
 
 import gc
 import shutil
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freshrank import steps
 from freshrank.config import TechniquesConfig, TrainingConfig, WindowConfig
@@ -214,6 +217,34 @@ def test_no_more_than_two_windows_are_held(encoded: Encoded) -> None:
         gc.collect()
         held.append(_tensor_frames() - before)
     assert 1 <= max(held) <= 2
+
+
+def test_reading_ahead_computes_nothing_with_torch(encoded: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further thread that did would have OpenMP threads of its own, and halved training's speed on two cores."""
+    computed, window = Operations(), Stream._window
+
+    def watched(self: Stream, shards: Sequence[int]) -> TensorFrame:
+        with computed:
+            return window(self, shards)
+
+    monkeypatch.setattr(Stream, "_window", watched)
+    assert sum(1 for _ in encoded.data.feed(64, 1, 0)) == 7
+    assert set(computed.names) <= {"aten.lift_fresh.default", "aten.detach.default"}  # a tensor of a NumPy array
+    with computed:
+        torch.ones(2).sum()
+    assert computed.names[-1] == "aten.sum.default"
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operations of the thread that enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def _tensor_frames() -> int:
