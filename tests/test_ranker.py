@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from freshrank.calibration import Platt, fit_platt
 from freshrank.config import (
@@ -28,6 +29,7 @@ from freshrank.encoding import MISSING, NEW, Catalog, Encoder, Vocabulary
 from freshrank.errors import ConfigError, DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
+from freshrank.models.inputs import SequenceEncoder
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.pretraining import ContentFields
 from freshrank.schema import ITEM_AGE, ITEM_ID, Entity, Schema
@@ -125,17 +127,31 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
         assert torch.allclose(trained.ranker(inputs), trained.ranker(repeated), atol=1e-6)
 
 
-def test_encoding_sequences_in_groups_of_similar_length_gives_what_encoding_them_together_gives() -> None:
-    """Users are grouped by sequence length, empty ones among them, but for the exported graph."""
-    schema = SCHEMA.model_copy(update={"history": SCHEMA.history.model_copy(update={"sequence_length": 40})})
-    frame = random_frame(schema, users=90)
-    encoder = Encoder.fit(frame, schema, 1)
-    ranker = Ranker(encoder, SMALL)
-    inputs = TensorFrame(frame, encoder, Catalog.build(frame.items, encoder)).batch(torch.arange(400)).inputs
-    blocks = {name: inputs[name] for name in inputs if name.startswith("sequence_")}
-    with torch.inference_mode():
-        grouped, together = ranker.groups(inputs)["sequence"], ranker._encoded(blocks)[inputs["user_index"]]
-    assert torch.allclose(grouped, together, atol=1e-6)
+def test_sequences_packed_without_padding_give_what_padded_ones_give() -> None:
+    """Empty, short, full and holed ones, one or two layers: the same encoding and the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.randint(1, 5, (60, 40), generator=generator)
+    actions[torch.arange(40) >= torch.arange(60)[:, None] % 41] = 0
+    actions[torch.rand(60, 40, generator=generator) < 0.1] = 0
+    tokens = torch.randn(60, 40, 6, generator=generator)
+    for layers in (1, 2):
+        encoder = SequenceEncoder(6, 2, 40, SMALL.model_copy(update={"sequence_layers": layers}))
+        for parameter in encoder.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        packed, padded = encoder.packed(tokens[actions != 0], actions), encoder(tokens, actions)
+        assert torch.allclose(packed, padded, atol=1e-5)
+        gradients = [torch.autograd.grad((x**2).sum(), list(encoder.parameters())) for x in (packed, padded)]
+        for one, other in zip(*gradients, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_a_batch_without_a_single_sequence_is_encoded_by_the_head_alone() -> None:
+    """Every user then has one and the same encoding, and only the head stands in the mean."""
+    encoder = SequenceEncoder(6, 2, 40, SMALL)
+    encoded = encoder.packed(torch.zeros(0, 6), torch.zeros(3, 40, dtype=torch.int32))
+    assert torch.equal(encoded, encoded[:1].expand(3, -1))
+    head, mean = encoded.chunk(2, dim=1)
+    assert torch.equal(head, mean)
 
 
 def test_a_small_log_gets_smaller_batches_so_that_an_epoch_has_enough_steps() -> None:

@@ -68,7 +68,7 @@ class _Padded(Ranker):
     """All sequences encoded at their padded length."""
 
     def _sequence(self, inputs: Inputs) -> Tensor:
-        return self._encoded({name: x for name, x in inputs.items() if name.startswith("sequence_")})
+        return self._padded_sequence(inputs)
 
 
 def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Console) -> Epoch:

@@ -21,10 +21,7 @@ from freshrank.techniques.residual import Residual
 
 Inputs = dict[str, Tensor]
 Groups = dict[str, Tensor]
-_SEQUENCE = ("sequence_items", "sequence_categorical", "sequence_actions")
 _USER_HISTORY = ("user_history", "sequence", "row_history")
-_LENGTHS = (4, 8, 16, 28)
-"""Longest sequence of each group that is encoded together; the last group has the full length."""
 
 
 class Representation(NamedTuple):
@@ -192,21 +189,17 @@ class Ranker(nn.Module):
         return groups
 
     def _sequence(self, inputs: Inputs) -> Tensor:
-        blocks = {name: inputs[name] for name in _SEQUENCE if name in inputs}
         if torch.compiler.is_exporting():  # one user per request there, and a graph without branches
-            return self._encoded(blocks)
-        # Most sequences are far shorter than the padded length: encode them in groups of similar length.
-        lengths = (blocks["sequence_actions"] != 0).sum(1)
-        limits = (*_LENGTHS, blocks["sequence_actions"].shape[1])
-        group = torch.bucketize(lengths, torch.tensor(_LENGTHS, device=lengths.device))
-        members = [(group == number).nonzero()[:, 0] for number in range(len(limits))]
-        parts = [self._encoded({name: block[users, :limit] for name, block in blocks.items()})
-                 for users, limit in zip(members, limits, strict=True) if len(users)]  # fmt: skip
-        return torch.cat(parts).index_select(0, torch.argsort(torch.cat(members)))
+            return self._padded_sequence(inputs)
+        # Most sequences are far shorter than the padded length.
+        actions, categories = inputs["sequence_actions"], inputs.get("sequence_categorical")
+        present = actions != 0
+        tokens = self._lookup(inputs["sequence_items"][present], None if categories is None else categories[present])
+        return self.sequence.packed(tokens, actions)
 
-    def _encoded(self, blocks: Inputs) -> Tensor:
-        tokens = self._lookup(blocks["sequence_items"], blocks.get("sequence_categorical"))
-        encoded: Tensor = self.sequence(tokens, blocks["sequence_actions"])
+    def _padded_sequence(self, inputs: Inputs) -> Tensor:
+        tokens = self._lookup(inputs["sequence_items"], inputs.get("sequence_categorical"))
+        encoded: Tensor = self.sequence(tokens, inputs["sequence_actions"])
         return encoded
 
     def _lookup(self, ids: Tensor, categories: Tensor | None) -> Tensor:
