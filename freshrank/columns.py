@@ -124,9 +124,9 @@ def padded(series: pl.Series, size: int, keep: str = "last") -> tuple[Int, Bool]
     Lists longer than ``size`` keep their ``first`` or ``last`` values; a null list or element is absent.
     """
     lists = series.list.head(size) if keep == "first" else series.list.tail(size)
-    lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
+    lengths = integers(lists.list.len())
     present = np.arange(size)[None, :] < lengths[:, None]
-    flat = lists.filter(lists.list.len() > 0).explode()
+    flat = lists.filter(pl.Series(lengths > 0)).explode()
     values = np.zeros((len(series), size), np.int64)
     values[present] = integers(flat)
     present[present] = flat.is_not_null().to_numpy()
@@ -134,8 +134,13 @@ def padded(series: pl.Series, size: int, keep: str = "last") -> tuple[Int, Bool]
 
 
 def integers(series: pl.Series) -> Int:
-    values: Int = series.cast(pl.Int64).fill_null(0).to_numpy()
+    values: Int = _filled(series.cast(pl.Int64), 0).to_numpy()
     return values
+
+
+def _filled(series: pl.Series, value: float) -> pl.Series:
+    """Filling is a query plan, which costs more than to see that nothing is null."""
+    return series.fill_null(value) if series.null_count() else series
 
 
 def _categories(series: pl.Series, feature: Feature) -> tuple[Int, Bool]:
@@ -143,7 +148,7 @@ def _categories(series: pl.Series, feature: Feature) -> tuple[Int, Bool]:
 
 
 def _numbers(series: pl.Series, feature: Feature) -> tuple[Float, None]:
-    return series.cast(pl.Float32).fill_null(feature.missing).to_numpy()[:, None], None
+    return _filled(series.cast(pl.Float32), feature.missing).to_numpy()[:, None], None
 
 
 def _first_values(series: pl.Series, feature: Feature) -> tuple[Int, Bool]:

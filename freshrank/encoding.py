@@ -325,11 +325,20 @@ class Catalog:
 def _table_rows(known: Int, values: Int, present: npt.NDArray[np.bool_]) -> Int:
     """Row of each of ``values`` in a table of the ascending ``known`` ones behind the reserved rows."""
     rows = np.full(values.shape, MISSING, np.int64)
-    wanted = values[present]  # most of a padded sequence is not
-    place = np.searchsorted(known, wanted)
-    found = np.append(known, 0)[place] == wanted
-    rows[present] = np.where(found & (place < len(known)), place + FIRST_KNOWN, NEW)
+    rows[present] = _found(known, values[present])  # most of a padded sequence is not
     return rows
+
+
+def _found(known: Int, values: Int) -> Int:
+    span = int(known[-1]) - int(known[0]) + 1 if len(known) else 0
+    if 0 < span <= len(values):  # one table look-up each instead of a search
+        table = np.full(span + 1, NEW)
+        table[known - known[0]] = np.arange(len(known)) + FIRST_KNOWN
+        inside = (values >= known[0]) & (values <= known[-1])
+        return table[np.where(inside, values - known[0], span)]
+    place = np.searchsorted(known, values)
+    same = (place < len(known)) & (np.append(known, 0)[place] == values)
+    return np.where(same, place + FIRST_KNOWN, NEW)
 
 
 def transformed(block: Float, features: list[Feature]) -> Float:

@@ -25,7 +25,7 @@ from freshrank.config import (
     TechniquesConfig,
     TrainingConfig,
 )
-from freshrank.encoding import MISSING, NEW, Catalog, Encoder, Vocabulary
+from freshrank.encoding import FIRST_KNOWN, MISSING, NEW, Catalog, Encoder, Vocabulary
 from freshrank.errors import ConfigError, DataError
 from freshrank.export import OnnxRanker, export_bundle
 from freshrank.frames import Frame
@@ -82,6 +82,18 @@ def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_
     vocabulary = Vocabulary.fit(pl.Series([7, 7, 9]), None, min_count=2)
     assert len(vocabulary) == 3
     assert vocabulary.encode_series(pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
+
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(st.sets(st.one_of(st.integers(0, 30), INT64)), st.lists(st.none() | st.integers(-5, 40) | INT64, max_size=60))
+def test_a_value_has_its_own_row_exactly_when_it_was_seen(seen: set[int], asked: list[int | None]) -> None:
+    """Close together or 64 bits apart, more values than are asked for or fewer."""
+    vocabulary = Vocabulary(np.array(sorted(seen), np.int64))
+    rows = {value: row for row, value in enumerate(sorted(seen), start=FIRST_KNOWN)} | {None: MISSING}
+    encoded = vocabulary.encode_series(pl.Series(asked, dtype=pl.Int64))
+    assert encoded.tolist() == [rows.get(value, NEW) for value in asked]
 
 
 def test_crosses_say_what_the_user_did_with_the_candidates_category() -> None:
