@@ -16,8 +16,9 @@ import polars as pl
 from safetensors.numpy import load_file, save_file
 
 from freshrank.columns import Bool, Columns, Float, Int, Layout, integers
-from freshrank.frames import Frame, Part
+from freshrank.frames import ITEM_ROW, USER_ROW, Frame, Part
 from freshrank.schema import (
+    ITEM_AGE,
     ITEM_ID,
     QUERY_ITEM_ID,
     SEQUENCE_ACTIONS,
@@ -131,6 +132,18 @@ class Encoder:
     def layouts(self) -> dict[Entity, Layout]:
         """What of each entity is read; crosses are computed from users and items."""
         return layouts(self.schema)
+
+    @cached_property
+    def columns(self) -> dict[str, list[str]]:
+        """Columns of each table of a frame that training reads."""
+        named = {entity: [feature.name for feature in layout.features] for entity, layout in self.layouts.items()}
+        query = [QUERY_ITEM_ID] if self.schema.has_query else []
+        others = [USER_ROW, ITEM_ROW, *query, *self.schema.actions, ITEM_AGE]
+        return {
+            "users": named[Entity.USER],
+            "items": [ITEM_ID, *named[Entity.ITEM]],
+            "rows": list(dict.fromkeys(others + named[Entity.ROW])),
+        }
 
     def users_without_sequences(self, frame: Frame) -> Blocks:
         """Blocks with leading dimension U (rows of ``frame.users``)."""

@@ -7,7 +7,7 @@ A user's day is in one shard. An item is in every shard whose impressions point 
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -47,8 +47,16 @@ class Shard:
     """By action."""
 
     def read(self) -> Part:
-        users, items, rows = (_row_group(self.directory / f"{table}.parquet", self.number) for table in TABLES)
+        users, items, rows = (self._table(table) for table in TABLES)
         return Part(Frame(users, items.drop(FIRST), rows), items[FIRST].to_numpy())
+
+    def frame(self, columns: Mapping[str, Sequence[str]]) -> Frame:
+        """The named columns of each table."""
+        users, items, rows = (self._table(table, columns[table]) for table in TABLES)
+        return Frame(users, items, rows)
+
+    def _table(self, name: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        return _row_group(self.directory / f"{name}.parquet", self.number, columns)
 
 
 def training_shards(dataset: Dataset, workspace: Workspace, days: Sequence[date], shard_rows: int) -> list[Shard]:
@@ -142,9 +150,9 @@ def _facts(frame: Frame, schema: Schema, number: int) -> dict[str, object]:
     }
 
 
-def _row_group(path: Path, number: int) -> pl.DataFrame:
+def _row_group(path: Path, number: int, columns: Sequence[str] | None) -> pl.DataFrame:
     with pq.ParquetFile(path, memory_map=False) as file:
-        table: pa.Table = file.read_row_group(number, use_threads=False)  # the cores are training's
+        table: pa.Table = file.read_row_group(number, columns, use_threads=False)  # the cores are training's
     found = pl.from_arrow(table)
     assert isinstance(found, pl.DataFrame)
     return found

@@ -127,7 +127,7 @@ class Stream:
     def _window(self, shards: Sequence[int]) -> TensorFrame:
         """Runs in a thread beside training, so nothing here may compute with torch: a thread that does has OpenMP
         threads of its own, and with more of these than cores every operation of training waits for wake-ups."""
-        parts = [self.shards[shard].read().frame for shard in sorted(shards)]
+        parts = [self.shards[shard].frame(self.encoder.columns) for shard in sorted(shards)]
         return TensorFrame(concatenated(parts, self.encoder.schema), self.encoder, self.catalog, self.device)
 
 

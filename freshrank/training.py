@@ -146,14 +146,15 @@ class TensorFrame:
     def batch(self, rows: Tensor) -> Batch:
         """Rows (positions, int64 [B]); rows of one user and day should be neighbours."""
         users, index = torch.unique_consecutive(self.user_row[rows], return_inverse=True)
-        inputs = {name: block[users] for name, block in self.users.items()}
-        places = inputs.pop("places").long()
-        inputs["sequence_items"] = self.catalog["item_id"][places]
-        if self.catalog["categorical"].shape[1]:
-            inputs["sequence_categorical"] = self.catalog["categorical"][places]
-        inputs |= {name: block[self.item_row[rows]] for name, block in self.items.items()}
-        inputs |= {name: block[rows] for name, block in self.rows.items()}
-        return Batch(inputs | {"user_index": index}, self.labels[rows], self.cold[rows])
+        inputs = _taken(self.users, users)
+        places = inputs.pop("places")
+        sequence = _taken(self.catalog, places.flatten())
+        inputs["sequence_items"] = sequence["item_id"].view(places.shape)
+        if sequence["categorical"].shape[1]:
+            inputs["sequence_categorical"] = sequence["categorical"].unflatten(0, places.shape)
+        inputs |= _taken(self.items, self.item_row[rows]) | _taken(self.rows, rows)
+        labels, cold = self.labels.index_select(0, rows), self.cold.index_select(0, rows)
+        return Batch(inputs | {"user_index": index}, labels, cold)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Row positions per batch; users in random order with a generator, in their own order without."""
@@ -502,6 +503,11 @@ def check_positives(positives: dict[str, int], rows: int) -> None:
                 f"action '{action}': 0 positives in {rows} training rows; expected at least one. "
                 "Check the label join, or train on more days (windows.train_days)"
             )
+
+
+def _taken(blocks: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Half the time of ``block[rows]``."""
+    return {name: block.index_select(0, rows) for name, block in blocks.items()}
 
 
 def _tensors(blocks: Blocks, device: str) -> dict[str, Tensor]:
