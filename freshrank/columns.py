@@ -72,9 +72,9 @@ class Columns:
         arrays: Arrays = {}
         for kind, features in layout.kinds.items():
             parts = [_READ[kind](table[feature.name], feature) for feature in features]
-            arrays[kind] = np.concatenate([values for values, _ in parts], axis=1)
+            arrays[kind] = _side_by_side([values for values, _ in parts])
             if kind in _MARKED:
-                arrays[PRESENT + kind] = np.concatenate([present for _, present in parts], axis=1)
+                arrays[PRESENT + kind] = _side_by_side([present for _, present in parts])
         return cls(layout, arrays)
 
     @classmethod
@@ -118,6 +118,12 @@ def _nothing(layout: Layout) -> Arrays:
     return arrays
 
 
+def _side_by_side(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """[N, ..] each; single columns are kept one after the other, as they are read."""
+    single = all(part.shape[1] == 1 for part in parts)
+    return np.concatenate([part.T for part in parts]).T if single else np.concatenate(parts, axis=1)
+
+
 def padded(series: pl.Series, size: int, keep: str = "last") -> tuple[Int, Bool]:
     """A list column as int64 [N, size], left-aligned, and where a value is present.
 
@@ -129,7 +135,8 @@ def padded(series: pl.Series, size: int, keep: str = "last") -> tuple[Int, Bool]
     flat = lists.filter(pl.Series(lengths > 0)).explode()
     values = np.zeros((len(series), size), np.int64)
     values[present] = integers(flat)
-    present[present] = flat.is_not_null().to_numpy()
+    if flat.null_count():
+        present[present] = flat.is_not_null().to_numpy()
     return values, present
 
 

@@ -249,7 +249,9 @@ class Encoder:
         category, known = _first_value(rows.items, column)
         seen = rows.users.values(values)[rows.user_row] == category[rows.item_row, None]
         match = seen & rows.users.present(values)[rows.user_row] & known[rows.item_row, None]
-        sums = [(rows.users.values(name)[rows.user_row] * match).sum(axis=1).astype(np.float32) for name in counts]
+        place = match.argmax(axis=1)  # a user's list names a category once
+        found = match[np.arange(len(place)), place]
+        sums = [np.where(found, rows.users.values(name)[rows.user_row, place], 0).astype(np.float32) for name in counts]
         impressions, *positives = sums
         some = impressions > 0
         rates = [np.divide(p, impressions, out=np.full_like(p, np.nan), where=some) for p in positives]
