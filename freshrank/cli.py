@@ -317,7 +317,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compile for the cluster and print; contact nothing.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run; exit code 7 when it does not succeed.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run; exit code 7 if it does not succeed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print name, id, page and arguments of the run.")] = False,
     cancel: Annotated[str | None, typer.Option("--cancel", help="Cancel the run of this id instead.")] = None,
 ) -> None:

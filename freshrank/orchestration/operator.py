@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Never
+from typing import TYPE_CHECKING, Any, Never
 
-from airflow.sdk import BaseOperator, BaseOperatorLink, XCom
+from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowFailException
 
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError
@@ -29,7 +29,14 @@ RUN_ID = "run_id"
 """Key of the XCom with the id of the run on the cluster."""
 
 _SQLITE_PASSES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
-_REDIS_PASSES = ("ConnectionError", "TimeoutError", "ReadOnlyError", "TryAgainError", "ClusterDownError", "MasterDownError")
+_REDIS_PASSES = (
+    "ConnectionError",
+    "TimeoutError",
+    "ReadOnlyError",
+    "TryAgainError",
+    "ClusterDownError",
+    "MasterDownError",
+)
 _REDIS_STAYS = ("AuthenticationError", "AuthorizationError")
 
 
@@ -81,11 +88,13 @@ def run_config(recipe: str, overrides: list[str]) -> "RunConfig":
 
 
 class RunLink(BaseOperatorLink):
-    """Button on the task's page that opens the run's page in Kubeflow; without target where the pipeline runs locally."""
+    """Button on the task's page that opens the run's page in Kubeflow; empty where the pipeline runs locally."""
 
     name = "Kubeflow run"
 
     def get_link(self, operator: BaseOperator, *, ti_key: "TaskInstanceKey") -> str:
+        from airflow.sdk.execution_time.xcom import XCom
+
         from freshrank.orchestration.pipelines_api import run_page
 
         run_id = XCom.get_value(ti_key=ti_key, key=RUN_ID)
@@ -95,13 +104,13 @@ class RunLink(BaseOperatorLink):
 class KubeflowPipelineOperator(BaseOperator):
     """Run ``train_ranker`` where ``FRESHRANK_RUNNER`` says, wait for it and return the outcome.
 
-    On a cluster the task submits, defers to :class:`~freshrank.orchestration.trigger.RunTrigger`, which holds no worker,
-    and comes back when the run has ended. Whoever kills the task, or clears it, cancels the run; a triggerer or worker
-    that restarts does not. The run's id is the XCom ``run_id``.
+    On a cluster the task submits, defers to :class:`~freshrank.orchestration.trigger.RunTrigger`, which holds no
+    worker, and comes back when the run has ended. Whoever kills the task, or clears it, cancels the run; a triggerer or
+    worker that restarts does not. The run's id is the XCom ``run_id``.
     """
 
     template_fields: Sequence[str] = ("data", "run_date", "recipe", "overrides")
-    operator_extra_links: ClassVar[Sequence[BaseOperatorLink]] = (RunLink(),)
+    operator_extra_links = (RunLink(),)
 
     def __init__(
         self,
@@ -138,7 +147,7 @@ class KubeflowPipelineOperator(BaseOperator):
 
                 return self._told(run_pipeline(data, run_date, config))
             run_id = self._submit(data, run_date, config)
-        self._defer(context, run_id)
+        return self._defer(context, run_id)
 
     def _submit(self, data: Path, run_date: date, config: "RunConfig") -> str:
         from freshrank.orchestration import cluster

@@ -138,11 +138,11 @@ class PipelinesApi:
 
         The API has no idempotency key and lets many runs have one name.
         """
-        oldest, *others = self.live(run_name) or [None]
-        for run_id in others:
-            if run_id is not None and self.terminate(run_id):
+        live = self.live(run_name)
+        for run_id in live[1:]:
+            if self.terminate(run_id):
                 log.warning("run %s was a second %s: cancelled", run_id, run_name)
-        return oldest
+        return live[0] if live else None
 
     def run(self, run_id: str) -> Any:
         """The run as the API's ``V2beta1Run``; PipelineFailed when there is none of this id."""
@@ -223,9 +223,10 @@ class PipelinesApi:
             reraise=True,
         )
         try:
-            return retrying(self._authorised, call)
+            result: T = retrying(self._authorised, call)
         except Exception as error:
             raise _explained(what, error, self._settings) from error
+        return result
 
     def _authorised(self, call: Callable[[Any], T]) -> T:
         try:
@@ -245,12 +246,12 @@ def _connect(how: ApiSettings) -> Any:
     from kfp_server_api import V2beta1GetHealthzResponse
     from kfp_server_api.rest import RESTClientObject
 
-    class Client(kfp_client.Client):
+    class Client(kfp_client.Client):  # type: ignore[misc]
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
             # kfp asks for it to guess a namespace, which it keeps in the user's home; ours is a setting.
             return V2beta1GetHealthzResponse(multi_user=False)
 
-    class Rest(RESTClientObject):
+    class Rest(RESTClientObject):  # type: ignore[misc]
         def request(self, *args: Any, _request_timeout: Any = None, **kwargs: Any) -> Any:
             limit = _request_timeout or (how.request_seconds, how.request_seconds)
             return super().request(*args, _request_timeout=limit, **kwargs)
@@ -385,8 +386,8 @@ def _reason(run: Any) -> str:
 def _failed_pods(run: Any) -> list[str]:
     """Pods that may hold the failed step's log, the latest attempt first.
 
-    ``pod_name`` of a task is defined in the API but left empty by its servers up to now (kubeflow/pipelines issue 14007);
-    those of its children are not.
+    ``pod_name`` of a task is defined in the API but left empty by its servers up to now (kubeflow/pipelines issue
+    14007); those of its children are not.
     """
     pods: list[str] = []
     for task in reversed(_failed(run)):

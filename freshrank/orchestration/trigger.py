@@ -27,7 +27,7 @@ class RunTrigger(BaseTrigger):
 
     def __init__(self, run_id: str, namespace: str, deadline: float, poll_seconds: float) -> None:
         """``deadline`` is in seconds since 1970: a triggerer that starts anew does not wait anew."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.run_id = run_id
         self.namespace = namespace
         self.deadline = deadline

@@ -7,6 +7,7 @@ import pytest
 
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.settings import settings
+from tests.orchestration.kfp_server import KfpServer, serving
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     settings.cache_clear()
     yield tmp_path / "home"
     settings.cache_clear()
+
+
+@pytest.fixture
+def kfp(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A Kubeflow Pipelines API that freshrank is told to use, with little patience."""
+    with serving() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        settings.cache_clear()
+        yield server

@@ -1,7 +1,7 @@
 """A local server that speaks the Kubeflow Pipelines API v2beta1 as far as freshrank uses it.
 
-Requests are read into, and answers written from, the models of the real client (``kfp_server_api``): a field that the API
-does not have is refused, as its own server refuses it. It also has what Kubeflow's pages read logs from.
+Requests are read into, and answers written from, the models of the real client (``kfp_server_api``): a field that
+the API does not have is refused, as its own server refuses it. It also has what Kubeflow's pages read logs from.
 """
 
 import json
@@ -72,6 +72,15 @@ class KfpServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self) -> dict[str, str]:
+        """What tells freshrank to use this server, with little patience."""
+        return {
+            "FRESHRANK_KFP_HOST": self.url,
+            "FRESHRANK_KFP_RETRY_SECONDS": "5",
+            "FRESHRANK_KFP_REQUEST_SECONDS": "5",
+            "FRESHRANK_KFP_SETTLE_SECONDS": "0.3",
+        }
 
     def count(self, pattern: str) -> int:
         """How many requests matched."""
