@@ -95,7 +95,7 @@ class PipelinesApi:
                 lambda: _first(client.list_pipeline_versions(owner, filter=_named(name)).pipeline_versions),
                 lambda: client.pipeline_uploads.upload_pipeline_version(str(package), name=name, pipelineid=owner),
             )
-            return str(owner), str(version.pipeline_version_id)
+            return _given(owner), _given(version.pipeline_version_id)
 
         return self._call(f"uploading version {name}", ensure)
 
@@ -109,7 +109,7 @@ class PipelinesApi:
                 lambda: _first(client.list_experiments(filter=_named(name), **where).experiments),
                 lambda: client.experiments.experiment_service_create_experiment(experiment=body),
             )
-            return str(found.experiment_id)
+            return _given(found.experiment_id)
 
         return self._call(f"looking for experiment {name}", ensure)
 
@@ -129,7 +129,7 @@ class PipelinesApi:
             if live:
                 return str(live[0].run_id)
             run = client.api_models.V2beta1Run(display_name=run_name, **body)
-            return str(client.runs.run_service_create_run(run=run).run_id)
+            return _given(client.runs.run_service_create_run(run=run).run_id)
 
         return self._call(f"starting run {run_name}", ensure)
 
@@ -146,7 +146,13 @@ class PipelinesApi:
 
     def run(self, run_id: str) -> Any:
         """The run as the API's ``V2beta1Run``; PipelineFailed when there is none of this id."""
-        return self._call(f"asking for run {run_id}", lambda client: client.get_run(run_id))
+
+        def ask(client: Any) -> Any:
+            run = client.get_run(run_id)
+            _given(run.run_id)
+            return run
+
+        return self._call(f"asking for run {run_id}", ask)
 
     def terminate(self, run_id: str) -> bool:
         """Cancel the run; False when it had ended already, or is gone."""
@@ -336,6 +342,13 @@ def _message(error: Any) -> str:
 
 def _named(name: str) -> str:
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]})
+
+
+def _given(identity: Any) -> str:
+    """``identity`` of an answer: the client reads whatever it is sent, a page of HTML as an object without fields."""
+    if identity is None:
+        raise ValueError("an answer without an id")
+    return str(identity)
 
 
 def _first(found: list[Any] | None) -> Any:

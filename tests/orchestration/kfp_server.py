@@ -45,6 +45,8 @@ class Fault:
     after: bool = False
     """The request is carried out first: only its answer is lost."""
     hang: float = 0
+    page: str = ""
+    """Answered with 200, as a log-in page is."""
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -210,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        self._answer(fault.status, {"message": "told to"}, fault.headers)
+        self._answer(fault.status or 200, fault.page or {"message": "told to"}, fault.headers)
 
     def _route(self) -> Any:
         for pattern, serve in ROUTES:

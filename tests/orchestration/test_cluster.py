@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 
 from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.cluster import ClusterSettings, cancel, compile_package, prepare, start, submit, wait
+from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, compile_package, start, submit, wait
 from freshrank.recipes import recipe
 from freshrank.settings import settings
 from tests.orchestration.kfp_server import Fault, KfpServer
@@ -150,45 +151,57 @@ def server(cluster: ClusterSettings, kfp: KfpServer) -> KfpServer:
     return kfp
 
 
-def test_submitting_twice_starts_one_run(server: KfpServer, world: Path) -> None:
+@pytest.fixture
+def run_id(server: KfpServer, prepared: Submission) -> str:
+    """A run that was submitted."""
+    started = start(prepared).run_id
+    assert started is not None
+    return started
+
+
+def test_submitting_twice_starts_one_run(server: KfpServer, prepared: Submission) -> None:
     """A retried Airflow task finds the run it started before it was killed."""
-    first, second = (submit(world, RUN_DATE, recipe()) for _ in range(2))
+    first, second = (start(prepared) for _ in range(2))
     assert first.run_id == second.run_id == "run-0"
     assert len(server.runs) == 1
 
 
-def test_a_run_is_of_a_version_named_by_what_was_compiled(server: KfpServer, world: Path) -> None:
-    """Two days of the same pipeline share a version; its parameters are exactly those that the pipeline declares."""
-    runs = [submit(world, day, recipe()) for day in (RUN_DATE, RUN_DATE - timedelta(days=1))]
-    (version,) = server.versions
-    assert {run.version for run in runs} == {version.display_name}
-    assert {run.pipeline_version_reference.pipeline_version_id for run in server.runs} == {version.pipeline_version_id}
-    assert server.runs[0].runtime_config.parameters == runs[0].arguments
-
-
-def test_another_placement_is_another_version_of_the_same_pipeline(
+def test_a_run_is_of_a_version_named_by_what_was_compiled(
     server: KfpServer, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kubeflow's pages show what changed from version to version."""
-    submit(world, RUN_DATE, recipe())
+    """Another placement is another version of the same pipeline; parameters are exactly those it declares."""
+    first = submit(world, RUN_DATE, recipe())
     monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:3")
-    submit(world, RUN_DATE, recipe())
-    assert (len(server.pipelines), len(server.versions), len(server.runs)) == (1, 2, 2)
+    second = submit(world, RUN_DATE, recipe())
+    assert len(server.pipelines) == 1
+    assert [first.version, second.version] == [version.display_name for version in server.versions]
+    assert [run.pipeline_version_reference.pipeline_version_id for run in server.runs] == [
+        version.pipeline_version_id for version in server.versions
+    ]
+    assert server.runs[0].runtime_config.parameters == first.arguments
+
+
+def test_two_days_of_the_same_pipeline_share_a_version(server: KfpServer, prepared: Submission) -> None:
+    """Only what runs is uploaded anew, not what it is run on."""
+    for day in ("2024-01-06", "2024-01-07"):
+        arguments = prepared.arguments | {"run_date": day}
+        start(replace(prepared, run_name=f"train-ranker-{day}", arguments=arguments))
+    assert (len(server.runs), len(server.versions)) == (2, 1)
 
 
 @pytest.mark.parametrize("ended", ["FAILED", "CANCELED", "CANCELING"])
-def test_a_failed_or_cancelled_run_is_started_again(server: KfpServer, world: Path, ended: str) -> None:
+def test_a_failed_or_cancelled_run_is_started_again(
+    server: KfpServer, prepared: Submission, run_id: str, ended: str
+) -> None:
     """Only a run that can still succeed stands in the way of a new one."""
-    submit(world, RUN_DATE, recipe())
     server.runs[0].state = ended
-    assert submit(world, RUN_DATE, recipe()).run_id == "run-1"
+    assert start(prepared).run_id == "run-1"
 
 
-def test_two_who_submit_at_the_same_moment_end_with_one_run(server: KfpServer, world: Path) -> None:
+def test_two_who_submit_at_the_same_moment_end_with_one_run(server: KfpServer, prepared: Submission) -> None:
     """The API lets both create one; afterwards both name the older, and the other is cancelled."""
     together = threading.Barrier(2, timeout=10)
     server.before_creating = together.wait
-    prepared = prepare(world, RUN_DATE, recipe())
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(start, [prepared, prepared]))
     assert len(server.runs) == 2
@@ -196,17 +209,15 @@ def test_two_who_submit_at_the_same_moment_end_with_one_run(server: KfpServer, w
     assert set(server.terminated) == {"run-1"}
 
 
-def test_a_run_whose_creation_was_not_answered_is_found_again(server: KfpServer, world: Path) -> None:
+def test_a_run_whose_creation_was_not_answered_is_found_again(server: KfpServer, prepared: Submission) -> None:
     """The server did what it was asked for, then the connection broke: asking anew must not start a second."""
     server.faults = [Fault("POST .*/runs", reset=True, after=True)]
-    assert submit(world, RUN_DATE, recipe()).run_id == "run-0"
+    assert start(prepared).run_id == "run-0"
     assert len(server.runs) == 1
 
 
-def test_waiting_ends_with_the_run(server: KfpServer, world: Path) -> None:
+def test_waiting_ends_with_the_run(server: KfpServer, run_id: str) -> None:
     """Success returns; what is at work is told meanwhile."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     at_work = V2beta1PipelineTaskDetail(display_name="train", state="RUNNING")
     server.script = [
         {"state": "RUNNING", "run_details": V2beta1RunDetails(task_details=[at_work])},
@@ -217,10 +228,8 @@ def test_waiting_ends_with_the_run(server: KfpServer, world: Path) -> None:
     assert seen == ["RUNNING, train", "SUCCEEDED"]
 
 
-def test_a_failed_run_names_its_step_and_the_tail_of_its_log(server: KfpServer, world: Path) -> None:
+def test_a_failed_run_names_its_step_and_the_tail_of_its_log(server: KfpServer, run_id: str) -> None:
     """Of the failed tasks, the step and neither its pod's node nor the graph around it."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     server.logs["train-pod"] = "\n".join([*(f"epoch {number}" for number in range(100)), "CUDA out of memory"])
     server.fail(run_id, "train", "train-pod", "exit code 137")
     with pytest.raises(PipelineFailed) as failure:
@@ -232,36 +241,28 @@ def test_a_failed_run_names_its_step_and_the_tail_of_its_log(server: KfpServer, 
     assert f"{server.url}/#/runs/details/run-0" in text
 
 
-def test_a_failed_run_is_reported_also_where_logs_cannot_be_had(server: KfpServer, world: Path) -> None:
+def test_a_failed_run_is_reported_also_where_logs_cannot_be_had(server: KfpServer, run_id: str) -> None:
     """The API's own service serves no logs, only Kubeflow's pages do."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     server.fail(run_id, "train-driver", "train-pod")
     with pytest.raises(PipelineFailed, match=r"step 'train' failed\n.*could not be read here\nThe run: http"):
         wait(run_id, timedelta(seconds=5))
 
 
-def test_a_run_that_somebody_cancelled_is_said_to_be(server: KfpServer, world: Path) -> None:
+def test_a_run_that_somebody_cancelled_is_said_to_be(server: KfpServer, run_id: str) -> None:
     """Nobody looks for a failed step then."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     server.terminate(run_id)
     with pytest.raises(PipelineFailed, match="ended as CANCELED: somebody cancelled it"):
         wait(run_id, timedelta(seconds=5), poll_seconds=0.01)
 
 
-def test_waiting_has_an_end(server: KfpServer, world: Path) -> None:
+def test_waiting_has_an_end(server: KfpServer, run_id: str) -> None:
     """A run that hangs fails whoever waits for it."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     with pytest.raises(PipelineFailed, match="still PENDING"):
         wait(run_id, timedelta(seconds=0), poll_seconds=0.01)
 
 
-def test_waiting_outlasts_an_api_that_is_away(server: KfpServer, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_outlasts_an_api_that_is_away(server: KfpServer, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on without it, so the wait does too."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     server.runs[0].state = "SUCCEEDED"
     monkeypatch.setenv("FRESHRANK_KFP_RETRY_SECONDS", "0")
     server.faults = [Fault("GET .*/runs/run-0", status=503, times=3)]
@@ -269,10 +270,8 @@ def test_waiting_outlasts_an_api_that_is_away(server: KfpServer, world: Path, mo
     assert server.count("GET .*/runs/run-0") == 4
 
 
-def test_cancelling_ends_the_run_once(server: KfpServer, world: Path) -> None:
+def test_cancelling_ends_the_run_once(server: KfpServer, run_id: str) -> None:
     """A run that has ended, or that nobody knows, is no error."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
     assert cancel(run_id)
     server.runs[0].state = "CANCELED"
     assert not cancel(run_id)

@@ -72,7 +72,7 @@ def test_nobody_listening_is_unreachable(kfp: KfpServer, monkeypatch: pytest.Mon
 
 def test_a_run_that_vanished_is_an_error_at_once(kfp: KfpServer) -> None:
     """Somebody deleted it: no patience brings it back."""
-    with pytest.raises(PipelineFailed, match="run-9.*404.*deleted"):
+    with pytest.raises(PipelineFailed, match=r"run-9.*404.*deleted"):
         PipelinesApi().run("run-9")
     assert len(kfp.requests) == 1
 
@@ -127,10 +127,9 @@ def test_a_token_file_that_is_not_there_is_named(
     assert kfp.requests == []
 
 
-def test_a_host_that_is_not_the_api_is_said_to_be(kfp: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_not_the_api_is_said_to_be(kfp: KfpServer) -> None:
     """A log-in page answers everything with 200."""
-    kfp.runs.append(None)
-    monkeypatch.setattr(kfp, "seen", lambda _: "<html>log in</html>")
+    kfp.faults = [Fault("GET .*", page="<html>log in</html>")]
     with pytest.raises(PipelineFailed, match="expected the Kubeflow Pipelines API"):
         PipelinesApi().run("run-0")
 
