@@ -178,9 +178,9 @@ def test_a_registry_that_another_writer_holds_is_worth_another_try(tmp_path: Pat
 
 def test_a_wrong_query_is_final() -> None:
     """The same kind of error of the same library, for ever."""
-    with closing(sqlite3.connect(":memory:")) as store:
-        with pytest.raises(AirflowFailException, match="no such table"), final_errors():
-            store.execute("select * from features")
+    final = pytest.raises(AirflowFailException, match="no such table")
+    with closing(sqlite3.connect(":memory:")) as store, final, final_errors():
+        store.execute("select * from features")
 
 
 def test_the_data_directory_is_the_param_or_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
