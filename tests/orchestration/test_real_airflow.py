@@ -1,4 +1,4 @@
-"""A whole Airflow (scheduler, API server, DAG processor, triggerer) waits for a run, loses its triggerer, kills tasks."""
+"""A whole Airflow (scheduler, API server, DAG processor, triggerer) waits for a run, is restarted, kills its task."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def airflow(kfp: KfpServer, world: Path, tmp_path: Path) -> Iterator[Airflow]:
 
 
 def test_a_run_survives_the_triggerer_and_ends_with_its_task(airflow: Airflow, kfp: KfpServer, world: Path) -> None:
-    """Stopped and killed triggerers leave it alone; a task marked failed or cleared cancels it, once, and starts anew."""
+    """Stopped and killed triggerers leave it alone; a task marked failed or cleared cancels it, once."""
     airflow.trigger("first")
     polls = "GET .*/runs/run-0"
     until(lambda: kfp.count(polls) >= 2, "the triggerer polls")
