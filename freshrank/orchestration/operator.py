@@ -192,10 +192,14 @@ class KubeflowPipelineOperator(BaseOperator):
         if event["error"]:
             raise PipelineFailed(f"{event['error']}\nThe run, which may go on: {run_page(run_id)}")
         api = PipelinesApi(ClusterSettings().namespace)
-        if state == "LATE":
+        try:
+            if state != "LATE":
+                raise PipelineFailed(api.explain(run_id))
             api.terminate(run_id)
-            raise PipelineFailed(f"run {run_id} took longer than {self.timeout} and is cancelled: {run_page(run_id)}")
-        raise PipelineFailed(api.explain(run_id))
+        except ClusterUnreachable as error:
+            # Another try would start the failed run again, or wait as long again for the late one.
+            raise PipelineFailed(f"run {run_id}: {state}; {error}\nThe run: {run_page(run_id)}") from None
+        raise PipelineFailed(f"run {run_id} took longer than {self.timeout} and is cancelled: {run_page(run_id)}")
 
     def on_kill(self) -> None:
         """Cancel what is being submitted, and stop submitting; while the task waits, that is the trigger's part."""

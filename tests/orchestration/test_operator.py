@@ -108,6 +108,17 @@ def test_a_failed_run_fails_the_task_with_its_step_and_log(submitted: Any, kfp: 
         resumed(task, deferral)
 
 
+@pytest.mark.parametrize("state", ["FAILED", "LATE"])
+def test_a_failure_is_final_also_where_its_reason_cannot_be_had(
+    kfp: KfpServer, world: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Another try of the task would start the run that failed again."""
+    monkeypatch.setenv("FRESHRANK_KFP_RETRY_SECONDS", "0")
+    kfp.faults = [Fault(".*", status=503)]
+    with pytest.raises(AirflowFailException, match=rf"run-0: {state}; .*503.*\nThe run: http"):
+        operator(world).resume({}, {"run_id": "run-0", "state": state, "error": ""})  # type: ignore[typeddict-item]
+
+
 def test_a_run_that_takes_too_long_is_cancelled(submitted: Any, kfp: KfpServer, world: Path) -> None:
     """Nobody waits for it, and it would deploy in the middle of a later day."""
     task = operator(world, timeout=timedelta(seconds=0))
