@@ -194,7 +194,10 @@ class Fleet:
         return lacking
 
     def withdraw(self, live: Collection[int]) -> str:
-        """Only ``live`` stay loaded wherever that can be reached; names the replicas where it could not."""
+        """Only ``live`` stay loaded wherever that can be reached; names the replicas where it cannot.
+
+        One that has just not answered is not waited for once more.
+        """
         config = self.repository.ranker_config_json(live) if live else None
 
         def unload(replica: Replica) -> None:
@@ -205,9 +208,12 @@ class Fleet:
             with suppress(ServingError):
                 self.each(unload, "withdraw")
             return ""
-        asked = [Replica(replica.client, replica.tag) for replica in self._known.values() if not replica.is_absent]
+        there = [replica for replica in self._known.values() if not replica.is_absent]
+        silent = [replica for replica in there if _is_silent(replica)]
+        asked = [Replica(replica.client, replica.tag) for replica in there if not _is_silent(replica)]
         failed = self._attempt_all(asked, unload, "withdraw", min(WITHDRAW_SECONDS, self.replicas.patience))
-        return "; not asked to unload it, the next publication is: " + _names(failed) if failed else ""
+        left = _names([*silent, *failed])
+        return f"; may have it loaded until the next publication: {left}" if left else ""
 
     def bring_in_latecomers(self) -> None:
         """Wait for replicas that are named and do not listen yet, and load what the pointer names where it lacks.
@@ -259,8 +265,7 @@ class Fleet:
     def _run(self, replicas: Sequence[Replica], action: Action, step: str, *, gently: bool) -> None:
         failed = self._attempt_all(replicas, action, step, self.replicas.patience, gently=gently)
         if failed:
-            is_silence = all(isinstance(each.error, ServerUnreachable | NoAnswerInTime) for each in failed)
-            raise (ServerUnreachable if is_silence else ServingError)(
+            raise (ServerUnreachable if all(map(_is_silent, failed)) else ServingError)(
                 f"{len(failed)} of {len(replicas)} replicas failed:\n{_lines(replicas)}"
             )
 
@@ -346,6 +351,10 @@ def _listens(address: str) -> bool:
     except OSError:
         return True
     return True
+
+
+def _is_silent(replica: Replica) -> bool:
+    return isinstance(replica.error, ServerUnreachable | NoAnswerInTime)
 
 
 def _names(replicas: Sequence[Replica]) -> str:
