@@ -1,16 +1,19 @@
 """Start and stop an experiment: versions are loaded and verified before the first user meets them."""
 
+import logging
 from contextlib import suppress
 
 from pydantic import ValidationError
 
-from freshrank.errors import ConfigError, ServerUnreachable, ServingError
+from freshrank.errors import ConfigError, ServingError
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
 from freshrank.serving.publish import verify, warm_up
 from freshrank.serving.replicas import Fleet, Replica, Replicas, changing
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.serving.warm_up_requests import requests_from_nobody
 from freshrank.storage import read_json
+
+log = logging.getLogger(__name__)
 
 
 def planned(name: str, salt: str, challengers: list[str], shadows: list[str]) -> Experiment:
@@ -71,7 +74,9 @@ def start(servers: Replicas | str, repository: ModelRepository, experiment: Expe
         try:
             _prepare(fleet, experiment)
         except ServingError as error:
-            left = fleet.withdraw(repository.live())
+            left = ""
+            with suppress(ServingError):
+                left = fleet.withdraw(repository.live())
             raise ServingError(f"experiment '{experiment.name}' was not started: {error}{left}") from error
         ExperimentFile(repository.root).write(experiment)
         _settle(fleet)
@@ -101,8 +106,7 @@ def stop(servers: Replicas | str, repository: ModelRepository) -> Experiment | N
         file = ExperimentFile(repository.root)
         running = file.read()
         file.remove()
-        with suppress(ServerUnreachable):
-            fleet.require_ready()
+        if not fleet.is_one or fleet.is_ready():
             _settle(fleet)
         return running
 
@@ -112,7 +116,12 @@ def _settle(fleet: Fleet) -> None:
     repository.write_configs()
     if live := repository.live():
         config = repository.ranker_config_json(live)
-        fleet.each(lambda replica: replica.client.load(RANKER, config), "settle")
+        try:
+            fleet.each(lambda replica: replica.client.load(RANKER, config), "settle")
+        except ServingError as error:
+            if fleet.is_one:
+                raise
+            log.warning("what is no longer needed is not unloaded everywhere; the next publication does it: %s", error)
 
 
 def _require(version: int, served: int, installed: list[int]) -> None:

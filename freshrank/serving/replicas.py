@@ -156,6 +156,14 @@ class Fleet:
         """ServerUnreachable unless all that listen are ready, and one does."""
         self.each(lambda replica: replica.client.require_ready(), "connect")
 
+    def is_ready(self) -> bool:
+        """Whether :meth:`require_ready` has nothing to say."""
+        try:
+            self.require_ready()
+        except ServerUnreachable:
+            return False
+        return True
+
     def each(self, action: Action, step: str, *, gently: bool = False) -> None:
         """``action`` on every replica, beginning at ``step``.
 
@@ -303,16 +311,16 @@ class Fleet:
             replica.error = error
         replica.seconds = time.monotonic() - replica.began
         replica.began = 0.0
-        log.debug("replica=%s step=%s seconds=%.1f", replica.client.url, replica.step, replica.seconds)
+        log.info("replica %s: %s after %.1f s", replica.client.url, replica.step, replica.seconds)
 
     def _is_gone(self, address: str) -> bool:
         """Whether nobody names it any more. One that died and is still named may have died of what it was asked."""
         deadline = time.monotonic() + min(GONE_SECONDS, self.replicas.patience)
-        while self.replicas.may_change:
-            if address not in self.replicas.resolve():
-                return True
-            if time.monotonic() > deadline:
-                break
+        while self.replicas.may_change and time.monotonic() < deadline:
+            # A name server that says nothing has not said that the replica is gone.
+            with suppress(ServerUnreachable):
+                if address not in self.replicas.resolve():
+                    return True
             time.sleep(_POLL_SECONDS)
         return False
 

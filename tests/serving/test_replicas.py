@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from test_warm_up_requests import unseen
 from freshrank import cli
 from freshrank.bench.surroundings import free_ports
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
-from freshrank.serving.client import Answer, Client, TritonClient
+from freshrank.serving.client import Answer, Client
 from freshrank.serving.experiments import planned, start, stop
 from freshrank.serving.publish import publish, rollback
 from freshrank.serving.replicas import Replicas, resolved, statuses
@@ -31,8 +32,8 @@ from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 
-PATIENCE = 4.0
-"""Seconds after which a replica that is stopped counts as one that does not answer."""
+PATIENCE = 3.0
+"""Seconds after which a replica that is stopped counts as one that does not answer, where a test stops one."""
 PUBLISHER = """
 import logging, os, signal, sys
 from pathlib import Path
@@ -57,6 +58,7 @@ class Trio:
 
     servers: list[Served]
     named: list[str] = field(default_factory=list)
+    patience: float = 60.0
 
     @property
     def repository(self) -> ModelRepository:
@@ -68,11 +70,11 @@ class Trio:
 
     @property
     def fixed(self) -> Replicas:
-        return Replicas.fixed(self.urls, PATIENCE)
+        return Replicas.fixed(self.urls, self.patience)
 
     @property
     def service(self) -> Replicas:
-        return Replicas(lambda: list(self.named), may_change=True, patience=PATIENCE)
+        return Replicas(lambda: list(self.named), may_change=True, patience=self.patience)
 
     def bundle(self, fingerprint: str = "", **how: object) -> Path:
         return self.servers[0].bundle(1.0, **how | ({"fingerprint": fingerprint} if fingerprint else {}))
@@ -105,8 +107,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     for _ in range(2):
         publish(trio.bundle(), trio.fixed, repository)
     yield trio
-    for served in trio.servers:
-        served.server.stop()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda served: served.server.stop(), trio.servers))
 
 
 @pytest.fixture
@@ -114,8 +116,15 @@ def trio(started: Trio) -> Trio:
     """All three run, serve what the pointer names, and have the version before it."""
     for served in started.servers:
         served.server.start()
-    started.named = started.urls
+    started.named, started.patience = started.urls, 60.0
     return started
+
+
+@pytest.fixture
+def impatient(trio: Trio) -> Trio:
+    """The same, waiting for a replica that does not answer only as long as a test can."""
+    trio.patience = PATIENCE
+    return trio
 
 
 @contextmanager
@@ -175,9 +184,7 @@ def test_all_replicas_switch_and_no_request_misses_an_answer(world: RankingWorld
         assert before
         with asked_all_the_time(urls, world) as said:
             pointer = publish(unseen(world, "replicas"), Replicas.fixed(urls), world.repository)
-            published = time.monotonic()
-            while time.monotonic() < published + 0.5:
-                time.sleep(0.05)
+            time.sleep(0.5)
         wanted = said[urls[0]][0]
         assert isinstance(wanted, Answer)
         for answers in said.values():
@@ -194,8 +201,8 @@ def test_all_replicas_switch_and_no_request_misses_an_answer(world: RankingWorld
             tuple(pointer.live)
         }
     finally:
-        for server in others:
-            server.stop()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(TritonServer.stop, others))
 
 
 def test_a_replica_that_cannot_load_the_version_keeps_it_out_everywhere(trio: Trio) -> None:
@@ -225,8 +232,9 @@ def test_no_replica_but_the_first_meets_a_version_that_is_wrong(trio: Trio) -> N
     assert (trio.served(), trio.loaded()) == (before, loaded)
 
 
-def test_a_replica_that_does_not_answer_is_named_and_nothing_switches(trio: Trio) -> None:
+def test_a_replica_that_does_not_answer_is_named_and_nothing_switches(impatient: Trio) -> None:
     """Nobody blames the version: it stays installed, and the same call finishes once the replica answers again."""
+    trio = impatient
     before, loaded = trio.served(), trio.loaded()
     wanted, pid = trio.bundle(), trio.pid(1)
     with at_step("load", lambda: os.kill(pid, signal.SIGSTOP), trio.urls[1]), pytest.raises(ServerUnreachable) as lost:
@@ -241,10 +249,12 @@ def test_a_replica_that_does_not_answer_is_named_and_nothing_switches(trio: Trio
     assert trio.loaded() == [[before, installed]] * 3
 
 
+@pytest.mark.slow
 def test_a_replica_that_lags_after_the_switch_is_named_and_nothing_is_unloaded(
-    trio: Trio, caplog: pytest.LogCaptureFixture
+    impatient: Trio, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it may still be asked for stays loaded everywhere, until a later publication has all of them."""
+    trio = impatient
     before, loaded = trio.served(), trio.loaded()
     pid = trio.pid(2)
     with at_step("follow", lambda: os.kill(pid, signal.SIGSTOP), trio.urls[0]):
@@ -256,23 +266,33 @@ def test_a_replica_that_lags_after_the_switch_is_named_and_nothing_is_unloaded(
     assert trio.loaded() == [[before + 1, before + 2]] * 3
 
 
-def test_a_replica_killed_meanwhile_matters_as_long_as_somebody_names_it(trio: Trio) -> None:
-    """It may have died of the version. One that is no longer named is left out, and starts with what serves."""
+@pytest.mark.slow
+def test_a_replica_that_died_and_is_still_named_keeps_the_version_out(impatient: Trio) -> None:
+    """It may have died of the version. Nobody blames it all the same: the same call again takes it."""
+    trio = impatient
     before, wanted = trio.served(), trio.bundle()
     with at_step("verify", lambda: trio.kill(2), trio.urls[2]), pytest.raises(ServerUnreachable) as lost:
         publish(wanted, trio.service, trio.repository)
     assert f"{trio.urls[2]}  verify" in str(lost.value)
     assert trio.served() == before
+    installed = trio.repository.versions()[-1]
     trio.servers[2].server.start()
+    assert publish(wanted, trio.service, trio.repository).version == installed
+
+
+def test_a_replica_that_nobody_names_any_more_is_left_out(trio: Trio) -> None:
+    """Evicted in mid-publication, it starts with what serves by then."""
+    before = trio.served()
 
     def evict() -> None:
         trio.kill(2)
         trio.named = trio.urls[:2]
 
     with at_step("verify", evict, trio.urls[2]):
-        assert publish(wanted, trio.service, trio.repository).version == before + 1
+        pointer = publish(trio.bundle(), trio.service, trio.repository)
+    assert pointer.previous == before
     trio.servers[2].server.start()
-    assert trio.loaded() == [[before, before + 1]] * 3
+    assert trio.loaded() == [pointer.live] * 3
 
 
 @pytest.mark.parametrize("moment", ["warm-up", "tidy"])
@@ -296,7 +316,7 @@ def test_a_service_none_of_whose_pods_is_up_is_an_error(trio: Trio) -> None:
 
 def test_a_publisher_killed_at_any_step_leaves_one_version_and_is_finished_by_the_same_call(trio: Trio) -> None:
     """Until the switch every replica serves the old version, from then on the new one, which all of them have."""
-    for step in ("verify", "switch", "follow"):
+    for step in ("switch", "follow"):
         before, wanted = trio.served(), trio.bundle()
         arguments = [str(wanted), str(trio.repository.root), ",".join(trio.urls), step]
         killed = subprocess.run([sys.executable, "-c", PUBLISHER, *arguments], check=False, capture_output=True)
@@ -310,19 +330,25 @@ def test_a_publisher_killed_at_any_step_leaves_one_version_and_is_finished_by_th
 def test_roll_backs_and_experiments_reach_every_replica(trio: Trio) -> None:
     """What an experiment needs is loaded on all of them before it starts, and unloaded when it ends."""
     published = publish(trio.bundle(), trio.fixed, trio.repository)
-    last, old = published.version, trio.repository.versions()[0]
+    old = trio.repository.versions()[0]
     assert published.previous
     assert rollback(trio.fixed, trio.repository).version == published.previous
     start(trio.fixed, trio.repository, planned("x", "", [f"{old}=0.5"], []))
     assert all(old in versions for versions in trio.loaded())
     assert stop(trio.fixed, trio.repository)
     assert trio.loaded() == [[published.previous]] * 3
-    trio.kill(1)
-    with pytest.raises(ServerUnreachable, match=trio.urls[1]):
-        rollback(trio.fixed, trio.repository, to=last)
-    assert trio.served() == published.previous
-    trio.servers[1].server.start()
-    assert rollback(trio.fixed, trio.repository, to=last).version == last
+
+
+@pytest.mark.slow
+def test_a_roll_back_waits_for_every_replica_and_one_token_is_for_all(trio: Trio) -> None:
+    """One that is down is named and nothing changes; started again, it keeps the token of those that run."""
+    published = publish(trio.bundle(), trio.fixed, trio.repository)
+    trio.kill(0)
+    with pytest.raises(ServerUnreachable, match=trio.urls[0]):
+        rollback(trio.fixed, trio.repository)
+    assert trio.served() == published.version
+    trio.servers[0].server.start()
+    assert rollback(trio.fixed, trio.repository).version == published.previous
 
 
 def test_status_lists_every_replica(
@@ -339,15 +365,6 @@ def test_status_lists_every_replica(
     assert lines[3].startswith("127.0.0.1:1  no Triton answers")
     assert lines[4] == f"served version: {trio.served()} (run 2022-05-01); not loaded on 127.0.0.1:1"
     assert cli._replicas_status(trio.fixed, trio.repository) == 0
-
-
-def test_the_second_server_of_a_repository_keeps_the_token_of_the_first(trio: Trio) -> None:
-    """A publisher has one token for all of them; one that is started again must not shut it out of the others."""
-    trio.servers[0].server.stop()
-    trio.servers[0].server.start()
-    for url in trio.urls:
-        with TritonClient.controlling(trio.repository, url) as client:
-            assert RANKER in client.ready_versions()
 
 
 def test_a_host_name_stands_for_all_its_addresses() -> None:
