@@ -25,6 +25,13 @@ class Settings(BaseSettings):
     triton_metrics_port: int = 8002
     triton_control_token: SecretStr = SecretStr("")
     """Sent with every call that lists, loads or unloads models; needed where the server restricts them."""
+    triton_replicas: str = ""
+    """``host:port,host:port`` (gRPC): the Tritons of one model repository; publications go to all of them."""
+    triton_replicas_host: str = ""
+    """The same as a DNS name that resolves to all of them (a headless service), who may come and go; the port is
+    ``triton_grpc_port``."""
+    triton_replica_seconds: Annotated[float, Field(gt=0)] = 300
+    """How long one of several replicas may take to load, verify and warm up a version."""
     online_store: Literal["sqlite", "redis"] = "sqlite"
     redis_url: SecretStr = SecretStr("127.0.0.1:6379")
     """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""
