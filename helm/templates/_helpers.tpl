@@ -124,3 +124,9 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
 {{- end }}
 {{- end }}
 {{- end -}}
+
+{{- define "freshrank.halfOfTheCores" -}}
+{{- $limit := .Values.triton.resources.limits.cpu -}}
+{{- $cores := hasSuffix "m" $limit | ternary (divf (trimSuffix "m" $limit | float64) 1000) ($limit | float64) -}}
+{{- max 1 (divf $cores 2 | floor | int) -}}
+{{- end -}}
