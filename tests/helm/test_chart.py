@@ -521,7 +521,7 @@ def test_loading_may_take_as_long_as_the_values_say() -> None:
 
 @in_every_scenario
 def test_an_update_never_lowers_the_number_of_ready_replicas(scenario: str) -> None:
-    """Deployments add a replica before they take one away, and Triton's must stay ready for a while before it counts."""
+    """Deployments add a replica before they take one away, and Triton's counts once it stays ready."""
     deployments = of_kind(rendered(scenario), "Deployment")
     assert len(deployments) == 2
     for deployment in deployments:
