@@ -21,6 +21,8 @@ from freshrank.recipes import DEFAULT_RECIPE, RECIPES, recipe
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
     from freshrank.serving.client import Answer
+    from freshrank.serving.replicas import Replicas
+    from freshrank.serving.repository import ModelRepository
 
 app = typer.Typer(name="freshrank", no_args_is_help=True, pretty_exceptions_enable=False, help=(
     "Retrain a ranker every day so that new items are served well, prove it, and serve it from Triton."))  # fmt: skip
@@ -296,11 +298,11 @@ def rollback(
 ) -> None:
     """Serve the previous version again, at once."""
     from freshrank.serving.publish import rollback as roll_back
-    from freshrank.settings import settings
+    from freshrank.serving.replicas import Replicas
 
     repository = _repository(data)
     before = repository.served()
-    pointer = roll_back(settings().triton_grpc_url, repository, to)
+    pointer = roll_back(Replicas.configured(), repository, to)
     if pointer == before:
         since = f" (rolled back from {pointer.rolled_back_from})" if pointer.rolled_back_from else ""
         out.print(f"version {pointer.version} already serves{since}")
@@ -370,10 +372,17 @@ def stop(data: Data) -> None:
 
 @app.command()
 def status(data: Data) -> None:
-    """What serves, since which run, and whether the server answers; exit code 1 when it does not."""
+    """What serves, since which run, and whether the server answers; exit code 1 when it does not.
+
+    Of several replicas (FRESHRANK_TRITON_REPLICAS, _HOST) each is listed; one that lacks what serves is exit code 1.
+    """
     from freshrank.serving.local import server
+    from freshrank.serving.replicas import Replicas
     from freshrank.settings import settings
 
+    replicas = Replicas.configured()
+    if not replicas.is_one:
+        raise typer.Exit(_replicas_status(replicas, _repository(data)))
     now, pointer = server(data).status(), _repository(data).served()
     out.print(now.sentence())
     if pointer is None:
@@ -384,6 +393,18 @@ def status(data: Data) -> None:
         out.print(f"would serve version {pointer.version} (run {pointer.run_date}) once started")
     out.print(f"workspace: {settings().home}", soft_wrap=True)
     raise typer.Exit(0 if now.ready else 1)
+
+
+def _replicas_status(replicas: "Replicas", repository: "ModelRepository") -> int:
+    from freshrank.serving.replicas import statuses
+
+    found, pointer = statuses(replicas, repository), repository.served()
+    for each in found:
+        out.print(each.sentence(), soft_wrap=True)
+    served = f"served version: {pointer.version} (run {pointer.run_date})" if pointer else "nothing is published yet"
+    lacking = [each.address for each in found if pointer and pointer.version not in each.versions]
+    out.print(served + (f"; not loaded on {', '.join(lacking)}" if lacking else ""), soft_wrap=True)
+    return 1 if lacking or any(each.problem for each in found) else 0
 
 
 @app.command()
@@ -438,13 +459,13 @@ def experiment_start(
     """Let challengers answer a share of users, or shadows score it unseen; both are loaded and verified first."""
     from freshrank.serving.experiment import ExperimentFile
     from freshrank.serving.experiments import planned, start
-    from freshrank.settings import settings
+    from freshrank.serving.replicas import Replicas
 
     plan = planned(name, salt, challenger or [], shadow or [])
     running = ExperimentFile(_repository(data).root).read()
     if running and running.name != name:
         err.print(f"experiment '{running.name}' runs and is replaced")
-    start(settings().triton_grpc_url, _repository(data), plan)
+    start(Replicas.configured(), _repository(data), plan)
     experiment_show(data)
 
 
@@ -460,9 +481,9 @@ def experiment_show(data: Data) -> None:
 def experiment_stop(data: Data) -> None:
     """Let the champion answer everybody again."""
     from freshrank.serving.experiments import stop as stop_experiment
-    from freshrank.settings import settings
+    from freshrank.serving.replicas import Replicas
 
-    ended = stop_experiment(settings().triton_grpc_url, _repository(data))
+    ended = stop_experiment(Replicas.configured(), _repository(data))
     out.print(f"experiment '{ended.name}' has ended" if ended else "no experiment runs")
 
 

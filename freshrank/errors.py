@@ -5,7 +5,8 @@ FreshrankError (1)
 ├── DataError (3)          the log, the items or the users break the contract
 ├── ValidationFailed (4)   the day's data was read but must not be trained on
 ├── ServingError (5)       Triton or the model repository refused
-│   └── ServerUnreachable (5)  no Triton answers there
+│   ├── ServerUnreachable (5)  no Triton answers there
+│   └── NoAnswerInTime (5)     it took a call and has not answered it
 ├── MissingArtifact (6)    a step was asked for before the one it needs
 └── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
 """
@@ -43,6 +44,10 @@ class ServingError(FreshrankError):
 
 class ServerUnreachable(ServingError):
     """No Triton answers, or it died while it was asked; what it was asked about is not to blame."""
+
+
+class NoAnswerInTime(ServingError):
+    """A Triton took a call and did not answer it in the time it was given."""
 
 
 class MissingArtifact(FreshrankError):

@@ -372,8 +372,8 @@ def deploy(
         ServingError: the verdict is not blessed, no server is ready, or the server's answers are not the golden ones.
     """
     from freshrank.serving.publish import publish
+    from freshrank.serving.replicas import Replicas
     from freshrank.serving.repository import ModelRepository
-    from freshrank.settings import settings
 
     run = Run(data, run_date)
     verdict = read_json(_existing(Path(evaluation) / "verdict.json", "freshrank evaluate"))["verdict"]
@@ -389,7 +389,7 @@ def deploy(
                     served.run_date, served.version, data, run_date, bundle, evaluation)  # fmt: skip
         pointer = served
     else:
-        pointer = publish(Path(bundle), settings().triton_grpc_url, repository, force=force)
+        pointer = publish(Path(bundle), Replicas.configured(), repository, force=force)
     _register_service(run, repository, pointer.version)
     result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
     log.info("step=deploy date=%s version=%d", run.date, pointer.version)
@@ -406,8 +406,8 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
         ServingError: no server is ready, or the server's answers are not the golden ones.
     """
     from freshrank.serving.publish import publish
+    from freshrank.serving.replicas import Replicas
     from freshrank.serving.repository import ModelRepository
-    from freshrank.settings import settings
 
     run = Run(data, run_date)
     repository = ModelRepository(run.workspace.triton)
@@ -419,7 +419,7 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
                     run.date, served.run_date, served.version)  # fmt: skip
         return served.version
     bundle = repository.version_directory(of_day[-1])
-    return publish(bundle, settings().triton_grpc_url, repository, force=force).version
+    return publish(bundle, Replicas.configured(), repository, force=force).version
 
 
 def _newer(repository: "ModelRepository", run_date: str, force: bool) -> "Pointer | None":

@@ -11,8 +11,8 @@ from freshrank.hourly import delay, require_log
 from freshrank.orchestration.pipeline import outcome
 from freshrank.serving.client import TritonClient
 from freshrank.serving.local import repository
+from freshrank.serving.replicas import Replicas
 from freshrank.serving.repository import RANKER
-from freshrank.settings import settings
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ def confirm_served(data: Path, run_date: str) -> int | None:
     if pointer is None or pointer.version != version:
         served = "nothing" if pointer is None else f"version {pointer.version} of the run for {pointer.run_date}"
         raise ServingError(f"the run for {run_date} left version {version} serving, but the pointer names {served}")
-    with TritonClient(settings().triton_grpc_url) as client:
-        if not client.is_model_ready(RANKER, pointer.version):
-            raise ServingError(
-                f"the pointer names {RANKER} {pointer.version}, but Triton at {client.url} has not got it"
-            )
+    for address in Replicas.configured().listening():
+        with TritonClient(address) as client:
+            if not client.is_model_ready(RANKER, pointer.version):
+                raise ServingError(
+                    f"the pointer names {RANKER} {pointer.version}, but Triton at {client.url} has not got it"
+                )
     return pointer.version

@@ -5,6 +5,7 @@ Both speak gRPC, and every refusal of the server becomes a ServingError.
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from freshrank.datasets.contract import MAPPINGS, Dataset
 from freshrank.datasets.mappings import mapping_of
-from freshrank.errors import ConfigError, ServerUnreachable, ServingError
+from freshrank.errors import ConfigError, NoAnswerInTime, ServerUnreachable, ServingError
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
 from freshrank.serving import control
 from freshrank.serving.golden import Tensors
@@ -60,7 +61,8 @@ class TritonClient:
 
     def __init__(self, url: str, timeout: float = 30.0, token: str | None = None) -> None:
         self.url = url
-        self.timeout = timeout
+        self._timeout = timeout
+        self._deadline = float("inf")
         self._client = InferenceServerClient(url, channel_args=_CHANNEL)
         held = settings().triton_control_token.get_secret_value() if token is None else token
         self._control = {control.GRPC_HEADER: held} if held else None
@@ -80,6 +82,24 @@ class TritonClient:
 
     def close(self) -> None:
         self._client.close()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[Self]:
+        """All calls together get ``seconds``: what is left of them is the most that each of them waits."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield self
+        finally:
+            self._deadline = float("inf")
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a call waits for its answer."""
+        return self._limited(self._timeout)
+
+    def _limited(self, seconds: float) -> float:
+        # Not 0: Triton's client takes that for "no limit".
+        return max(0.001, min(seconds, self._deadline - time.monotonic()))
 
     def is_ready(self) -> bool:
         """Whether the server has finished starting, models included, and answers."""
@@ -119,7 +139,8 @@ class TritonClient:
         Versions that are loaded, listed and unchanged are not touched; on failure all that was loaded stays.
         """
         with _refusals(self.url, f"loading {model}"):
-            self._client.load_model(model, headers=self._control, config=config_json, client_timeout=timeout)
+            self._client.load_model(model, headers=self._control, config=config_json,
+                                    client_timeout=self._limited(timeout))  # fmt: skip
 
     def unload(self, model: str) -> None:
         with _refusals(self.url, f"unloading {model}"):
@@ -165,7 +186,8 @@ def _refusals(url: str, what: str) -> Iterator[None]:
             ) from error
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
-        raise ServingError(f"{what}: Triton says: {message}") from error
+        kind = NoAnswerInTime if error.status() == "StatusCode.DEADLINE_EXCEEDED" else ServingError
+        raise kind(f"{what}: Triton says: {message}") from error
 
 
 def _is_unreachable(error: InferenceServerException) -> bool:

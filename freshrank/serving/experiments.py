@@ -1,16 +1,19 @@
 """Start and stop an experiment: versions are loaded and verified before the first user meets them."""
 
+import logging
 from contextlib import suppress
 
 from pydantic import ValidationError
 
 from freshrank.errors import ConfigError, ServingError
-from freshrank.serving.client import TritonClient
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
 from freshrank.serving.publish import verify, warm_up
+from freshrank.serving.replicas import Fleet, Replica, Replicas, changing
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.serving.warm_up_requests import requests_from_nobody
 from freshrank.storage import read_json
+
+log = logging.getLogger(__name__)
 
 
 def planned(name: str, salt: str, challengers: list[str], shadows: list[str]) -> Experiment:
@@ -51,15 +54,16 @@ def described(repository: ModelRepository) -> str:
     return "\n".join(lines)
 
 
-def start(server_url: str, repository: ModelRepository, experiment: Experiment) -> None:
-    """Load and verify every version of ``experiment`` beside what serves, then write its file; it replaces another one.
+def start(servers: Replicas | str, repository: ModelRepository, experiment: Experiment) -> None:
+    """Load and verify every version of ``experiment`` beside what serves, on every one of ``servers`` (the replicas, or
+    the address of the one Triton), then write its file; it replaces another one.
 
     Raises:
         ConfigError: a version is not installed, or is the one that serves.
         ServingError: a version does not load or gives wrong golden answers; nothing has changed then.
     """
-    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
-        client.require_ready()
+    with changing(servers, repository) as fleet:
+        fleet.require_ready()
         served = repository.served()
         if served is None:
             raise ServingError("nothing is served yet; publish a bundle first")
@@ -68,33 +72,56 @@ def start(server_url: str, repository: ModelRepository, experiment: Experiment) 
         for shadow in experiment.shadows:
             _require_same_features(repository, shadow.version, served.version)
         try:
-            client.load(RANKER, repository.ranker_config_json({*repository.live(), *experiment.versions}))
-            for version in experiment.versions:
-                verify(client, repository, version)
-                warm_up(client, repository, version, requests_from_nobody())
+            _prepare(fleet, experiment)
         except ServingError as error:
+            left = ""
             with suppress(ServingError):
-                client.load(RANKER, repository.ranker_config_json(repository.live()))
-            raise ServingError(f"experiment '{experiment.name}' was not started: {error}") from error
+                left = fleet.withdraw(repository.live())
+            raise ServingError(f"experiment '{experiment.name}' was not started: {error}{left}") from error
         ExperimentFile(repository.root).write(experiment)
-        _settle(client, repository)
+        _settle(fleet)
 
 
-def stop(server_url: str, repository: ModelRepository) -> Experiment | None:
+def _prepare(fleet: Fleet, experiment: Experiment) -> None:
+    repository = fleet.repository
+    config = repository.ranker_config_json({*repository.live(), *experiment.versions})
+
+    def prepare(replica: Replica) -> None:
+        replica.enter("load", experiment.versions)
+        replica.client.load(RANKER, config)
+        for version in experiment.versions:
+            replica.enter("verify", version)
+            verify(replica.client, repository, version)
+            replica.enter("warm-up", version)
+            warm_up(replica.client, repository, version, requests_from_nobody())
+
+    fleet.each(prepare, "load", gently=True)
+    if not fleet.is_one:
+        fleet.complete(lambda client: all(client.is_model_ready(RANKER, v) for v in experiment.versions), prepare)
+
+
+def stop(servers: Replicas | str, repository: ModelRepository) -> Experiment | None:
     """All users meet the champion again, what nobody needs is unloaded; returns the experiment that ran."""
-    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
+    with changing(servers, repository) as fleet:
         file = ExperimentFile(repository.root)
         running = file.read()
         file.remove()
-        if client.is_ready():
-            _settle(client, repository)
+        if not fleet.is_one or fleet.is_ready():
+            _settle(fleet)
         return running
 
 
-def _settle(client: TritonClient, repository: ModelRepository) -> None:
+def _settle(fleet: Fleet) -> None:
+    repository = fleet.repository
     repository.write_configs()
     if live := repository.live():
-        client.load(RANKER, repository.ranker_config_json(live))
+        config = repository.ranker_config_json(live)
+        try:
+            fleet.each(lambda replica: replica.client.load(RANKER, config), "settle")
+        except ServingError as error:
+            if fleet.is_one:
+                raise
+            log.warning("what is no longer needed is not unloaded everywhere; the next publication does it: %s", error)
 
 
 def _require(version: int, served: int, installed: list[int]) -> None:

@@ -1,24 +1,28 @@
 """Put a version bundle in service, or take the served one out, without a moment in which no version answers.
 
 A candidate is installed beside what is served, loaded next to it, asked the golden requests and then whole requests at
-its explicit version, and only then pointed to. The pointer moves by one rename after everything that can fail, so a
-process killed at any moment leaves the old or the new version in service, and running the same call again finishes the
-work.
+its explicit version, and only then pointed to. Several replicas of one repository all do that before the pointer moves,
+and a version is unloaded only once all of them follow it. The pointer moves by one rename after everything that can
+fail, so a process killed at any moment leaves the old or the new version in service, and running the same call again
+finishes the work.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from freshrank.errors import ServerUnreachable, ServingError
+from freshrank.errors import NoAnswerInTime, ServerUnreachable, ServingError
 from freshrank.serving.bundle import check_bundle
 from freshrank.serving.client import TritonClient, off_wire, on_wire
+from freshrank.serving.experiment import CHAMPION, ExperimentFile
 from freshrank.serving.golden import Tensors, difference, enlarged, golden_cases
 from freshrank.serving.protocol import MAX_CANDIDATES
+from freshrank.serving.replicas import Fleet, Replica, Replicas, changing
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
 from freshrank.serving.warm_up_requests import requests_from_nobody, warm_up_requests
 
@@ -26,50 +30,63 @@ TOLERANCE = 1e-5
 RANKER_SIZES = (1, 50, 100, 500, MAX_CANDIDATES)
 WARM_UP_ROUNDS = 2
 KEPT_VERSIONS = 7
+FOLLOW_SECONDS = 90.0
+"""A network volume may show a file as it was for a minute."""
+FOLLOW_POLL_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
 
 
 def publish(
-    bundle: Path, server_url: str, repository: ModelRepository, *, tolerance: float = TOLERANCE, force: bool = False
+    bundle: Path,
+    servers: Replicas | str,
+    repository: ModelRepository,
+    *,
+    tolerance: float = TOLERANCE,
+    force: bool = False,
 ) -> Pointer:
-    """Serve ``bundle`` from the Triton at ``server_url`` (gRPC) and return the new pointer.
+    """Serve ``bundle`` from ``servers``, the replicas or the address (gRPC) of the one Triton; return the new pointer.
 
-    On ServingError the pointer is as before and the candidate is unloaded and removed; where the server died under it
-    (ServerUnreachable) it stays installed, for the same call again. A bundle whose fingerprint is
-    already served is verified again and changes nothing. The version the pointer was rolled back from stays out
-    unless ``force``: somebody took it out, and running its day again must not undo that.
+    On ServingError the pointer is as before and the candidate is unloaded and removed; where a server died under it, or
+    a replica did not answer (ServerUnreachable), it stays installed, for the same call again. A bundle whose
+    fingerprint is already served is verified again and changes nothing. The version the pointer was rolled back from
+    stays out unless ``force``: somebody took it out, and running its day again must not undo that.
     """
-    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
-        client.require_ready()
+    with changing(servers, repository) as fleet:
+        fleet.require_ready()
         before = repository.served()
         if before and not force and _was_rolled_back(before, bundle, repository):
             log.warning("version %d was rolled back and stays out of service, version %d serves; publish with --force "
                         "to serve it again", before.rolled_back_from, before.version)  # fmt: skip
             return before
-        # A server that refuses control (a wrong token) must be found out before the candidate can be blamed for it.
-        client.ready_versions()
-        _ensure_ranking(client, repository)
-        client.require_project(repository.project)
+        fleet.each(partial(_connect, repository=repository), "connect")
         requests = warm_up_requests(repository.root)
         _log_step("install", bundle)
         version = repository.install_version(bundle)
         try:
-            _load_and_verify(client, repository, version, tolerance, requests)
+            pointer = _advanced(before, repository, version)
+            _load_and_verify(fleet, pointer, tolerance, requests)
         except ServerUnreachable:
             raise
         except ServingError as error:
             if version not in repository.live():
                 repository.reject(version, str(error))
             raise
-        pointer = _advanced(before, repository, version)
-        _serve(client, repository, pointer)
+        _serve(fleet, pointer)
         return pointer
 
 
 def _was_rolled_back(before: Pointer, bundle: Path, repository: ModelRepository) -> bool:
     left = before.rolled_back_from
     return left in repository.versions() and repository.info(left).fingerprint == check_bundle(bundle).fingerprint
+
+
+def _connect(replica: Replica, repository: ModelRepository) -> None:
+    client = replica.client
+    # A server that refuses control (a wrong token) must be found out before the candidate can be blamed for it.
+    client.ready_versions()
+    _ensure_ranking(client, repository)
+    client.require_project(repository.project)
 
 
 def _ensure_ranking(client: TritonClient, repository: ModelRepository) -> None:
@@ -79,13 +96,13 @@ def _ensure_ranking(client: TritonClient, repository: ModelRepository) -> None:
         client.load(RANKING)
 
 
-def rollback(server_url: str, repository: ModelRepository, to: int | None = None) -> Pointer:
+def rollback(servers: Replicas | str, repository: ModelRepository, to: int | None = None) -> Pointer:
     """Serve the previous version again, or installed version ``to``, and return the new pointer.
 
     Rolling back twice goes back once: the second call finds its work done. To go further back, name ``to``.
     """
-    with repository.lock(), TritonClient.controlling(repository, server_url) as client:
-        client.require_ready()
+    with changing(servers, repository) as fleet:
+        fleet.require_ready()
         before = repository.served()
         if before is None:
             raise ServingError("nothing is served yet; publish a bundle first")
@@ -93,10 +110,11 @@ def rollback(server_url: str, repository: ModelRepository, to: int | None = None
         if target == before.version:
             return before
         # Not the recorded requests: a way back must not depend on what else is in the repository.
-        _load_and_verify(client, repository, target, TOLERANCE, requests_from_nobody())
-        _log_step("switch", target)
         pointer = _pointer(repository, target, rolled_back_from=before.version)
+        _load_and_verify(fleet, pointer, TOLERANCE, requests_from_nobody())
+        _log_step("switch", target)
         repository.point_to(pointer)
+        _followed(fleet, pointer)
         return pointer
 
 
@@ -116,22 +134,35 @@ def _log_step(step: str, what: object) -> None:
     log.info("publish step=%s of=%s", step, what)
 
 
-def _load_and_verify(
-    client: TritonClient, repository: ModelRepository, version: int, tolerance: float, requests: Sequence[Tensors]
-) -> None:
-    before = repository.served()
-    live = repository.live()
+def _load_and_verify(fleet: Fleet, pointer: Pointer, tolerance: float, requests: Sequence[Tensors]) -> None:
+    repository, version = fleet.repository, pointer.version
+    before, live = repository.served(), repository.live()
+
+    def prepare(replica: Replica) -> None:
+        replica.enter("load", version)
+        replica.client.load(RANKER, repository.ranker_config_json({*live, version}))
+        replica.enter("verify", version)
+        verify(replica.client, repository, version, tolerance)
+        replica.enter("warm-up", version)
+        warm_up(replica.client, repository, version, requests)
+
+    def join(replica: Replica) -> None:
+        _connect(replica, repository)
+        prepare(replica)
+
     try:
-        _log_step("load", version)
-        client.load(RANKER, repository.ranker_config_json({*live, version}))
-        _log_step("verify", version)
-        verify(client, repository, version, tolerance)
-        _log_step("warm-up", version)
-        warm_up(client, repository, version, requests)
+        fleet.each(prepare, "load", gently=True)
+        if not fleet.is_one:
+            # From here on a server that starts loads the version as well: it may be up after the pointer has moved.
+            repository.expect(pointer)
+            fleet.complete(lambda client: client.is_model_ready(RANKER, version), join)
     except ServingError as error:
-        _withdraw(client, repository, live)
+        left = fleet.withdraw(live)
+        if not fleet.is_one:
+            repository.expect_no_more()
         still = f"version {before.version} is still served" if before else "nothing is served"
-        raise type(error)(f"version {version} was not put in service: {error}; {still}") from error
+        between = "; " if fleet.is_one else "\n"
+        raise type(error)(f"version {version} was not put in service: {error}{between}{still}{left}") from error
 
 
 def verify(client: TritonClient, repository: ModelRepository, version: int, tolerance: float = TOLERANCE) -> None:
@@ -184,15 +215,6 @@ def _defect(answer: Tensors, version: int, candidates: int) -> str | None:
     return None if finite else "answered with values that are not finite"
 
 
-def _withdraw(client: TritonClient, repository: ModelRepository, live: list[int]) -> None:
-    # The caller must hear why the candidate failed, not that a broken server cannot be tidied either.
-    with suppress(ServingError):
-        if live:
-            client.load(RANKER, repository.ranker_config_json(live))
-        else:
-            client.unload(RANKER)
-
-
 def _advanced(before: Pointer | None, repository: ModelRepository, version: int) -> Pointer:
     if before and before.version == version:
         return before
@@ -204,15 +226,63 @@ def _pointer(repository: ModelRepository, version: int, **others: int | None) ->
     return Pointer(version=version, run_date=info.run_date, fingerprint=info.fingerprint, **others)
 
 
-def _serve(client: TritonClient, repository: ModelRepository, pointer: Pointer) -> None:
+def _serve(fleet: Fleet, pointer: Pointer) -> None:
+    repository = fleet.repository
     _log_step("switch", pointer.version)
     models = repository.point_to(pointer)
+    if not _followed(fleet, pointer):
+        return
     _log_step("tidy", pointer.version)
-    # The pointer has moved: what follows only tidies, and the next publication or start would do it as well.
-    try:
+
+    def tidy(replica: Replica) -> None:
         for model in models:
             # Triton skips a load whose config.pbtxt is older than the last override, so ranker is told outright.
-            client.load(model, repository.ranker_config_json(repository.live()) if model == RANKER else None)
+            config = repository.ranker_config_json(repository.live()) if model == RANKER else None
+            replica.client.load(model, config)
+
+    # The pointer has moved: what follows only tidies, and the next publication or start would do it as well.
+    try:
+        fleet.each(tidy, "tidy")
         repository.prune(KEPT_VERSIONS)
     except ServingError as error:
         log.warning("version %d is served; tidying up after it failed: %s", pointer.version, error)
+
+
+def _followed(fleet: Fleet, pointer: Pointer) -> bool:
+    """Wait until all of several replicas follow the pointer: what they mount may show them the old one for a while.
+
+    Those that lag are named, and False says that they may still need what the others do not.
+    """
+    if fleet.is_one:
+        return True
+    repository = fleet.repository
+
+    def follow(replica: Replica) -> None:
+        replica.enter("follow", pointer.version)
+        client = replica.client
+        if not client.is_model_ready(RANKER, pointer.version):
+            client.load(RANKER, repository.ranker_config_json(repository.live()))
+        deadline = time.monotonic() + FOLLOW_SECONDS
+        while (answered := _answering(client, repository, pointer)) != pointer.version:
+            if time.monotonic() > deadline:
+                raise NoAnswerInTime(f"still answers with version {answered}")
+            time.sleep(FOLLOW_POLL_SECONDS)
+
+    try:
+        fleet.each(follow, "follow")
+    except ServingError as error:
+        log.warning("version %d is served, not everywhere yet; so no other is unloaded: %s", pointer.version, error)
+        return False
+    return True
+
+
+def _answering(client: TritonClient, repository: ModelRepository, pointer: Pointer) -> int:
+    """The version that `ranking` answers with where no arm of an experiment is asked."""
+    experiment = ExperimentFile(repository.root).read()
+    champions = (user for user in range(-2, -66, -1) if experiment is None or experiment.assign(user).arm == CHAMPION)
+    user = next(champions, None)
+    if user is None or repository.info(pointer.version).dataset is None:
+        return pointer.version
+    # Naming version 0 names none; but what names a version is not taken for traffic.
+    asked = {"user_id": np.array([user]), "item_ids": np.array([-2]), "version": np.array([0])}
+    return int(off_wire(client.infer(RANKING, on_wire(asked), ["model_version"]))["model_version"][0])

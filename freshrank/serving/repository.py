@@ -153,9 +153,20 @@ class ModelRepository:
     def point_to(self, pointer: Pointer) -> list[str]:
         """Serve ``pointer.version`` from the next request on; return the models a server should have loaded."""
         # A server that restarts between these writes finds the version of either pointer in its config.
-        self._write_ranker_config({*pointer.live, *self.live()})
+        self.expect(pointer)
         write_json(self.pointer_path, pointer.model_dump(mode="json"))
         return self.write_configs()
+
+    def expect(self, pointer: Pointer) -> None:
+        """Have a server that starts from now on load what ``pointer`` will need, beside what is needed now."""
+        self._write_ranker_config({*pointer.live, *self.live()})
+
+    def expect_no_more(self) -> None:
+        """Undo :meth:`expect`."""
+        if self.served():
+            self.write_configs()
+        else:
+            (self.models / RANKER / "config.pbtxt").unlink(missing_ok=True)
 
     def ranker_config(self, versions: Collection[int]) -> str:
         """``config.pbtxt`` of ranker with exactly ``versions`` loaded.

@@ -86,13 +86,15 @@ class _Record(BaseModel):
 class TritonServer:
     """The tritonserver of one model repository. Any process may start it and any other one stop it."""
 
-    def __init__(self, repository: ModelRepository, ports: Ports | None = None) -> None:
+    def __init__(self, repository: ModelRepository, ports: Ports | None = None, replica: str = "") -> None:
+        """``replica`` names another server of the same repository, on ports of its own; the first has no name."""
         self.repository = repository
         self.ports = ports or Ports.of(settings())
-        self.log_path = repository.root / "server.log"
-        self.pid_path = repository.root / "server.json"
+        self.replica = f"-{replica}" if replica else ""
+        self.log_path = repository.root / f"server{self.replica}.log"
+        self.pid_path = repository.root / f"server{self.replica}.json"
         self._wheel = Wheel.find()
-        self._stub = repository.root / "backends" / "python" / "triton_python_backend_stub"
+        self._stub = repository.root / f"backends{self.replica}" / "python" / "triton_python_backend_stub"
 
     def start(self, timeout: float = START_SECONDS) -> ServerStatus:
         """Start in the background, in a process group of its own, and return once every served model is loaded.
@@ -152,7 +154,8 @@ class TritonServer:
         self._clear_leftovers()
         self._require_free_ports()
         models = self.repository.write_configs()
-        control.renew_token(self.repository.root)
+        if not self._has_siblings():
+            control.renew_token(self.repository.root)
         self._wheel.assemble_backends(self._stub.parent.parent)
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".previous.log"))
@@ -171,7 +174,6 @@ class TritonServer:
     def _command(self, models: list[str]) -> list[str]:
         return [
             *self._identity(),
-            f"--backend-directory={self._stub.parent.parent}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             "--model-control-mode=explicit",
             # Every config is complete; completing it would start one more Python process per version.
@@ -191,19 +193,31 @@ class TritonServer:
         ]
 
     def _identity(self) -> list[str]:
-        return [str(self._wheel.binary), f"--model-repository={self.repository.models}"]
+        return [
+            str(self._wheel.binary),
+            f"--model-repository={self.repository.models}",
+            f"--backend-directory={self._stub.parent.parent}",
+        ]
+
+    def _has_siblings(self) -> bool:
+        """Whether another server of this repository runs, with the token that is there."""
+        names = [
+            path.stem.removeprefix("server").removeprefix("-") for path in self.repository.root.glob("server*.json")
+        ]
+        others = [TritonServer(self.repository, self.ports, name) for name in names]
+        return any(other._running() for other in others if other.replica != self.replica)
 
     @property
     def shared_memory_prefix(self) -> str:
         """Of the names under SHARED_MEMORY."""
-        return f"freshrank_{uuid.uuid5(uuid.NAMESPACE_URL, str(self.repository.root)).hex}_"
+        return f"freshrank_{uuid.uuid5(uuid.NAMESPACE_URL, f'{self.repository.root}{self.replica}').hex}_"
 
     def _running(self) -> _Record | None:
         """The record of the pid file, unless that process is gone or its number now belongs to another program."""
         if not self.pid_path.exists():
             return None
         record = _Record.model_validate(read_json(self.pid_path))
-        return record if _command_of(record.pid)[:2] == self._identity() else None
+        return record if self._is_own(_command_of(record.pid)) else None
 
     def _require_same_ports(self, record: _Record) -> None:
         if record.ports != self.ports:
@@ -253,8 +267,11 @@ class TritonServer:
     def _own_processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             command = _command_of(process.pid)
-            if command[:1] == [str(self._stub)] or command[:2] == self._identity():
+            if command[:1] == [str(self._stub)] or self._is_own(command):
                 yield process
+
+    def _is_own(self, command: list[str]) -> bool:
+        return command[:3] == self._identity()
 
     def _log_tail(self) -> str:
         if not self.log_path.exists():

@@ -138,7 +138,7 @@ def server_dies_at(step: str, served: Served) -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
                 psutil.wait_procs([psutil.Process(pid)], timeout=10)
 
-    logger, killer = logging.getLogger("freshrank.serving.publish"), Killer()
+    logger, killer = logging.getLogger("freshrank.serving"), Killer()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(killer)
