@@ -13,11 +13,12 @@ When a task is red:
 | `wait_for_partition` | the days its log lists | the export of the log is late |
 | `historical_features` | its log | a table breaks the contract of `schema.yaml` |
 | `validate` | `runs/<dataset>/<date>/validation/` of the workspace | a broken export; mend the data, clear the task |
-| `materialize` | its log | the online store is down: it retries by itself |
-| `train_ranker` | the step and the reason at the end of its log | as that says; finished steps are not repeated |
+| `materialize` | its log | the online store is down or locked: it retries by itself, unless the password is wrong |
+| `train_ranker` | step and reason at the end of its log; "Kubeflow run" | as it says; finished steps are not repeated |
 | `confirm_served` | Triton | another run or a roll-back moved the pointer |
 
-Clearing any task is safe: every step is idempotent. By hand, or for another day:
+Clearing any task is safe: every step is idempotent. Whoever clears or marks `train_ranker` while it waits for a
+cluster cancels its run there. By hand, or for another day:
 `airflow dags test daily_retraining 2024-01-31 -c '{"data": "path/of/an/imported/dataset"}'`.
 """
 
@@ -124,7 +125,6 @@ def daily_retraining() -> None:
             **LOG,
             recipe="{{ params.recipe }}",
             overrides="{{ params.overrides | tojson }}",
-            retries=0,
         ),
         confirm_served(**LOG),
     )

@@ -312,19 +312,44 @@ def rollback(
 
 @app.command()
 def submit(
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="Imported dataset directory.")] = None,
     day: Day = None,
     recipe_name: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Compile for the cluster and print; submit nothing.")
+        bool, typer.Option("--dry-run", help="Compile for the cluster and print; contact nothing.")
     ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run; exit code 7 if it does not succeed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print name, id, page and arguments of the run.")] = False,
+    cancel: Annotated[str | None, typer.Option("--cancel", help="Cancel the run of this id instead.")] = None,
 ) -> None:
-    """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST)."""
+    """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST); the same question twice is one run."""
     from freshrank.orchestration import cluster
 
-    text = cluster.submit(data, date.fromisoformat(_date(data, day)), recipe(recipe_name, overrides), dry_run=dry_run)
+    if cancel is not None:
+        out.print(f"run {cancel}: {'cancelled' if cluster.cancel(cancel) else 'had ended already, or is not known'}")
+        return
+    if data is None:
+        raise ConfigError("--data: not given, expected an imported dataset directory")
+    run_date = date.fromisoformat(_date(data, day))
+    submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
+    text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+    if wait and submission.run_id is not None:
+        _wait_for(submission.run_id)
+
+
+def _wait_for(run_id: str) -> None:
+    from freshrank.orchestration import cluster
+
+    try:
+        with err.status(f"run {run_id}") as line:
+            cluster.wait(run_id, poll_seconds=10, progress=lambda now: line.update(f"run {run_id}: {escape(now)}"))
+    except KeyboardInterrupt:
+        err.print(f"run {run_id} goes on; to cancel it: freshrank submit --cancel {run_id}", highlight=False)
+        sys.exit(130)
+    err.print(f"run {run_id}: succeeded", highlight=False)
 
 
 @app.command()

@@ -9,6 +9,7 @@ FreshrankError (1)
 │   └── NoAnswerInTime (5)     it took a call and has not answered it
 ├── MissingArtifact (6)    a step was asked for before the one it needs
 └── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
+    └── ClusterUnreachable (7)  no Kubeflow Pipelines API answers; a run that goes on goes on
 """
 
 
@@ -60,3 +61,7 @@ class PipelineFailed(FreshrankError):
     """The pipeline, or one of its steps, failed."""
 
     exit_code = 7
+
+
+class ClusterUnreachable(PipelineFailed):
+    """The Kubeflow Pipelines API does not answer, or is overloaded; what it was asked to do may have been done."""

@@ -1,9 +1,9 @@
 """Run the same pipeline on a cluster through the Kubeflow Pipelines API. Importing this module contacts nothing."""
 
-import json
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,16 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.config import RunConfig
-from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.pipeline import arguments, load_pipeline, outcome
+from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
+from freshrank.orchestration.pipeline import arguments, load_pipeline
+from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, run_page, running_steps
 from freshrank.settings import settings
 from freshrank.storage import atomic_write, fingerprint
 
+log = logging.getLogger(__name__)
+
 EXPERIMENT = "freshrank"
+PIPELINE = "train-ranker"
 PUBLISHER_LABEL = ("freshrank/publisher", "true")
 """The chart's network policies let only pods with this label publish to Triton and write to the online store."""
 
@@ -57,26 +61,41 @@ class Submission:
     """What was, or with ``dry_run`` would be, sent; ``run_id`` is None after a dry run."""
 
     run_name: str
+    version: str
+    """Name of the pipeline's version: a fingerprint of what was compiled."""
     arguments: dict[str, str]
     package: Path
     run_id: str | None
 
+    @property
+    def page(self) -> str | None:
+        return None if self.run_id is None else run_page(self.run_id)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the compiled pipeline, as JSON can hold it."""
+        return asdict(self) | {"package": str(self.package), "page": self.page}
+
     def __str__(self) -> str:
         if self.run_id is None:
             return f"# {self.run_name}: not submitted\n{self.package.read_text()}"
-        return f"{self.run_name}: submitted as run {self.run_id}"
+        return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
 
 
 def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
     """Write the pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
+    text = _compiled(cluster)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def _compiled(cluster: ClusterSettings | None) -> str:
     from kfp import compiler
 
     place = None if cluster is None else placement(cluster)
     with TemporaryDirectory() as folder:
         package = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(load_pipeline(place), str(package))
-        with atomic_write(path) as temporary:
-            temporary.write_text(package.read_text())
+        return package.read_text()
 
 
 def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
@@ -130,78 +149,104 @@ def _place_training(task: Any, cluster: ClusterSettings) -> None:
         kubernetes.add_node_selector(task, label, value)
 
 
+def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
+    """Compile the pipeline of ``run_date`` and name its run, contacting nothing.
+
+    The run's name ends in a fingerprint of pipeline and arguments: it is the idempotency key.
+    """
+    parameters = arguments(data, run_date, config)
+    text = _compiled(ClusterSettings())
+    version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
+    package = settings().home / "kfp" / f"{version}.yaml"
+    with atomic_write(package) as temporary:
+        temporary.write_text(text)
+    key = fingerprint({"pipeline": text, "arguments": parameters})
+    return Submission(f"{PIPELINE}-{run_date.isoformat()}-{key}", version, parameters, package, run_id=None)
+
+
 def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False) -> Submission:
     """Start the pipeline of ``run_date`` on the cluster at ``FRESHRANK_KFP_HOST``, or find the run already started.
 
-    The run's name ends in a fingerprint of pipeline and arguments. A run of that name that is not failed or canceled
-    is returned instead of starting a second; ``dry_run`` only compiles and contacts nothing.
+    A run of the same name that is not failed or canceled is returned instead of starting a second, and of several
+    that were started at the same moment one is left; ``dry_run`` only compiles and contacts nothing.
     """
-    cluster = ClusterSettings()
-    if not (cluster.image or dry_run):
+    if not dry_run:
+        require_image()
+    submission = prepare(data, run_date, config)
+    return submission if dry_run else start(submission)
+
+
+def require_image() -> None:
+    """ConfigError where no image is set: the components' own name for it is in no registry."""
+    if not ClusterSettings().image:
         raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
-    package = settings().home / "kfp" / "train-ranker.yaml"
-    compile_package(package, cluster)
-    parameters = arguments(data, run_date, config)
-    key = fingerprint({"pipeline": package.read_text(), "arguments": parameters})
-    run_name = f"train-ranker-{run_date.isoformat()}-{key}"
-    run_id = None if dry_run else _start(_client(), cluster, package, parameters, run_name)
-    return Submission(run_name, parameters, package, run_id)
 
 
-def _client() -> Any:
-    from kfp import Client
+def start(submission: Submission) -> Submission:
+    """:func:`submit` for what is prepared already."""
+    cluster = ClusterSettings()
+    api = PipelinesApi(cluster.namespace)
+    known = api.live(submission.run_name)
+    return replace(submission, run_id=known[0] if known else _start(api, cluster, submission))
 
-    if not settings().kfp_host:
-        raise ConfigError("FRESHRANK_KFP_HOST: not set, expected the URL of the Kubeflow Pipelines API")
-    return Client(host=settings().kfp_host)
 
-
-def _start(client: Any, cluster: ClusterSettings, package: Path, parameters: dict[str, str], run_name: str) -> str:
-    known = _find(client, cluster.namespace or None, run_name)
-    if known is not None:
-        return known
-    run = client.create_run_from_pipeline_package(
-        str(package),
-        arguments=parameters,
-        run_name=run_name,
-        experiment_name=EXPERIMENT,
-        namespace=cluster.namespace or None,
+def _start(api: PipelinesApi, cluster: ClusterSettings, submission: Submission) -> str:
+    pipeline_id, version_id = api.version(PIPELINE, submission.version, submission.package)
+    started = api.start(
+        submission.run_name,
+        experiment_id=api.experiment(EXPERIMENT),
+        pipeline_version_reference={"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
+        runtime_config={"parameters": submission.arguments},
         service_account=cluster.service_account or None,
     )
-    return str(run.run_id)
+    # Time for whoever submitted at the same moment: afterwards all see the same runs.
+    time.sleep(ApiSettings().settle_seconds)
+    return api.keep_oldest(submission.run_name) or started
 
 
-def _find(client: Any, namespace: str | None, run_name: str) -> str | None:
-    predicate = {"operation": "EQUALS", "key": "display_name", "string_value": run_name}
-    page = client.list_runs(
-        filter=json.dumps({"predicates": [predicate]}), sort_by="created_at desc", namespace=namespace
-    )
-    return next(
-        (str(run.run_id) for run in page.runs or [] if run.state not in ("FAILED", "CANCELED", "CANCELING")), None
-    )
+def wait(
+    run_id: str,
+    timeout: timedelta | None = None,
+    poll_seconds: float = 30.0,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Return when the run succeeded; PipelineFailed when it did not, or not within ``timeout``.
 
-
-def wait(run_id: str, timeout: timedelta, poll_seconds: float = 30.0) -> None:
-    """Return when the run succeeded; PipelineFailed when it did not, or not within ``timeout``."""
-    client, deadline = _client(), time.monotonic() + timeout.total_seconds()
-    where = f"{settings().kfp_host}/#/runs/details/{run_id}"
-    while (run := client.get_run(run_id)).state != "SUCCEEDED":
-        if run.state in ("FAILED", "CANCELED", "SKIPPED"):
-            raise PipelineFailed(f"run {run_id} ended as {run.state}: {_failed_step(run)}; its log: {where}")
+    ``progress`` is told state and running steps at every look. Where no API answers, the run is looked after further.
+    """
+    api, deadline = PipelinesApi(ClusterSettings().namespace), _deadline(timeout)
+    while True:
+        state = _look(api, run_id, progress)
+        if state == "SUCCEEDED":
+            return
+        if state in FINISHED:
+            raise PipelineFailed(api.explain(run_id))
         if time.monotonic() > deadline:
-            raise PipelineFailed(f"run {run_id} is still {run.state} after {timeout}; look at {where}")
+            raise PipelineFailed(f"run {run_id} is still {state} after {timeout}; look at {run_page(run_id)}")
         time.sleep(poll_seconds)
 
 
-def _failed_step(run: Any) -> str:
-    tasks = (run.run_details.task_details if run.run_details else None) or []
-    failed = [task.display_name for task in tasks if task.state == "FAILED"]
-    return f"step '{failed[-1]}' failed" if failed else str(run.error or "no step reported a failure")
+def _deadline(timeout: timedelta | None) -> float:
+    return float("inf") if timeout is None else time.monotonic() + timeout.total_seconds()
 
 
-def run_on_cluster(data: Path, run_date: date, config: RunConfig, timeout: timedelta) -> dict[str, Any]:
-    """:func:`submit`, :func:`wait`, and the outcome that the steps left in the shared workspace."""
-    run_id = submit(data, run_date, config).run_id
-    assert run_id is not None
-    wait(run_id, timeout)
-    return outcome(data, run_date.isoformat())
+def _look(api: PipelinesApi, run_id: str, progress: Callable[[str], None] | None) -> str:
+    try:
+        run = api.run(run_id)
+    except ClusterUnreachable as error:
+        log.warning("%s; looking again", error)
+        return "out of sight"
+    if progress is not None:
+        progress(", ".join([str(run.state), *running_steps(run)]))
+    return str(run.state)
+
+
+def cancel(run_id: str) -> bool:
+    """Terminate the run; False when it had ended already, or is not known."""
+    return PipelinesApi(ClusterSettings().namespace).terminate(run_id)
+
+
+def cancel_named(run_name: str) -> list[str]:
+    """Terminate every run of this name that has not ended; their ids."""
+    api = PipelinesApi(ClusterSettings().namespace)
+    return [run_id for run_id in api.live(run_name) if api.terminate(run_id)]

@@ -2,19 +2,24 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import redis
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.exceptions import AirflowFailException
 from jinja2 import Environment, StrictUndefined
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from freshrank.errors import ConfigError, ServingError, ValidationFailed
+from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError, ValidationFailed
 from freshrank.orchestration.operator import data_directory, final_errors, run_config
 from freshrank.recipes import DEFAULT_RECIPE
 from freshrank.settings import PROJECT_ROOT, settings
@@ -89,12 +94,11 @@ def test_only_the_confirmation_updates_the_asset(dag: Any) -> None:
 
 
 def test_tasks_that_talk_to_servers_are_retried_with_backoff(dag: Any) -> None:
-    """The pipeline is not: its steps resume, and on a cluster Kubeflow retries them itself."""
-    for name in ("materialize", "confirm_served"):
+    """A pipeline that failed is final all the same (`final_errors`); a Kubeflow API that is away is not."""
+    for name in ("materialize", "train_ranker", "confirm_served"):
         task = dag.get_task(name)
         assert task.retries == 2
         assert task.retry_exponential_backoff > 1
-    assert dag.get_task("train_ranker").retries == 0
 
 
 def test_waiting_holds_no_worker_and_ends(dag: Any) -> None:
@@ -136,6 +140,47 @@ def test_a_server_that_is_away_is_worth_another_try(error: Exception) -> None:
     """Airflow retries what passes through unchanged."""
     with pytest.raises(type(error)), final_errors():
         raise error
+
+
+def test_a_pipeline_that_failed_is_final_and_an_api_that_is_away_is_not() -> None:
+    """On a cluster Kubeflow has retried the steps itself, locally they resume when the task is cleared."""
+    with pytest.raises(AirflowFailException), final_errors():
+        raise PipelineFailed("step 'train' failed")
+    with pytest.raises(ClusterUnreachable), final_errors():
+        raise ClusterUnreachable("503")
+
+
+def test_a_redis_that_is_down_is_worth_another_try() -> None:
+    """Its client's errors are no OSError; `materialize` lets them through."""
+    with pytest.raises(redis.ConnectionError), final_errors():
+        redis.Redis(port=1, retry=Retry(NoBackoff(), 0)).ping()
+
+
+@pytest.mark.parametrize("error", [redis.AuthenticationError("WRONGPASS"), redis.ResponseError("unknown command")])
+def test_a_redis_that_refuses_is_final(error: Exception) -> None:
+    """A password does not mend itself."""
+    with pytest.raises(AirflowFailException), final_errors():
+        raise error
+
+
+def test_a_registry_that_another_writer_holds_is_worth_another_try(tmp_path: Path) -> None:
+    """SQLite says "database is locked", also where a library hands it on as an error of its own."""
+    with closing(sqlite3.connect(tmp_path / "db")) as holder, closing(sqlite3.connect(tmp_path / "db")) as other:
+        holder.execute("create table features (name)")
+        holder.execute("begin exclusive")
+        other.execute("pragma busy_timeout = 0")
+        with pytest.raises(RuntimeError, match="write"), final_errors():
+            try:
+                other.execute("insert into features values ('age')")
+            except sqlite3.OperationalError as error:
+                raise RuntimeError("write") from error
+
+
+def test_a_wrong_query_is_final() -> None:
+    """The same kind of error of the same library, for ever."""
+    final = pytest.raises(AirflowFailException, match="no such table")
+    with closing(sqlite3.connect(":memory:")) as store, final, final_errors():
+        store.execute("select * from features")
 
 
 def test_the_data_directory_is_the_param_or_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

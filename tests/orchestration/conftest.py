@@ -1,12 +1,25 @@
-"""A home of its own for every test, and one small imported world for all of them."""
+"""A home of its own for every test, and one small imported world for all of them.
 
+Airflow reads its home when it is first imported, so it gets one before any test module is.
+"""
+
+import os
+import tempfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from freshrank.datasets.simulator import WorldConfig, simulate
+from freshrank.orchestration.cluster import Submission, prepare
+from freshrank.recipes import recipe
 from freshrank.settings import settings
+from tests.orchestration.kfp_server import KfpServer, serving
+
+if "AIRFLOW_HOME" not in os.environ:
+    os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-")
+os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +29,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(path, WorldConfig(users=30, days=6, items_at_start=60, impressions_per_day=120)).path
 
 
+@pytest.fixture(scope="session")
+def prepared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Submission:
+    """The run of 2024-01-07, compiled once for all tests that submit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FRESHRANK_HOME", str(tmp_path_factory.mktemp("compiled")))
+        settings.cache_clear()
+        submission = prepare(world, date(2024, 1, 7), recipe())
+    settings.cache_clear()
+    return submission
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The workspace; settings are read anew before and after the test."""
@@ -23,3 +47,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     settings.cache_clear()
     yield tmp_path / "home"
     settings.cache_clear()
+
+
+@pytest.fixture
+def kfp(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    """A Kubeflow Pipelines API that freshrank is told to use, with little patience."""
+    with serving() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        settings.cache_clear()
+        yield server

@@ -1,23 +1,23 @@
 """The cluster's pipeline differs from the local one only in where steps run; submitting twice starts one run."""
 
-import json
 import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from datetime import date, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 
 from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.cluster import ClusterSettings, compile_package, submit, wait
+from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, compile_package, start, submit, wait
 from freshrank.recipes import recipe
 from freshrank.settings import settings
+from tests.orchestration.kfp_server import Fault, KfpServer
 
 RUN_DATE = date(2024, 1, 7)
 CLUSTER = {
@@ -146,93 +146,137 @@ def test_the_name_of_a_run_is_its_idempotency_key(cluster: ClusterSettings, worl
     assert len({first, other, earlier}) == 3
 
 
-class PipelinesApi(ThreadingHTTPServer):
-    """The few answers of the Kubeflow Pipelines API that submitting and waiting need, over real HTTP."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.runs: list[dict[str, Any]] = []
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: PipelinesApi
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        if url.path.endswith("/runs"):
-            self._answer({"runs": self._named(parse_qs(url.query)["filter"][0])})
-        elif "/runs/" in url.path:
-            self._answer(next(run for run in self.server.runs if run["run_id"] == url.path.split("/")[-1]))
-        else:
-            self._answer({"experiment_id": "e", "multi_user": False, "experiments": [{"experiment_id": "e"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path.endswith("/runs"):
-            body |= {"run_id": f"run-{len(self.server.runs)}", "state": "PENDING"}
-            self.server.runs.append(body)
-        self._answer(body | {"experiment_id": "e"})
-
-    def _named(self, text: str) -> list[dict[str, Any]]:
-        (predicate,) = json.loads(text)["predicates"]
-        return [run for run in self.server.runs if run["display_name"] == predicate["string_value"]]
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        payload = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_: object) -> None:
-        """Keep the test's output clean."""
+@pytest.fixture
+def server(cluster: ClusterSettings, kfp: KfpServer) -> KfpServer:
+    return kfp
 
 
 @pytest.fixture
-def api(cluster: ClusterSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[PipelinesApi]:
-    with PipelinesApi() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("FRESHRANK_KFP_HOST", f"http://127.0.0.1:{server.server_port}")
-        settings.cache_clear()
-        yield server
-        server.shutdown()
+def run_id(server: KfpServer, prepared: Submission) -> str:
+    """A run that was submitted."""
+    started = start(prepared).run_id
+    assert started is not None
+    return started
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:This client only works:FutureWarning")
-
-
-def test_submitting_twice_starts_one_run(api: PipelinesApi, world: Path) -> None:
+def test_submitting_twice_starts_one_run(server: KfpServer, prepared: Submission) -> None:
     """A retried Airflow task finds the run it started before it was killed."""
-    first, second = (submit(world, RUN_DATE, recipe()) for _ in range(2))
+    first, second = (start(prepared) for _ in range(2))
     assert first.run_id == second.run_id == "run-0"
-    assert len(api.runs) == 1
+    assert len(server.runs) == 1
 
 
-def test_a_failed_run_is_started_again(api: PipelinesApi, world: Path) -> None:
+def test_a_run_is_of_a_version_named_by_what_was_compiled(
+    server: KfpServer, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another placement is another version of the same pipeline; parameters are exactly those it declares."""
+    first = submit(world, RUN_DATE, recipe())
+    monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:3")
+    second = submit(world, RUN_DATE, recipe())
+    assert len(server.pipelines) == 1
+    assert [first.version, second.version] == [version.display_name for version in server.versions]
+    assert [run.pipeline_version_reference.pipeline_version_id for run in server.runs] == [
+        version.pipeline_version_id for version in server.versions
+    ]
+    assert server.runs[0].runtime_config.parameters == first.arguments
+
+
+def test_two_days_of_the_same_pipeline_share_a_version(server: KfpServer, prepared: Submission) -> None:
+    """Only what runs is uploaded anew, not what it is run on."""
+    for day in ("2024-01-06", "2024-01-07"):
+        arguments = prepared.arguments | {"run_date": day}
+        start(replace(prepared, run_name=f"train-ranker-{day}", arguments=arguments))
+    assert (len(server.runs), len(server.versions)) == (2, 1)
+
+
+@pytest.mark.parametrize("ended", ["FAILED", "CANCELED", "CANCELING"])
+def test_a_failed_or_cancelled_run_is_started_again(
+    server: KfpServer, prepared: Submission, run_id: str, ended: str
+) -> None:
     """Only a run that can still succeed stands in the way of a new one."""
-    submit(world, RUN_DATE, recipe())
-    api.runs[0]["state"] = "FAILED"
-    assert submit(world, RUN_DATE, recipe()).run_id == "run-1"
+    server.runs[0].state = ended
+    assert start(prepared).run_id == "run-1"
 
 
-def test_waiting_ends_with_the_run(api: PipelinesApi, world: Path) -> None:
-    """Success returns; failure names the step and where its log is."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
-    api.runs[0]["state"] = "SUCCEEDED"
-    wait(run_id, timedelta(seconds=5))
-    api.runs[0] |= {"state": "FAILED", "run_details": {"task_details": [{"display_name": "train", "state": "FAILED"}]}}
-    with pytest.raises(PipelineFailed, match=r"step 'train' failed.*/runs/details/run-0"):
+def test_two_who_submit_at_the_same_moment_end_with_one_run(server: KfpServer, prepared: Submission) -> None:
+    """The API lets both create one; afterwards both name the older, and the other is cancelled."""
+    together = threading.Barrier(2, timeout=10)
+    server.before_creating = together.wait
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(start, [prepared, prepared]))
+    assert len(server.runs) == 2
+    assert {submission.run_id for submission in both} == {"run-0"}
+    assert set(server.terminated) == {"run-1"}
+
+
+def test_a_run_whose_creation_was_not_answered_is_found_again(server: KfpServer, prepared: Submission) -> None:
+    """The server did what it was asked for, then the connection broke: asking anew must not start a second."""
+    server.faults = [Fault("POST .*/runs", reset=True, after=True)]
+    assert start(prepared).run_id == "run-0"
+    assert len(server.runs) == 1
+
+
+def test_waiting_ends_with_the_run(server: KfpServer, run_id: str) -> None:
+    """Success returns; what is at work is told meanwhile."""
+    at_work = V2beta1PipelineTaskDetail(display_name="train", state="RUNNING")
+    server.script = [
+        {"state": "RUNNING", "run_details": V2beta1RunDetails(task_details=[at_work])},
+        {"state": "SUCCEEDED", "run_details": None},
+    ]
+    seen: list[str] = []
+    wait(run_id, poll_seconds=0.01, progress=seen.append)
+    assert seen == ["RUNNING, train", "SUCCEEDED"]
+
+
+def test_a_failed_run_names_its_step_and_the_tail_of_its_log(server: KfpServer, run_id: str) -> None:
+    """Of the failed tasks, the step and neither its pod's node nor the graph around it."""
+    server.logs["train-pod"] = "\n".join([*(f"epoch {number}" for number in range(100)), "CUDA out of memory"])
+    server.fail(run_id, "train", "train-pod", "exit code 137")
+    with pytest.raises(PipelineFailed) as failure:
+        wait(run_id, timedelta(seconds=5))
+    text = str(failure.value)
+    assert "step 'train' failed: exit code 137" in text
+    assert "epoch 99\nCUDA out of memory" in text
+    assert "epoch 1\n" not in text
+    assert f"{server.url}/#/runs/details/run-0" in text
+
+
+def test_a_failed_run_is_reported_also_where_logs_cannot_be_had(server: KfpServer, run_id: str) -> None:
+    """The API's own service serves no logs, only Kubeflow's pages do."""
+    server.fail(run_id, "train-driver", "train-pod")
+    with pytest.raises(PipelineFailed, match=r"step 'train' failed\n.*could not be read here\nThe run: http"):
         wait(run_id, timedelta(seconds=5))
 
 
-def test_waiting_has_an_end(api: PipelinesApi, world: Path) -> None:
-    """A run that hangs fails the task that waits for it."""
-    run_id = submit(world, RUN_DATE, recipe()).run_id
-    assert run_id is not None
+def test_a_run_that_somebody_cancelled_is_said_to_be(server: KfpServer, run_id: str) -> None:
+    """Nobody looks for a failed step then."""
+    server.terminate(run_id)
+    with pytest.raises(PipelineFailed, match="ended as CANCELED: somebody cancelled it"):
+        wait(run_id, timedelta(seconds=5), poll_seconds=0.01)
+
+
+def test_waiting_has_an_end(server: KfpServer, run_id: str) -> None:
+    """A run that hangs fails whoever waits for it."""
     with pytest.raises(PipelineFailed, match="still PENDING"):
         wait(run_id, timedelta(seconds=0), poll_seconds=0.01)
+
+
+def test_waiting_outlasts_an_api_that_is_away(server: KfpServer, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on without it, so the wait does too."""
+    server.runs[0].state = "SUCCEEDED"
+    monkeypatch.setenv("FRESHRANK_KFP_RETRY_SECONDS", "0")
+    server.faults = [Fault("GET .*/runs/run-0", status=503, times=3)]
+    wait(run_id, timedelta(seconds=10), poll_seconds=0.01)
+    assert server.count("GET .*/runs/run-0") == 4
+
+
+def test_cancelling_ends_the_run_once(server: KfpServer, run_id: str) -> None:
+    """A run that has ended, or that nobody knows, is no error."""
+    assert cancel(run_id)
+    server.runs[0].state = "CANCELED"
+    assert not cancel(run_id)
+    assert not cancel("run-of-yesterday")
+    assert server.terminated == [run_id]
 
 
 def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, world: Path) -> None:

@@ -1,0 +1,408 @@
+"""The Kubeflow Pipelines API with bounded patience: time limits, retries, credentials, errors that say what to do.
+
+Importing this module loads neither kfp nor Airflow and contacts nothing: Airflow's triggerer and DAG processor read it.
+"""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from freshrank.errors import ClusterUnreachable, ConfigError, FreshrankError, PipelineFailed
+from freshrank.settings import settings
+
+FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+"""States of a run that nothing follows."""
+TAIL_LINES = 30
+
+_NOT_TO_BE_JOINED = {"FAILED", "CANCELED", "CANCELING", "SKIPPED"}
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_MADE_MEANWHILE = {409, 500}
+"""409; the upload of older servers says 500."""
+_LONGEST_WAIT = 20.0
+_PODS_ASKED = 5
+_NOT_A_STEP = re.compile(r"^(root|executor|condition(-.*)?|.*\(\d+\))$")
+_PROJECTED_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ApiSettings(BaseSettings):
+    """How the API at ``FRESHRANK_KFP_HOST`` is spoken to, from environment variables ``FRESHRANK_KFP_<FIELD>``."""
+
+    model_config = SettingsConfigDict(env_prefix="FRESHRANK_KFP_", extra="forbid", hide_input_in_errors=True)
+
+    ui_host: str = ""
+    """URL of Kubeflow's pages as people's browsers reach it, for links; ``FRESHRANK_KFP_HOST`` when empty."""
+    token: SecretStr = SecretStr("")
+    """Bearer token, from a Secret. A token that expires belongs into a file: ``token_path``."""
+    token_path: Path | None = None
+    """File with the bearer token, read anew for every request. Default: the one that a pod with a projected
+    service-account token for Kubeflow Pipelines has, where it exists."""
+    request_seconds: Annotated[float, Field(gt=0)] = 30
+    """How long one request may take."""
+    retry_seconds: Annotated[float, Field(ge=0)] = 120
+    """How long a request that fails for a passing reason is repeated."""
+    settle_seconds: Annotated[float, Field(ge=0)] = 2
+    """How long after a run was created it is looked whether somebody created the same one at the same moment."""
+
+    def token_file(self) -> Path | None:
+        """Where the token is read from, if from a file."""
+        if self.token_path is None and not self.token.get_secret_value() and _PROJECTED_TOKEN.exists():
+            return _PROJECTED_TOKEN
+        return self.token_path
+
+
+def run_page(run_id: str) -> str:
+    """URL of the run's page for a browser."""
+    return f"{(ApiSettings().ui_host or settings().kfp_host).rstrip('/')}/#/runs/details/{run_id}"
+
+
+class PipelinesApi:
+    """What freshrank asks of the API; every call is repeated on passing failures and can safely be made again.
+
+    Raises ClusterUnreachable when the failure did not pass in ``retry_seconds``, ConfigError when the API refuses the
+    token, PipelineFailed for everything else. One thread at a time.
+    """
+
+    def __init__(self, namespace: str = "") -> None:
+        """Connects at the first call. ``namespace`` is the profile of a multi-user Kubeflow, else empty."""
+        if not settings().kfp_host:
+            raise ConfigError("FRESHRANK_KFP_HOST: not set, expected the URL of the Kubeflow Pipelines API")
+        self._settings = ApiSettings()
+        self._namespace = namespace or None
+        self._client: Any = None
+
+    def version(self, pipeline: str, name: str, package: Path) -> tuple[str, str]:
+        """Ids of ``pipeline`` and its version ``name``; what does not exist is created, from ``package``."""
+
+        def ensure(client: Any) -> tuple[str, str]:
+            owner = _found_or_made(
+                lambda: _first(client.list_pipelines(filter=_named(pipeline), namespace=self._namespace).pipelines),
+                lambda: client.pipelines.pipeline_service_create_pipeline(
+                    pipeline=client.api_models.V2beta1Pipeline(display_name=pipeline, namespace=self._namespace)
+                ),
+            ).pipeline_id
+            version = _found_or_made(
+                lambda: _first(client.list_pipeline_versions(owner, filter=_named(name)).pipeline_versions),
+                lambda: client.pipeline_uploads.upload_pipeline_version(str(package), name=name, pipelineid=owner),
+            )
+            return _given(owner), _given(version.pipeline_version_id)
+
+        return self._call(f"uploading version {name}", ensure)
+
+    def experiment(self, name: str) -> str:
+        """Id of the experiment, created where there is none."""
+
+        def ensure(client: Any) -> str:
+            where = {"namespace": self._namespace} if self._namespace else {}
+            body = client.api_models.V2beta1Experiment(display_name=name, **where)
+            found = _found_or_made(
+                lambda: _first(client.list_experiments(filter=_named(name), **where).experiments),
+                lambda: client.experiments.experiment_service_create_experiment(experiment=body),
+            )
+            return _given(found.experiment_id)
+
+        return self._call(f"looking for experiment {name}", ensure)
+
+    def live(self, run_name: str) -> list[str]:
+        """Ids of the runs of this name that have succeeded or still can, the oldest first."""
+        runs = self._call(f"looking for run {run_name}", lambda client: self._live(client, run_name))
+        return [str(run.run_id) for run in runs]
+
+    def start(self, run_name: str, **body: Any) -> str:
+        """The run of this name, created unless there is one; ``body`` are fields of ``V2beta1Run``.
+
+        A request whose answer was lost may have created the run, so every try looks first.
+        """
+
+        def ensure(client: Any) -> str:
+            live = self._live(client, run_name)
+            if live:
+                return str(live[0].run_id)
+            run = client.api_models.V2beta1Run(display_name=run_name, **body)
+            return _given(client.runs.run_service_create_run(run=run).run_id)
+
+        return self._call(f"starting run {run_name}", ensure)
+
+    def keep_oldest(self, run_name: str) -> str | None:
+        """The oldest live run of this name, the others terminated: all who submitted at once agree on it.
+
+        The API has no idempotency key and lets many runs have one name.
+        """
+        live = self.live(run_name)
+        for run_id in live[1:]:
+            if self.terminate(run_id):
+                log.warning("run %s was a second %s: cancelled", run_id, run_name)
+        return live[0] if live else None
+
+    def run(self, run_id: str) -> Any:
+        """The run as the API's ``V2beta1Run``; PipelineFailed when there is none of this id."""
+
+        def ask(client: Any) -> Any:
+            run = client.get_run(run_id)
+            _given(run.run_id)
+            return run
+
+        return self._call(f"asking for run {run_id}", ask)
+
+    def terminate(self, run_id: str) -> bool:
+        """Cancel the run; False when it had ended already, or is gone."""
+
+        def cancel(client: Any) -> bool:
+            try:
+                if client.get_run(run_id).state in FINISHED:
+                    return False
+                client.terminate_run(run_id)
+            except _api_exception() as error:
+                if error.status == 404:
+                    return False
+                raise
+            return True
+
+        return self._call(f"terminating run {run_id}", cancel)
+
+    def explain(self, run_id: str) -> str:
+        """Why a run that did not succeed did not: its step, the step's message and the tail of its log."""
+        run = self.run(run_id)
+        lines = [f"run {run_id} ended as {run.state}: {_reason(run)}"]
+        if run.state == "FAILED":
+            lines.append(self._log_tail(run) or "the log of the step could not be read here")
+        return "\n".join([*lines, f"The run: {run_page(run_id)}"])
+
+    def _live(self, client: Any, run_name: str) -> list[Any]:
+        page = client.list_runs(
+            filter=_named(run_name), sort_by="created_at desc", page_size=100, namespace=self._namespace
+        )
+        live = [run for run in page.runs or [] if run.state not in _NOT_TO_BE_JOINED]
+        never = datetime.max.replace(tzinfo=UTC)
+        return sorted(live, key=lambda run: (run.created_at or never, run.run_id))
+
+    def _log_tail(self, run: Any) -> str | None:
+        """Last lines of the failed step's pod, as Kubeflow's pages get them; None where they are not to be had."""
+        for pod in _failed_pods(run):
+            try:
+                text = self._pod_log(pod)
+            except Exception as error:
+                # The reason of the run is worth more than the reason for not having its log.
+                log.info("no log of pod %s: %s", pod, error)
+                continue
+            if text.strip():
+                return "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])
+        return None
+
+    def _pod_log(self, pod: str) -> str:
+        namespace = [("podnamespace", self._namespace)] if self._namespace else []
+        answer = self._connected()._run_api.api_client.call_api(
+            "/k8s/pod/logs",
+            "GET",
+            query_params=[("podname", pod), *namespace],
+            auth_settings=["Bearer"],
+            _preload_content=False,
+            _return_http_data_only=True,
+        )
+        if "html" in answer.headers.get("Content-Type", ""):
+            raise PipelineFailed("a page instead of a log")
+        return bytes(answer.data).decode(errors="replace")
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = _connect(self._settings)
+        return self._client
+
+    def _call(self, what: str, call: Callable[[Any], T]) -> T:
+        from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_delay
+
+        retrying = Retrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_after_delay(self._settings.retry_seconds),
+            wait=_pause,
+            before_sleep=before_sleep_log(log, logging.WARNING),
+            reraise=True,
+        )
+        try:
+            result: T = retrying(self._authorised, call)
+        except Exception as error:
+            raise _explained(what, error, self._settings) from error
+        return result
+
+    def _authorised(self, call: Callable[[Any], T]) -> T:
+        try:
+            return call(self._connected())
+        except _api_exception() as error:
+            if error.status != 401:
+                raise
+        # The token may have been renewed between the reading of the file and the answer.
+        self._client = None
+        return call(self._connected())
+
+
+def _connect(how: ApiSettings) -> Any:
+    """A ``kfp.Client`` whose requests end after ``request_seconds``, and which repeats none by itself."""
+    import urllib3
+    from kfp import client as kfp_client
+    from kfp_server_api import V2beta1GetHealthzResponse
+    from kfp_server_api.rest import RESTClientObject
+
+    class Client(kfp_client.Client):  # type: ignore[misc]
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            # kfp asks for it to guess a namespace, which it keeps in the user's home; ours is a setting.
+            return V2beta1GetHealthzResponse(multi_user=False)
+
+    class Rest(RESTClientObject):  # type: ignore[misc]
+        def request(self, *args: Any, _request_timeout: Any = None, **kwargs: Any) -> Any:
+            limit = _request_timeout or (how.request_seconds, how.request_seconds)
+            return super().request(*args, _request_timeout=limit, **kwargs)
+
+    warnings.filterwarnings("ignore", message="This client only works", category=FutureWarning)
+    file, token = how.token_file(), how.token.get_secret_value()
+    credentials = kfp_client.ServiceAccountTokenVolumeCredentials(str(file)) if file else None
+    connected = Client(host=settings().kfp_host, existing_token=token or None, credentials=credentials)
+    api_client = connected._run_api.api_client
+    api_client.configuration.retries = urllib3.Retry(0, redirect=3, raise_on_redirect=False)
+    api_client.rest_client = Rest(api_client.configuration)
+    return connected
+
+
+def _api_exception() -> type[Any]:
+    from kfp_server_api import ApiException
+
+    return ApiException  # type: ignore[no-any-return]
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed in a moment."""
+    import urllib3
+
+    if isinstance(error, _api_exception()):
+        return error.status in _TRANSIENT  # type: ignore[attr-defined]
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
+        error = error.reason
+    final = (urllib3.exceptions.SSLError, urllib3.exceptions.LocationValueError)
+    return isinstance(error, (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)) and not isinstance(
+        error, final
+    )
+
+
+def _pause(state: Any) -> float:
+    """Seconds before the next try: what the server asks for, else longer from try to try and never all at once."""
+    from tenacity import wait_random_exponential
+
+    headers = getattr(state.outcome.exception(), "headers", None) or {}
+    asked = headers.get("Retry-After", "")
+    backoff = float(wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT)(state))
+    return min(max(backoff, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT)
+
+
+def _explained(what: str, error: Exception, how: ApiSettings) -> Exception:
+    """``error`` in freshrank's words."""
+    if isinstance(error, FreshrankError):
+        return error
+    host = settings().kfp_host
+    if isinstance(error, _api_exception()):
+        answer = f"{error.status} {error.reason}{_message(error)}"  # type: ignore[attr-defined]
+        if error.status in (401, 403):  # type: ignore[attr-defined]
+            source = how.token_file() or ("FRESHRANK_KFP_TOKEN" if how.token.get_secret_value() else "none was sent")
+            return ConfigError(
+                f"{what}: {host} answered {answer}; the token ({source}) is expired or may not do this: renew it, "
+                f"give its account the rights, or set FRESHRANK_KFP_TOKEN_PATH"
+            )
+        if error.status == 404:  # type: ignore[attr-defined]
+            return PipelineFailed(f"{what}: {host} answered {answer}; it was deleted, or the host is not the API's")
+        kind = ClusterUnreachable if is_transient(error) else PipelineFailed
+        return kind(f"{what}: {host} answered {answer}")
+    if is_transient(error):
+        return ClusterUnreachable(f"{what}: {host} does not answer ({type(error).__name__}: {error})")
+    if isinstance(error, OSError) and how.token_file() is not None:
+        return ConfigError(f"FRESHRANK_KFP_TOKEN_PATH: {how.token_file()} cannot be read ({error.strerror or error})")
+    return PipelineFailed(
+        f"{what}: {host} could not be understood ({type(error).__name__}: {error}); expected the Kubeflow Pipelines "
+        f"API, without a log-in page in front of it"
+    )
+
+
+def _message(error: Any) -> str:
+    """What the server says beside the status, in one line."""
+    try:
+        body = json.loads(error.body or "{}")
+        text = str(body.get("error_message") or body.get("message") or body.get("error") or "")
+    except (ValueError, AttributeError):
+        text = str(error.body)
+    line = " ".join(text.split())[:300]
+    return f" ({line})" if line else ""
+
+
+def _named(name: str) -> str:
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]})
+
+
+def _given(identity: Any) -> str:
+    """``identity`` of an answer: the client reads whatever it is sent, a page of HTML as an object without fields."""
+    if identity is None:
+        raise ValueError("an answer without an id")
+    return str(identity)
+
+
+def _first(found: list[Any] | None) -> Any:
+    return found[0] if found else None
+
+
+def _found_or_made(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
+    if (found := find()) is not None:
+        return found
+    try:
+        return make()
+    except _api_exception() as error:
+        if error.status in _MADE_MEANWHILE and (found := find()) is not None:
+            return found
+        raise
+
+
+def _failed(run: Any) -> list[Any]:
+    """The failed tasks in the order in which they ended: a step before the graph that contains it."""
+    tasks: Iterable[Any] = (run.run_details.task_details if run.run_details else None) or []
+    never = datetime.max.replace(tzinfo=UTC)
+    return sorted((task for task in tasks if task.state == "FAILED"), key=lambda task: task.end_time or never)
+
+
+def failed_step(run: Any) -> str | None:
+    """Name of the step that failed first, in the pipeline's own words; None when no step says so."""
+    names = [str(task.display_name).removesuffix("-driver") for task in _failed(run)]
+    return next((name for name in names if not _NOT_A_STEP.match(name) and name != run.display_name), None)
+
+
+def running_steps(run: Any) -> list[str]:
+    """Names of the steps that are at work."""
+    tasks: Iterable[Any] = (run.run_details.task_details if run.run_details else None) or []
+    names = [str(task.display_name) for task in tasks if task.state == "RUNNING"]
+    return [name for name in names if not (_NOT_A_STEP.match(name) or name.endswith("-driver"))]
+
+
+def _reason(run: Any) -> str:
+    if run.state in ("CANCELED", "CANCELING"):
+        return "somebody cancelled it"
+    messages = [task.error.message for task in _failed(run) if task.error and task.error.message]
+    message = messages[0] if messages else (run.error.message if run.error else "") or ""
+    step = failed_step(run)
+    said = f"step '{step}' failed" if step else "no step reported a failure"
+    return f"{said}: {message}" if message else said
+
+
+def _failed_pods(run: Any) -> list[str]:
+    """Pods that may hold the failed step's log, the latest attempt first.
+
+    ``pod_name`` of a task is defined in the API but left empty by its servers up to now (kubeflow/pipelines issue
+    14007); those of its children are not.
+    """
+    pods: list[str] = []
+    for task in reversed(_failed(run)):
+        pods += [task.pod_name, *(child.pod_name for child in reversed(task.child_tasks or []))]
+    return list(dict.fromkeys(pod for pod in pods if pod))[:_PODS_ASKED]
