@@ -17,6 +17,7 @@ import yaml
 
 from freshrank.feature_store import write_feast_yaml
 from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
+from freshrank.orchestration.pipelines_api import ApiSettings
 from freshrank.serving import control
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import Settings, settings
@@ -127,6 +128,7 @@ def test_settings_given_to_pods_are_settings_that_freshrank_reads() -> None:
     """Every FRESHRANK_ variable is a field that something reads, so none is silently ignored."""
     known = {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields}
     known |= {f"FRESHRANK_CLUSTER_{name.upper()}" for name in ClusterSettings.model_fields}
+    known |= {f"FRESHRANK_KFP_{name.upper()}" for name in ApiSettings.model_fields}
     objects = rendered("production", 'home.dataset="datasets/shop"') + rendered("default")
     given = {key for item in of_kind(objects, "ConfigMap") for key in item["data"]}
     given |= {entry["name"] for container in containers(objects) for entry in container.get("env", [])}
@@ -137,18 +139,21 @@ NOT_BY_VALUES = {
     "triton_replicas": "the chart names its replicas by a host name; a list is for machines without one",
     "triton_control_token": "a secret: Airflow's values and the pipeline refer to the Secret",
     "redis_url": "a secret: every pod refers to the Secret",
+    "kfp_token": "a secret, of which Airflow's pods have a file instead",
+    "kfp_request_seconds": "patience with an API, for who has a reason to set it on Airflow's pods",
+    "kfp_retry_seconds": "as kfp_request_seconds",
+    "kfp_settle_seconds": "as kfp_request_seconds",
 }
 """Settings that no ConfigMap of the chart sets, each with the reason."""
 
 
 def test_every_setting_can_be_set_by_values() -> None:
     """A setting that is new must get a value of the chart, or a reason here."""
-    objects = rendered("production")
-    given = {key for item in of_kind(objects, "ConfigMap") for key in item["data"]}
-    settable = {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields if name not in NOT_BY_VALUES}
-    settable |= {f"FRESHRANK_CLUSTER_{name.upper()}" for name in ClusterSettings.model_fields}
-    assert settable - given == set()
-    assert set(Settings.model_fields) >= NOT_BY_VALUES.keys()
+    objects = rendered("production", 'kubeflow.tokenPath="/var/run/token"')
+    given = {key.removeprefix("FRESHRANK_").lower() for item in of_kind(objects, "ConfigMap") for key in item["data"]}
+    fields = set(Settings.model_fields) | {f"cluster_{name}" for name in ClusterSettings.model_fields}
+    fields |= {f"kfp_{name}" for name in ApiSettings.model_fields}
+    assert fields - given == NOT_BY_VALUES.keys()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +223,9 @@ def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkey
         },
         "gpu_resource": "nvidia.com/gpu",
         "retries": 2,
+        "train_nodes": 0,
+        "train_runtime": "torch-distributed",
+        "train_hours": 12,
     }
 
 
@@ -734,10 +742,38 @@ def test_the_command_of_the_job_is_one_that_freshrank_has() -> None:
     assert "--data" in run.stdout
 
 
+@pytest.mark.parametrize("mould, words", [("backup", []), ("restore", ["--name", "my_log"])])
+def test_a_bucket_and_a_lost_volume_have_one_job_each(mould: str, words: list[str]) -> None:
+    """A copy is made, or put back, by one command; without a bucket there are no such jobs."""
+    (container,) = pod_of(rendered("production"), mould)["spec"]["containers"]
+    assert container["command"] == ["freshrank", mould, *words, "--data", "$(FRESHRANK_DATASET)"]
+    without = rendered("production", 'storage.url=""')
+    assert [job["metadata"]["name"] for job in of_kind(without, "CronJob")] == ["freshrank-materialize"]
+
+
+def test_the_training_step_may_start_jobs_of_several_nodes() -> None:
+    """Its service account gets what a TrainJob takes, only where nodes are asked for."""
+    objects = rendered("production", "kubeflow.training.nodes=2")
+    assert named(objects, "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_TRAIN_NODES"] == "2"
+    (role,), (binding,) = of_kind(objects, "Role"), of_kind(objects, "RoleBinding")
+    assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "ranking-team"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "default-editor", "namespace": "ranking-team"}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    granted = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert granted == {
+        ("trainjobs", "create"),
+        ("trainjobs", "get"),
+        ("trainjobs", "delete"),
+        ("pods", "list"),
+        ("pods/log", "get"),
+    }
+    assert not of_kind(rendered("production"), "Role")
+
+
 def test_keys_of_the_bucket_reach_who_uses_it_and_nobody_else() -> None:
     """The pipeline and the job have them, by reference; servers do not."""
     holders = [c["name"] for c in containers(rendered("production")) if any("AWS" in e["name"] for e in c["env"])]
-    assert holders == ["materialize"]
+    assert holders == ["backup", "materialize", "restore"]
 
 
 def test_redis_never_forgets_a_feature_to_make_room() -> None:
