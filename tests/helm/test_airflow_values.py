@@ -1,4 +1,4 @@
-"""The values for Airflow's own chart fit what this chart renders and what the image holds. That chart is not at hand."""
+"""The values for Airflow's own chart fit what this chart renders and what the image holds (that chart is not here)."""
 
 import json
 from typing import Any

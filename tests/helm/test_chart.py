@@ -343,11 +343,11 @@ def test_no_secret_is_made_by_the_chart(scenario: str) -> None:
 
 @in_every_scenario
 def test_no_value_is_a_secret(scenario: str) -> None:
-    """Keys that speak of secrets name a Secret or a key in one."""
+    """Keys that speak of secrets name a Secret, a key in one, or a file."""
     file = CHART / ("values.yaml" if scenario == "default" else f"ci/{scenario}-values.yaml")
     paths = [path for path, _ in leaves(yaml.safe_load(file.read_text()))]
     suspicious = [path for path in paths if re.search(r"password|token|secret|credential", path, re.IGNORECASE)]
-    assert all(re.search(r"(existingSecret|pullSecrets|Key)$", path) for path in suspicious)
+    assert all(re.search(r"(existingSecret|pullSecrets|Key|Path)$", path) for path in suspicious)
 
 
 @in_every_scenario
