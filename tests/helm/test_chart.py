@@ -198,7 +198,7 @@ def test_settings_in_the_config_maps_are_valid(monkeypatch: pytest.MonkeyPatch) 
     assert (loaded.online_store, loaded.runner, loaded.kfp_host, str(loaded.home)) == (
         "redis",
         "cluster",
-        "http://ml-pipeline.kubeflow.svc.cluster.local:8888",
+        "http://ml-pipeline-ui.kubeflow.svc.cluster.local",
         "/var/lib/freshrank",
     )
 
