@@ -16,7 +16,7 @@ DATASET := $(or $(DATA),.freshrank/data/simulated)
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test test-slow lint format lock clean
+.PHONY: help setup demo serve stop test test-slow lint format lock images clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ lock: $(STAMP) ## Resolve requirements/*.lock anew from pyproject.toml, keeping 
 	$(RESOLVE) --output-file requirements/runtime.lock
 	$(RESOLVE) --extra test --constraint requirements/runtime.lock --output-file requirements/test.lock
 	sed -i -E '/$(COMPANIONS)/d' requirements/runtime.lock requirements/test.lock
+
+# A pushed image also says what it was built from and what is in it; Docker's own store cannot hold that.
+images: export REVISION ?= $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD || echo -modified)
+images: export CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
+images: ## Build the three images: [REGISTRY=host/path] [VERSION=tag] [TORCH_INDEX=url] [PUSH=1]
+	docker buildx bake --file helm/images/docker-bake.hcl $(if $(PUSH),--push --provenance=mode=max --sbom=true,--load)
 
 clean: ## Remove caches and build outputs; .venv and the workspace .freshrank stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs

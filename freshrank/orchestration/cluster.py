@@ -54,6 +54,12 @@ class ClusterSettings(BaseSettings):
     secret_env: dict[str, str] = {}
     """Environment variable -> ``secret:key`` for every step; the value itself never enters the pipeline."""
     retries: Annotated[int, Field(ge=0)] = 2
+    train_nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes that train together in a TrainJob of Kubeflow Trainer; 0 trains in the step's own pod, in one process."""
+    train_runtime: str = "torch-distributed"
+    """The ClusterTrainingRuntime of that TrainJob."""
+    train_hours: Annotated[float, Field(gt=0)] = 12
+    """After which Kubernetes ends it."""
 
 
 @dataclass(frozen=True)

@@ -106,3 +106,27 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
       name: {{ .Values.redis.existingSecret }}
       key: {{ .Values.redis.urlKey }}
 {{- end -}}
+
+{{/* Keys of the bucket, for what reads or writes it; nothing where the service account's own identity does. */}}
+{{- define "freshrank.storageEnv" -}}
+{{- with .Values.storage }}
+{{- if .existingSecret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: {{ .accessKeyKey }}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: {{ .secretKeyKey }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "freshrank.halfOfTheCores" -}}
+{{- $limit := .Values.triton.resources.limits.cpu -}}
+{{- $cores := hasSuffix "m" $limit | ternary (divf (trimSuffix "m" $limit | float64) 1000) ($limit | float64) -}}
+{{- max 1 (divf $cores 2 | floor | int) -}}
+{{- end -}}

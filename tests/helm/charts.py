@@ -55,7 +55,10 @@ def named(objects: list[Object], kind: str, name: str) -> Object:
 
 
 def pods(objects: list[Object]) -> list[Object]:
-    return [item["spec"]["template"] for item in objects if "template" in item.get("spec", {})]
+    """Templates of all pods, those of jobs included."""
+    specs = [item.get("spec", {}) for item in objects]
+    specs = [spec["jobTemplate"]["spec"] if "jobTemplate" in spec else spec for spec in specs]
+    return [spec["template"] for spec in specs if "template" in spec]
 
 
 def pod_of(objects: list[Object], component: str) -> Object:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ import yaml
 
 from freshrank.feature_store import write_feast_yaml
 from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
+from freshrank.orchestration.pipelines_api import ApiSettings
 from freshrank.serving import control
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import Settings, settings
@@ -44,7 +46,9 @@ COMPONENTS = ["triton", "feast", "redis"]
 KUBERNETES = ["1.29", kubernetes_validate.latest_version()]
 GPU = "nvidia.com/gpu"
 PUBLISHER = dict([PUBLISHER_LABEL])
-AUTOSCALED = ("triton.autoscaling.enabled=true", "triton.acceptSingleReplicaPublishing=true")
+AUTOSCALED = ("triton.autoscaling.enabled=true", "triton.autoscaling.targetQueueMilliseconds=10")
+CUSTOM = {"ServiceMonitor", "PrometheusRule"}
+"""Kinds of an operator that Kubernetes' own schemas do not know; test_monitoring.py checks them."""
 
 in_every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 
@@ -92,7 +96,7 @@ def test_helm_finds_nothing_to_complain_about(scenario: str) -> None:
 @in_every_scenario
 def test_every_object_is_what_kubernetes_accepts(scenario: str, version: str) -> None:
     """Each object fits the strict schema of the oldest supported and the newest known Kubernetes."""
-    for item in rendered(scenario):
+    for item in (each for each in rendered(scenario) if each["kind"] not in CUSTOM):
         kubernetes_validate.validate(item, version, strict=True)
 
 
@@ -116,18 +120,68 @@ def test_two_releases_share_a_namespace() -> None:
 
 @in_every_scenario
 def test_nothing_is_scheduled_by_the_chart(scenario: str) -> None:
-    """When things run belongs to dags/: there is no CronJob."""
-    assert not of_kind(rendered(scenario), "CronJob")
+    """When things run belongs to dags/: a CronJob is a mould for jobs that someone asks for, suspended for good."""
+    assert all(job["spec"]["suspend"] is True for job in of_kind(rendered(scenario), "CronJob"))
 
 
 def test_settings_given_to_pods_are_settings_that_freshrank_reads() -> None:
     """Every FRESHRANK_ variable is a field that something reads, so none is silently ignored."""
     known = {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields}
     known |= {f"FRESHRANK_CLUSTER_{name.upper()}" for name in ClusterSettings.model_fields}
+    known |= {f"FRESHRANK_KFP_{name.upper()}" for name in ApiSettings.model_fields}
     objects = rendered("production", 'home.dataset="datasets/shop"') + rendered("default")
     given = {key for item in of_kind(objects, "ConfigMap") for key in item["data"]}
     given |= {entry["name"] for container in containers(objects) for entry in container.get("env", [])}
     assert {name for name in given if name.startswith("FRESHRANK_")} <= known
+
+
+NOT_BY_VALUES = {
+    "triton_replicas": "the chart names its replicas by a host name; a list is for machines without one",
+    "triton_control_token": "a secret: Airflow's values and the pipeline refer to the Secret",
+    "redis_url": "a secret: every pod refers to the Secret",
+    "kfp_token": "a secret, of which Airflow's pods have a file instead",
+    "kfp_request_seconds": "patience with an API, for who has a reason to set it on Airflow's pods",
+    "kfp_retry_seconds": "as kfp_request_seconds",
+    "kfp_settle_seconds": "as kfp_request_seconds",
+}
+"""Settings that no ConfigMap of the chart sets, each with the reason."""
+
+
+def test_every_setting_can_be_set_by_values() -> None:
+    """A setting that is new must get a value of the chart, or a reason here."""
+    objects = rendered("production", 'kubeflow.tokenPath="/var/run/token"')
+    given = {key.removeprefix("FRESHRANK_").lower() for item in of_kind(objects, "ConfigMap") for key in item["data"]}
+    fields = set(Settings.model_fields) | {f"cluster_{name}" for name in ClusterSettings.model_fields}
+    fields |= {f"kfp_{name}" for name in ApiSettings.model_fields}
+    assert fields - given == NOT_BY_VALUES.keys()
+
+
+@pytest.mark.parametrize(
+    "override, variable, expected",
+    [
+        ("triton.ranking.itemCacheSeconds=5", "FRESHRANK_ITEM_CACHE_SECONDS", "5"),
+        ("triton.ranking.onlineTimeoutSeconds=0.1", "FRESHRANK_ONLINE_TIMEOUT_SECONDS", "0.1"),
+        ("triton.ranking.requestLogShare=0.02", "FRESHRANK_REQUEST_LOG_SHARE", "0.02"),
+        ("triton.ranking.instances=7", "FRESHRANK_RANKING_INSTANCES", "7"),
+        ("triton.replicaSeconds=60", "FRESHRANK_TRITON_REPLICA_SECONDS", "60"),
+        ('storage.url="s3://bucket/prefix"', "FRESHRANK_STORAGE_URL", "s3://bucket/prefix"),
+        ('storage.endpoint="https://objects.example.com"', "AWS_ENDPOINT_URL", "https://objects.example.com"),
+        ('features.engine="spark"', "FRESHRANK_FEATURES_ENGINE", "spark"),
+        ("features.memoryGiB=1.5", "FRESHRANK_FEATURES_MEMORY_GIB", "1.5"),
+        ("kubeflow.retries=0", "FRESHRANK_CLUSTER_RETRIES", "0"),
+    ],
+)
+def test_a_value_becomes_its_setting(override: str, variable: str, expected: str) -> None:
+    """What is set arrives as it was written."""
+    maps = of_kind(rendered("default", override), "ConfigMap")
+    assert [item["data"][variable] for item in maps if variable in item["data"]] == [expected]
+
+
+@pytest.mark.parametrize("limit, instances", [("500m", "1"), ("4", "2"), ("7500m", "3"), ("16", "8")])
+def test_processes_that_rank_are_counted_from_the_limit_of_the_pod(limit: str, instances: str) -> None:
+    """Inside a pod Python sees the cores of the node; one process per two cores means those the pod may use."""
+    data = named(rendered("default", f'triton.resources.limits.cpu="{limit}"'), "ConfigMap", "freshrank-settings")
+    assert data["data"]["FRESHRANK_RANKING_INSTANCES"] == instances
 
 
 def in_environment(monkeypatch: pytest.MonkeyPatch, *config_maps: str) -> None:
@@ -144,7 +198,7 @@ def test_settings_in_the_config_maps_are_valid(monkeypatch: pytest.MonkeyPatch) 
     assert (loaded.online_store, loaded.runner, loaded.kfp_host, str(loaded.home)) == (
         "redis",
         "cluster",
-        "http://ml-pipeline.kubeflow.svc.cluster.local:8888",
+        "http://ml-pipeline-ui.kubeflow.svc.cluster.local",
         "/var/lib/freshrank",
     )
 
@@ -164,7 +218,14 @@ def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkey
         "secret_env": {
             "FRESHRANK_REDIS_URL": "freshrank-redis-managed:url",
             "FRESHRANK_TRITON_CONTROL_TOKEN": "freshrank-triton-control:token",
+            "AWS_ACCESS_KEY_ID": "freshrank-bucket:accessKey",
+            "AWS_SECRET_ACCESS_KEY": "freshrank-bucket:secretKey",
         },
+        "gpu_resource": "nvidia.com/gpu",
+        "retries": 2,
+        "train_nodes": 0,
+        "train_runtime": "torch-distributed",
+        "train_hours": 12,
     }
 
 
@@ -219,6 +280,13 @@ def test_an_unknown_key_is_refused() -> None:
         'triton.resources.limits={"cpu":"1","memory":"1Gi","nvidia.com/gpu":"1"}',
         'redis.existingSecret=""',
         'triton.control.existingSecret=""',
+        'storage.url="s3://key:secret@bucket"',
+        'storage.url="https://bucket"',
+        "triton.ranking.requestLogShare=1.5",
+        "triton.ranking.onlineTimeoutSeconds=0",
+        'triton.autoscaling.targetQueueMilliseconds="5"',
+        'monitoring.serviceMonitor.interval="often"',
+        "monitoring.alerts.degradedShare=2",
         "feast=null",
     ],
 )
@@ -233,15 +301,6 @@ def test_a_value_of_the_wrong_form_is_refused(override: str) -> None:
 def test_a_moving_or_missing_tag_is_refused(image: str, tag: str) -> None:
     """Images are pinned."""
     assert f"/images/{image}/tag" in refusal(f'images.{image}.tag="{tag}"')
-
-
-@pytest.mark.parametrize("override", ["triton.replicas=2", "triton.autoscaling.enabled=true"])
-def test_more_replicas_than_a_publication_reaches_are_refused(override: str) -> None:
-    """The refusal says why, which issue lifts it, and what accepts the consequence."""
-    sentence = refusal(override)
-    assert "loads its version into one replica" in sentence
-    assert '"Publish to every Triton replica"' in sentence
-    assert template("default", override, "triton.acceptSingleReplicaPublishing=true").returncode == 0
 
 
 def schemas_below(schema: Object) -> Iterator[Object]:
@@ -284,11 +343,11 @@ def test_no_secret_is_made_by_the_chart(scenario: str) -> None:
 
 @in_every_scenario
 def test_no_value_is_a_secret(scenario: str) -> None:
-    """Keys that speak of secrets name a Secret or a key in one."""
+    """Keys that speak of secrets name a Secret, a key in one, or a file."""
     file = CHART / ("values.yaml" if scenario == "default" else f"ci/{scenario}-values.yaml")
     paths = [path for path, _ in leaves(yaml.safe_load(file.read_text()))]
     suspicious = [path for path in paths if re.search(r"password|token|secret|credential", path, re.IGNORECASE)]
-    assert all(re.search(r"(existingSecret|pullSecrets|Key)$", path) for path in suspicious)
+    assert all(re.search(r"(existingSecret|pullSecrets|Key|Path)$", path) for path in suspicious)
 
 
 @in_every_scenario
@@ -296,7 +355,7 @@ def test_secret_variables_come_by_reference(scenario: str) -> None:
     """A variable that carries a secret is read from a Secret."""
     for container in containers(rendered(scenario)):
         for entry in container.get("env", []):
-            if re.search(r"PASSWORD|TOKEN|AUTH|REDIS_URL", entry["name"]):
+            if re.search(r"PASSWORD|TOKEN|AUTH|REDIS_URL|ACCESS_KEY", entry["name"]):
                 assert "secretKeyRef" in entry["valueFrom"]
 
 
@@ -458,7 +517,7 @@ def test_triton_serves_the_repository_that_publishing_writes() -> None:
 @in_every_scenario
 def test_long_running_containers_have_three_probes(scenario: str) -> None:
     """Slow start, temporary trouble and a hang are told apart."""
-    for pod in pods(rendered(scenario)):
+    for pod in (each for each in pods(rendered(scenario)) if each["spec"].get("restartPolicy") != "Never"):
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= pod["spec"]["containers"][0].keys()
 
 
@@ -470,9 +529,18 @@ def test_loading_may_take_as_long_as_the_values_say() -> None:
 
 @in_every_scenario
 def test_an_update_never_lowers_the_number_of_ready_replicas(scenario: str) -> None:
-    """Deployments add a replica before they take one away."""
-    for deployment in of_kind(rendered(scenario), "Deployment"):
+    """Deployments add a replica before they take one away, and Triton's counts once it stays ready."""
+    deployments = of_kind(rendered(scenario), "Deployment")
+    assert len(deployments) == 2
+    for deployment in deployments:
         assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    assert named(deployments, "Deployment", "freshrank-triton")["spec"]["minReadySeconds"] > 0
+
+
+def test_an_update_may_take_as_long_as_loading_does() -> None:
+    """Kubernetes reports an update as failed later than it would restart a slow replica."""
+    spec = named(rendered("default", "triton.startupSeconds=3600"), "Deployment", "freshrank-triton")["spec"]
+    assert spec["progressDeadlineSeconds"] > 3600 + spec["minReadySeconds"]
 
 
 @pytest.mark.parametrize("component", ["triton", "feast"])
@@ -491,6 +559,40 @@ def test_the_autoscaler_owns_the_number_of_replicas() -> None:
     scaler = named(objects, "HorizontalPodAutoscaler", "freshrank-triton")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 6)
     assert not of_kind(rendered("default"), "HorizontalPodAutoscaler")
+
+
+def test_replicas_follow_the_queue_and_cpu_stands_in() -> None:
+    """The larger of both answers counts; without a target for the queue there is CPU alone."""
+    metrics = named(rendered("default", *AUTOSCALED), "HorizontalPodAutoscaler", "freshrank-triton")["spec"]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["Pods", "Resource"]
+    assert metrics[0]["pods"]["target"] == {"type": "AverageValue", "averageValue": "10"}
+    (only,) = named(rendered("default", AUTOSCALED[0]), "HorizontalPodAutoscaler", "freshrank-triton")["spec"][
+        "metrics"
+    ]
+    assert only["type"] == "Resource"
+
+
+def test_a_publication_reaches_every_replica() -> None:
+    """The publisher asks a name that resolves to all replicas, at the port on which they listen."""
+    data = named(rendered("production"), "ConfigMap", "freshrank-settings")["data"]
+    service, namespace, _ = data["FRESHRANK_TRITON_REPLICAS_HOST"].split(".")
+    control = named(rendered("production"), "Service", service)
+    assert (control["spec"]["clusterIP"], control["metadata"]["namespace"]) == ("None", namespace)
+    assert int(data["FRESHRANK_TRITON_GRPC_PORT"]) in [port["port"] for port in control["spec"]["ports"]]
+
+
+def test_a_server_writes_its_request_log_and_nothing_else_of_the_workspace() -> None:
+    """Only where requests are kept, their folder is writable."""
+    written = [m for m in triton_mounts("triton.ranking.requestLogShare=0.5") if not m.get("readOnly")]
+    assert {m["mountPath"] for m in written} == {"/tmp", "/dev/shm", "/var/lib/freshrank/requests/my_log"}
+    assert Workspace(Path("/var/lib/freshrank"), "my_log").requests == Path("/var/lib/freshrank/requests/my_log")
+    (log,) = [m for m in written if "subPath" in m]
+    assert log["subPath"] == "requests/my_log"
+    assert not [m for m in triton_mounts() if "subPath" in m]
+
+
+def triton_mounts(*overrides: str) -> list[Object]:
+    return list(container_of(rendered("default", *overrides), "triton")["volumeMounts"])
 
 
 # --- who reaches what
@@ -617,6 +719,61 @@ def test_feast_waits_for_the_registry_of_the_first_daily_run(store_yaml: Path, t
     registry = Path(yaml.safe_load(store_yaml.read_text())["registry"]["path"].removeprefix("sqlite:///"))
     registry.write_text("a registry")
     subprocess.run(command, timeout=5, check=True)
+
+
+def test_a_lost_online_store_is_filled_by_one_job() -> None:
+    """`kubectl create job --from` runs the command that writes the newest features, as a pod that may write them."""
+    pod = pod_of(rendered("production"), "materialize")
+    (container,) = pod["spec"]["containers"]
+    assert container["command"][:3] == ["freshrank", "features", "build"]
+    assert pod["metadata"]["labels"].items() >= PUBLISHER.items()
+    given = named(rendered("production"), "ConfigMap", "freshrank-settings")["data"]
+    assert container["command"][-1] == "$(FRESHRANK_DATASET)"
+    assert given["FRESHRANK_DATASET"] == "/var/lib/freshrank/data/shop"
+
+
+def test_the_command_of_the_job_is_one_that_freshrank_has() -> None:
+    """Its command line asks for help without an error."""
+    (container,) = pod_of(rendered("production"), "materialize")["spec"]["containers"]
+    run = subprocess.run(
+        [sys.executable, "-m", *container["command"][:3], "--help"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--data" in run.stdout
+
+
+@pytest.mark.parametrize("mould, words", [("backup", []), ("restore", ["--name", "my_log"])])
+def test_a_bucket_and_a_lost_volume_have_one_job_each(mould: str, words: list[str]) -> None:
+    """A copy is made, or put back, by one command; without a bucket there are no such jobs."""
+    (container,) = pod_of(rendered("production"), mould)["spec"]["containers"]
+    assert container["command"] == ["freshrank", mould, *words, "--data", "$(FRESHRANK_DATASET)"]
+    without = rendered("production", 'storage.url=""')
+    assert [job["metadata"]["name"] for job in of_kind(without, "CronJob")] == ["freshrank-materialize"]
+
+
+def test_the_training_step_may_start_jobs_of_several_nodes() -> None:
+    """Its service account gets what a TrainJob takes, only where nodes are asked for."""
+    objects = rendered("production", "kubeflow.training.nodes=2")
+    assert named(objects, "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_TRAIN_NODES"] == "2"
+    (role,), (binding,) = of_kind(objects, "Role"), of_kind(objects, "RoleBinding")
+    assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "ranking-team"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "default-editor", "namespace": "ranking-team"}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    granted = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert granted == {
+        ("trainjobs", "create"),
+        ("trainjobs", "get"),
+        ("trainjobs", "delete"),
+        ("pods", "list"),
+        ("pods/log", "get"),
+    }
+    assert not of_kind(rendered("production"), "Role")
+
+
+def test_keys_of_the_bucket_reach_who_uses_it_and_nobody_else() -> None:
+    """The pipeline and the job have them, by reference; servers do not."""
+    holders = [c["name"] for c in containers(rendered("production")) if any("AWS" in e["name"] for e in c["env"])]
+    assert holders == ["backup", "materialize", "restore"]
 
 
 def test_redis_never_forgets_a_feature_to_make_room() -> None:

@@ -1,10 +1,12 @@
 """The chart's Triton, started here: the real server with the very arguments and commands that the pod has."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -17,6 +19,7 @@ from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
 from tests.helm.charts import container_of, init_container_of, is_ready, rendered
+from tests.helm.test_monitoring import TRITONS
 from tests.serving.tiny_bundles import write_bundle
 
 TOKEN = "a-token"
@@ -54,6 +57,11 @@ class Pod(TritonServer):
 
     def loaded(self) -> dict[str, list[int]]:
         return self.status().models
+
+    def metrics(self) -> set[str]:
+        """Names of what Prometheus would read of the model `ranking`."""
+        text = urlopen(f"http://127.0.0.1:{self.ports.metrics}/metrics", timeout=5).read().decode()
+        return set(re.findall(r'^(\w+)\{[^}]*model="ranking"', text, re.MULTILINE))
 
     def can_rank(self) -> bool:
         return is_ready(self.home, self.ports.http)
@@ -114,6 +122,8 @@ def test_a_release_starts_empty_serves_what_is_published_and_finds_it_again(
     pod.publish_elsewhere(write_bundle(tmp_path / "two", 2.0), first)
     assert pod.loaded()[RANKER] == [1]
     assert not pod.can_rank()
+
+    assert pod.metrics() >= TRITONS
 
     pod.restart()
     assert pod.loaded() == {RANKER: [1, 2], RANKING: [1]}

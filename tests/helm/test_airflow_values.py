@@ -1,0 +1,121 @@
+"""The values for Airflow's own chart fit what this chart renders and what the image holds (that chart is not here)."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from freshrank.orchestration.cluster import PUBLISHER_LABEL
+from freshrank.orchestration.pipelines_api import _PROJECTED_TOKEN
+from tests.helm.charts import CHART, Object, named, of_kind, rendered
+from tests.helm.test_images import pinned, stages
+
+
+def values() -> Object:
+    return dict(yaml.safe_load((CHART / "airflow/values.yaml").read_text()))
+
+
+def mounts() -> dict[str, str]:
+    return {mount["name"]: mount["mountPath"] for mount in values()["volumeMounts"]}
+
+
+def variables_of_the_image() -> str:
+    return " ".join(stages()["airflow"].of("ENV"))
+
+
+def test_airflow_reads_every_config_map_that_speaks_of_the_pipeline() -> None:
+    """By the names under which the release has them."""
+    read = [source["configMapRef"]["name"] for source in yaml.safe_load(values()["extraEnvFrom"])]
+    assert read == ["freshrank-settings", "freshrank-pipeline"]
+    assert set(read) <= {item["metadata"]["name"] for item in of_kind(rendered("default"), "ConfigMap")}
+
+
+def test_airflow_has_the_secrets_of_the_steps_by_reference() -> None:
+    """The same keys of the same Secrets as the pipeline's pods."""
+    given = {entry["envName"]: f"{entry['secretName']}:{entry['secretKey']}" for entry in values()["secret"]}
+    steps = named(rendered("default"), "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_SECRET_ENV"]
+    assert given == json.loads(steps)
+
+
+def test_keys_of_a_bucket_are_shown_as_the_release_names_them() -> None:
+    """The commented lines are what the production scenario needs."""
+    text = (CHART / "airflow/values.yaml").read_text()
+    steps = named(rendered("production"), "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_SECRET_ENV"]
+    for variable, reference in json.loads(steps).items():
+        if variable.startswith("AWS"):
+            secret, _, key = reference.partition(":")
+            assert f"# - {{envName: {variable}, secretName: {secret}, secretKey: {key}}}" in text
+
+
+def test_airflow_has_the_workspace_where_the_settings_say() -> None:
+    """The claim of the release, at FRESHRANK_HOME, writable."""
+    (claim,) = [v["persistentVolumeClaim"]["claimName"] for v in values()["volumes"] if v["name"] == "home"]
+    assert claim in {item["metadata"]["name"] for item in of_kind(rendered("default"), "PersistentVolumeClaim")}
+    home = named(rendered("default"), "ConfigMap", "freshrank-settings")["data"]["FRESHRANK_HOME"]
+    assert mounts()["home"] == home
+    assert not any(mount.get("readOnly") for mount in values()["volumeMounts"] if mount["name"] == "home")
+
+
+def test_the_token_for_kubeflow_is_where_its_client_looks() -> None:
+    """A projected token that Kubernetes renews, no secret that someone copies."""
+    (volume,) = [v for v in values()["volumes"] if v["name"] == "kubeflow-token"]
+    (source,) = volume["projected"]["sources"]
+    assert f"{mounts()['kubeflow-token']}/{source['serviceAccountToken']['path']}" == str(_PROJECTED_TOKEN)
+
+
+@pytest.mark.parametrize("component", ["scheduler", "triggerer"])
+def test_what_runs_tasks_may_reach_redis_and_triton(component: str) -> None:
+    """It carries the label by which the network policies let publishers in."""
+    assert values()[component]["labels"] == dict([PUBLISHER_LABEL])
+
+
+def test_the_triggerer_waits_and_every_component_is_bounded() -> None:
+    """The operator defers, so there must be one; CPU and memory have a request and a limit."""
+    assert values()["triggerer"]["enabled"] is True
+    for component in ("scheduler", "triggerer", "dagProcessor", "apiServer"):
+        amounts = values()[component]["resources"]
+        assert amounts["requests"].keys() == amounts["limits"].keys() == {"cpu", "memory"}
+
+
+def test_airflow_runs_the_dags_of_its_image() -> None:
+    """The folder of the image, no volume and no other checkout."""
+    folder = values()["config"]["core"]["dags_folder"]
+    assert f"AIRFLOW__CORE__DAGS_FOLDER={folder}" in variables_of_the_image()
+    assert folder == "/opt/freshrank/dags"
+    assert [text for text in stages()["airflow"].of("COPY") if text == "dags/ dags/"]
+    assert not values()["dags"]["persistence"]["enabled"]
+    assert not values()["dags"]["gitSync"]["enabled"]
+
+
+def test_airflow_is_the_version_and_the_image_that_are_locked() -> None:
+    """Repository and tag are what `make images` builds, the version what requirements/runtime.lock pins."""
+    assert values()["airflowVersion"] == pinned("runtime.lock")["apache-airflow"]
+    bake = (CHART / "images/docker-bake.hcl").read_text()
+    assert 'tags     = ["${REGISTRY}/airflow:${VERSION}"]' in bake
+    assert f'default = "{values()["defaultAirflowTag"]}"' in bake
+
+
+def test_airflow_runs_as_the_owner_of_the_workspace() -> None:
+    """User and group of every other pod."""
+    assert (values()["uid"], values()["gid"]) == (1000, 1000)
+    pod = values()["securityContexts"]["pod"]
+    assert (pod["runAsNonRoot"], pod["runAsUser"], pod["fsGroup"]) == (True, 1000, 1000)
+    assert values()["securityContexts"]["containers"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_what_airflow_is_told_to_import_is_installed() -> None:
+    """Executor and auth manager need no package that the image lacks; its database needs one that only it has."""
+    module, _, name = values()["config"]["core"]["auth_manager"].rpartition(".")
+    found: Any = __import__(module, fromlist=[name])
+    assert hasattr(found, name)
+    assert values()["executor"] == "LocalExecutor"
+    assert "apache-airflow-providers-postgres" in pinned("airflow.lock")
+
+
+def test_no_secret_is_in_the_values() -> None:
+    """Passwords, keys and the database's address are names of Secrets."""
+    assert values()["data"] == {"metadataSecretName": "airflow-metadata"}
+    for key in ("fernetKeySecretName", "apiSecretKeySecretName", "jwtSecretName"):
+        assert values()[key] == "airflow-keys"
+    assert not {"fernetKey", "apiSecretKey", "jwtSecret", "webserverSecretKey"} & values().keys()
