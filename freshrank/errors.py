@@ -7,7 +7,8 @@ FreshrankError (1)
 ├── ServingError (5)       Triton or the model repository refused
 │   └── ServerUnreachable (5)  no Triton answers there
 ├── MissingArtifact (6)    a step was asked for before the one it needs
-└── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
+├── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
+└── StorageError (8)       the object store refuses, is away, or holds something broken
 """
 
 
@@ -55,3 +56,9 @@ class PipelineFailed(FreshrankError):
     """The pipeline, or one of its steps, failed."""
 
     exit_code = 7
+
+
+class StorageError(FreshrankError):
+    """The object store refuses, does not answer, or holds something broken; what it held before is unchanged."""
+
+    exit_code = 8

@@ -3,13 +3,31 @@
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_NOT_REPEATED = {"storage_url"}
+"""Settings that may hold a secret where they are wrong."""
+
+
+def store_url(url: str) -> str:
+    """``url`` of an object store, or empty; ValueError where it is of another kind or carries credentials."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ValueError("expected a URL: file:///directory or s3://bucket/prefix") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("expected a URL without credentials or a query: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+                         "and AWS_ENDPOINT_URL in the environment")  # fmt: skip
+    known = {"file": not parts.netloc and len(parts.path) > 1, "s3": bool(parts.netloc)}
+    if url and not known.get(parts.scheme, False):
+        raise ValueError("expected file:///directory or s3://bucket/prefix")
+    return url.rstrip("/")
 
 
 class Settings(BaseSettings):
@@ -43,8 +61,14 @@ class Settings(BaseSettings):
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""
+    storage_url: Annotated[str, AfterValidator(store_url)] = ""
+    """Object store for checkpoints and copies of models and data: ``s3://bucket/prefix`` or ``file:///directory``.
+
+    Endpoint and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from the role
+    of the pod. Empty: nothing leaves the workspace.
+    """
     dataset: Path | None = None
-    """Data directory used by the DAG and by feature_repo/ when none is named."""
+    """Data directory used by the DAG and by feature_repo/ when none is named; the DAG takes an ``s3://`` one too."""
 
     @property
     def triton_grpc_url(self) -> str:
@@ -67,4 +91,7 @@ def settings() -> Settings:
 
 def _problem(name: str, received: object, expected: str) -> str:
     is_secret = name in Settings.model_fields and Settings.model_fields[name].annotation is SecretStr
-    return f"FRESHRANK_{name.upper()}: received {'a secret' if is_secret else repr(received)}, {expected}"
+    shown = (
+        "a secret" if is_secret else "a value that is not repeated here" if name in _NOT_REPEATED else repr(received)
+    )
+    return f"FRESHRANK_{name.upper()}: received {shown}, {expected}"

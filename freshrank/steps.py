@@ -153,7 +153,7 @@ def train(
     """Train the ranker on the training days into directory ``out``.
 
     Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
-    was kept last.
+    was kept last, with an object store (FRESHRANK_STORAGE_URL) on any node.
     """
     from freshrank import (
         checkpoints,
@@ -163,6 +163,7 @@ def train(
         frames,
         history,
         hourly,
+        objects,
         pretraining,
         shards,
         stream,
@@ -186,8 +187,9 @@ def train(
     def learned(group: distributed.Group) -> training_module.Trained:
         seen = training_module.model_schema(run.dataset.schema, switches)
         encoded = stream.encoded_days(run.dataset, run.workspace, wanted, seen, shape.min_count, fit, group)
-        keep = checkpoints.Checkpoints(kept / str(group.size), fit.checkpoint_every, group)
-        return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
+        place, copy = kept / str(group.size), f"{copies}/{group.size}"
+        with checkpoints.Checkpoints.opened(place, fit.checkpoint_every, group, store, copy) as keep:
+            return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
 
     def compute(directory: Path) -> None:
         learned(group).save(directory)
@@ -195,11 +197,14 @@ def train(
         config = {name: json.loads(section) for name, section in sections.items()}
         write_json(directory / "key.json", {"key": key, "config": config})
 
-    kept = run.workspace.checkpoints / fingerprint(key)
+    kept, store = run.workspace.checkpoints / fingerprint(key), objects.configured()
+    copies = f"checkpoints/{run.dataset.schema.name}/{fingerprint(key)}"
     with distributed.joined() as group:
         if group.leads:
             run.step("train", key, out, compute)
             shutil.rmtree(kept, ignore_errors=True)
+            if store:
+                checkpoints.forget(store, f"{copies}/{group.size}")
         elif not run.done("train", key):
             learned(group)
         group.wait()
