@@ -141,20 +141,10 @@ def push_hourly(data: FreshrankPath, hour: datetime) -> int:
     return FeatureStore(run.dataset, run.workspace).push_hourly(hour)
 
 
-def train(
-    data: FreshrankPath,
-    run_date: str,
-    windows: str,
-    model: str,
-    techniques: str,
-    training: str,
-    out: FreshrankPath,
-) -> dict[str, Any]:
-    """Train the ranker on the training days into directory ``out``.
-
-    Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
-    was kept last, with an object store (FRESHRANK_STORAGE_URL) on any node.
-    """
+def train_inputs(
+    data: FreshrankPath, run_date: str, windows: str, model: str, techniques: str, training: str
+) -> tuple[Run, dict[str, Any]]:
+    """The run, and all that its ranker depends on: :func:`train` keeps it under the fingerprint of the latter."""
     from freshrank import (
         checkpoints,
         columns,
@@ -163,7 +153,6 @@ def train(
         frames,
         history,
         hourly,
-        objects,
         pretraining,
         shards,
         stream,
@@ -179,14 +168,33 @@ def train(
     code = _code(columns, encoding, frames, history, hourly, shards, stream, distributed, checkpoints, training_module,
                  transforms, inputs, ranker, aldi, feature_dropout, history_masking, mixup, residual, score_reg,
                  meta_embedding, pretraining, objectives)  # fmt: skip
-    key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
+    return run, {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
+
+def train(
+    data: FreshrankPath,
+    run_date: str,
+    windows: str,
+    model: str,
+    techniques: str,
+    training: str,
+    out: FreshrankPath,
+) -> dict[str, Any]:
+    """Train the ranker on the training days into directory ``out``.
+
+    Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
+    was kept last, with an object store (FRESHRANK_STORAGE_URL) on any node.
+    """
+    from freshrank import checkpoints, distributed, objects, stream
+    from freshrank import training as training_module
+
+    run, key = train_inputs(data, run_date, windows, model, techniques, training)
     fit, shape, switches = (_config(section, text) for section, text in ((TrainingConfig, training),
                             (ModelConfig, model), (TechniquesConfig, techniques)))  # fmt: skip
 
     def learned(group: distributed.Group) -> training_module.Trained:
         seen = training_module.model_schema(run.dataset.schema, switches)
-        encoded = stream.encoded_days(run.dataset, run.workspace, wanted, seen, shape.min_count, fit, group)
+        encoded = stream.encoded_days(run.dataset, run.workspace, key["days"], seen, shape.min_count, fit, group)
         place, copy = kept / str(group.size), f"{copies}/{group.size}"
         with checkpoints.Checkpoints.opened(place, fit.checkpoint_every, group, store, copy) as keep:
             return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)

@@ -1,6 +1,7 @@
 """Run the same pipeline on a cluster through the Kubeflow Pipelines API. Importing this module contacts nothing."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ PUBLISHER_LABEL = ("freshrank/publisher", "true")
 _TRAINING_TASK = "train"
 _DETERMINISTIC_TASK = "validate-data"
 _NOT_FOR_STEPS = {"runner", "kfp_host", "dataset"}
+_OF_THE_STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+"""What an object store's client reads beside credentials, which travel as ``secret_env``."""
 
 
 class ClusterSettings(BaseSettings):
@@ -38,7 +41,7 @@ class ClusterSettings(BaseSettings):
     """Profile on a multi-user installation of Kubeflow, empty on a single-user one."""
     service_account: str = ""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Accelerators of the training step."""
+    """Accelerators of the training step; with ``train_nodes``, of each node."""
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = {}
     """Labels a node must carry for the training step."""
@@ -50,6 +53,12 @@ class ClusterSettings(BaseSettings):
     secret_env: dict[str, str] = {}
     """Environment variable -> ``secret:key`` for every step; the value itself never enters the pipeline."""
     retries: Annotated[int, Field(ge=0)] = 2
+    train_nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes that train together in a TrainJob of Kubeflow Trainer; 0 trains in the step's own pod, in one process."""
+    train_runtime: str = "torch-distributed"
+    """The ClusterTrainingRuntime of that TrainJob."""
+    train_hours: Annotated[float, Field(gt=0)] = 12
+    """After which Kubernetes ends it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
 
 def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
     """How each task is placed: image, settings, secrets by reference, volume; the training step's node and GPU."""
-    secrets = [(variable, *_secret(variable, value)) for variable, value in cluster.secret_env.items()]
+    secrets = [(variable, *secret_reference(variable, value)) for variable, value in cluster.secret_env.items()]
 
     def place(task: Any) -> None:
         from kfp import kubernetes
@@ -89,7 +98,7 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
         if cluster.image:
             task.set_container_image(cluster.image)
         kubernetes.add_pod_label(task, *PUBLISHER_LABEL)
-        for name, value in _step_environment().items():
+        for name, value in step_environment().items():
             task.set_env_variable(name, value)
         for variable, secret, key in secrets:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: variable})
@@ -103,7 +112,7 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
     return place
 
 
-def _secret(variable: str, reference: str) -> tuple[str, str]:
+def secret_reference(variable: str, reference: str) -> tuple[str, str]:
     name, separator, key = reference.partition(":")
     if not (name and separator and key):
         # What stands there may be the secret itself, so it is not repeated.
@@ -111,15 +120,23 @@ def _secret(variable: str, reference: str) -> tuple[str, str]:
     return name, key
 
 
-def _step_environment() -> dict[str, str]:
-    """The settings that steps read, but for secrets."""
+def step_environment() -> dict[str, str]:
+    """What steps read of settings and store, but for secrets."""
     values = settings().model_dump(exclude=_NOT_FOR_STEPS)
-    return {f"FRESHRANK_{k.upper()}": str(v) for k, v in values.items() if not isinstance(v, SecretStr)}
+    of_store = {name: os.environ[name] for name in _OF_THE_STORE if settings().storage_url and name in os.environ}
+    plain = {name: str(value) for name, value in values.items() if not isinstance(value, SecretStr) and value != ""}
+    return of_store | {f"FRESHRANK_{name.upper()}": value for name, value in plain.items()}
 
 
 def _place_training(task: Any, cluster: ClusterSettings) -> None:
+    """The node and GPU of the pod that trains; the one that waits for a TrainJob needs neither, but hands them on."""
     from kfp import kubernetes
 
+    if cluster.train_nodes:
+        for name, value in cluster.model_dump().items():
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
+        return
     if cluster.gpus:
         task.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(cluster.gpus)
     if cluster.cpu:

@@ -13,20 +13,22 @@ import yaml
 from freshrank.orchestration.cluster import ClusterSettings, compile_package
 from freshrank.orchestration.pipeline import arguments
 from freshrank.recipes import recipe
-from freshrank.settings import PROJECT_ROOT, Settings
+from freshrank.settings import PROJECT_ROOT, Settings, settings
 
 EVERYTHING = ClusterSettings(
     image="registry.example/freshrank:2", namespace="ranking", service_account="pipeline", gpus=2,
     gpu_resource="amd.com/gpu", node_selector={"pool": "gpu"}, cpu="8", memory="16Gi", home_claim="freshrank-home",
     secret_env={"FRESHRANK_REDIS_URL": "freshrank-redis:url"}, retries=3,
+    train_runtime="ours", train_hours=3,
 )  # fmt: skip
-"""Every setting of the cluster away from its default."""
+"""Every setting of the cluster away from its default, but for training on several nodes."""
+NODES = EVERYTHING.model_copy(update={"train_nodes": 4})
 
 CONTAINER = r"deploymentSpec/executors/exec-[\w-]+/container"
 PLATFORM = r"platforms/kubernetes/deploymentSpec/executors/exec-[\w-]+"
 OWNED = {
     rf"{CONTAINER}/image": "image",
-    rf"{CONTAINER}/env/FRESHRANK_\w+": "settings",
+    rf"{CONTAINER}/env/(FRESHRANK_\w+|AWS_ENDPOINT_URL|AWS_DEFAULT_REGION)": "settings",
     r"deploymentSpec/executors/exec-train/container/resources": "gpus, gpu_resource, cpu, memory",
     r"(root|components/comp-condition[\w-]*)/dag/tasks/[\w-]+/retryPolicy": "retries",
     rf"{PLATFORM}/secretAsEnv": "secret_env",
@@ -35,6 +37,7 @@ OWNED = {
     r"platforms/kubernetes/deploymentSpec/executors/exec-train/nodeSelector": "node_selector",
 }
 """Where the two may differ -> which of the chart's settings says so."""
+KFP_ENV = {"PYTHONUNBUFFERED"}
 NOT_IN_THE_CHART = {"gpu_resource", "retries", "train_nodes", "train_runtime", "train_hours"}
 """Their defaults do for most; set in the environment otherwise."""
 
@@ -80,6 +83,19 @@ def test_laptop_and_cluster_differ_only_in_what_the_chart_owns(pair: tuple[dict[
     assert [rule for rule in OWNED if not any(re.fullmatch(rule, path) for path in found)] == []
 
 
+def test_training_on_several_nodes_is_placement_too(
+    pair: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
+) -> None:
+    """The step that waits for the nodes asks for none of what they get, and is told to hand it on."""
+    nodes = compiled(tmp_path / "nodes.yaml", NODES)
+    assert [path for path in differences(pair[0], nodes) if not _owned(path)] == []
+    container = nodes["deploymentSpec"]["executors"]["exec-train"]["container"]
+    assert "resources" not in container
+    given = {name.removeprefix("FRESHRANK_CLUSTER_"): value for name, value in container["env"].items()}
+    assert {name.lower() for name in given} >= set(ClusterSettings.model_fields)
+    assert given["NODE_SELECTOR"] == '{"pool": "gpu"}'
+
+
 def _other_command(spec: dict[str, Any]) -> None:
     spec["deploymentSpec"]["executors"]["exec-train"]["container"]["command"][-1] += "\n    pass"
 
@@ -121,7 +137,7 @@ def test_any_other_difference_is_found(
 def test_every_setting_of_the_cluster_was_tried() -> None:
     """A new one must be added to what is compared here."""
     tried, default = EVERYTHING.model_dump(), ClusterSettings().model_dump()
-    assert {name for name in tried if tried[name] == default[name]} <= NOT_IN_THE_CHART
+    assert [name for name in tried if tried[name] == default[name]] == ["train_nodes"]
 
 
 def test_the_chart_sets_every_setting_of_the_cluster_but_known_ones() -> None:
@@ -133,10 +149,25 @@ def test_the_chart_sets_every_setting_of_the_cluster_but_known_ones() -> None:
 
 
 def test_every_variable_that_steps_are_given_is_a_setting(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Where things are, never what is trained."""
+    """Where things are, never what is trained; without a store, nothing of one."""
     for executor in pair[1]["deploymentSpec"]["executors"].values():
-        given = {name for name in executor["container"]["env"] if name.startswith("FRESHRANK_")}
-        assert given <= {f"FRESHRANK_{name.upper()}" for name in Settings.model_fields}
+        assert {name.removeprefix("FRESHRANK_").lower() for name in set(executor["container"]["env"]) - KFP_ENV} <= set(
+            Settings.model_fields
+        )
+
+
+def test_steps_are_told_where_the_object_store_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """URL, endpoint and region; credentials only by reference."""
+    for name, value in {"FRESHRANK_STORAGE_URL": "s3://b/p", "AWS_ENDPOINT_URL": "http://minio:9000",
+                        "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_ACCESS_KEY_ID": "someone"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+    spec = compiled(tmp_path / "cluster.yaml", EVERYTHING)
+    for executor in spec["deploymentSpec"]["executors"].values():
+        env = executor["container"]["env"]
+        assert (env["FRESHRANK_STORAGE_URL"], env["AWS_ENDPOINT_URL"]) == ("s3://b/p", "http://minio:9000")
+        assert not {"AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"} & set(env)
+    assert "hunter2" not in (tmp_path / "cluster.yaml").read_text()
 
 
 def test_the_arguments_are_those_of_the_config_on_either(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
