@@ -26,7 +26,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from freshrank.errors import ConfigError, StorageError
+from freshrank.errors import ConfigError, MissingArtifact, StorageError
 from freshrank.settings import settings, store_url
 from freshrank.storage import atomic_directory, read_json, sha256_of, write_json
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 _MANIFEST = re.compile(r"(\d{8})-([0-9a-f]{16})\.json")
 _LEFT_OVER = timedelta(days=1)
 """What no manifest names after that long belongs to no upload that still runs."""
+_URL = re.compile(r"(s3|file):/+(.+)")
+"""A Path has one slash where the URL had two."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -158,6 +160,12 @@ class ObjectStore:
             raise StorageError(f"{self.url}/{name}: no version is whole: {'; '.join(problems)}")
         return None
 
+    def names(self, prefix: str) -> list[str]:
+        """What is kept directly under ``prefix``, sorted."""
+        where = f"{self._root}/{prefix}/"
+        found = self._call(self._fs.find, where)
+        return sorted({path.removeprefix(where).partition("/")[0] for path in found})
+
     def remove(self, name: str) -> None:
         """Forget all versions of ``name``; manifests go first."""
         for part in ("manifests", "objects"):
@@ -165,12 +173,14 @@ class ObjectStore:
 
     def _fetch(self, name: str, manifest: Manifest, directory: Path) -> Manifest:
         known = _known(directory)
+        if known == manifest.files and all(_is_there(directory / file, entry) for file, entry in known.items()):
+            return manifest
         with atomic_directory(directory) as temporary:
 
             def place(item: tuple[str, Entry]) -> None:
                 path, before = _inside(temporary, item[0]), directory / item[0]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if known.get(item[0]) == item[1] and before.is_file() and before.stat().st_size == item[1].bytes:
+                if known.get(item[0]) == item[1] and _is_there(before, item[1]):
                     link(before, path)
                 else:
                     self._get(self._object(name, item[1].sha256), path, item[1])
@@ -336,6 +346,11 @@ def _known(directory: Path) -> dict[str, Entry]:
     return {name: Entry(**entry) for name, entry in read_json(path).items()} if path.exists() else {}
 
 
+def _is_there(path: Path, entry: Entry) -> bool:
+    """By its size: what was fetched was checked byte by byte, and nobody writes there."""
+    return path.is_file() and path.stat().st_size == entry.bytes
+
+
 def _inside(directory: Path, name: str) -> Path:
     """``name`` under ``directory``; a manifest must not reach beyond it."""
     path = directory / name
@@ -359,3 +374,22 @@ def _digest(text: bytes) -> str:
 def configured() -> ObjectStore | None:
     """The store of the settings; None where there is none."""
     return ObjectStore(settings().storage_url) if settings().storage_url else None
+
+
+def local_dataset(data: str | Path) -> Path:
+    """``data`` itself, or where the workspace has its copy of an ``s3://`` or ``file://`` one, brought up to date.
+
+    Raises:
+        MissingArtifact: no dataset is kept at that URL.
+        StorageError: the store refuses or is away.
+    """
+    url = _URL.fullmatch(str(data))
+    if url is None:
+        return Path(data)
+    root, _, name = url[2].rstrip("/").rpartition("/")
+    keeper = ObjectStore(f"{url[1]}://{'/' if url[1] == 'file' else ''}{root}")
+    directory = settings().home / "data" / name
+    if keeper.fetch(name, directory) is None:
+        raise MissingArtifact(f"{keeper.url}/{name}: no dataset is kept there; run `freshrank backup --data DIR` where "
+                              "it is, and name the URL that it prints")  # fmt: skip
+    return directory

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     of the pod. Empty: nothing leaves the workspace.
     """
     dataset: Path | None = None
-    """Data directory used by the DAG and by feature_repo/ when none is named; the DAG takes an ``s3://`` one too."""
+    """Data directory used by the DAG (which takes an ``s3://`` one too) and by feature_repo/ when none is named."""
 
     @property
     def triton_grpc_url(self) -> str:

@@ -30,7 +30,7 @@ from freshrank.config import (
     WindowConfig,
 )
 from freshrank.datasets.contract import Dataset
-from freshrank.errors import DataError, MissingArtifact, ServingError
+from freshrank.errors import DataError, MissingArtifact, ServingError, StorageError
 from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, USAGE, Entity, Usage
 from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
@@ -72,17 +72,18 @@ class Run:
         lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
         return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
 
-    def _kept(self, name: str, inputs: dict[str, Any]) -> Path:
+    def kept(self, name: str, inputs: dict[str, Any]) -> Path:
+        """Where the step store holds this fingerprint, once it is done."""
         return self.workspace.steps / name / fingerprint(inputs)
 
     def done(self, name: str, inputs: dict[str, Any]) -> bool:
         """Whether the step store holds this fingerprint."""
-        return self._kept(name, inputs).is_dir()
+        return self.kept(name, inputs).is_dir()
 
     def step(self, name: str, inputs: dict[str, Any], out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
         """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
         key = fingerprint(inputs)
-        kept = self._kept(name, inputs)
+        kept = self.kept(name, inputs)
         if self.done(name, inputs):
             log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
         else:
@@ -216,7 +217,7 @@ def train(
         elif not run.done("train", key):
             learned(group)
         group.wait()
-    facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
+    facts: dict[str, Any] = read_json(run.kept("train", key) / training_module.DESCRIPTION)["facts"]
     losses = facts["curve"]["losses"]["bce"]
     names = ("device", "parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows", "batch_size")
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
@@ -404,6 +405,7 @@ def deploy(
     else:
         pointer = publish(Path(bundle), settings().triton_grpc_url, repository, force=force)
     _register_service(run, repository, pointer.version)
+    _copy_models(run)
     result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
     log.info("step=deploy date=%s version=%d", run.date, pointer.version)
     with atomic_directory(Path(out)) as directory:
@@ -439,6 +441,28 @@ def _newer(repository: "ModelRepository", run_date: str, force: bool) -> "Pointe
     """What serves, where it is of a later day than ``run_date`` and ``force`` does not put it out."""
     served = repository.served()
     return served if served and served.run_date > run_date and not force else None
+
+
+def _copy_models(run: Run) -> None:
+    """Into the object store, where there is one; what serves must not wait for it."""
+    from freshrank import backup, objects
+
+    try:
+        if store := objects.configured():
+            backup.back_up_models(run.workspace, store)
+    except StorageError as error:
+        log.warning("step=deploy date=%s: the models are not copied, `freshrank backup` does it again: %s", run.date,
+                    error)  # fmt: skip
+
+
+def register_served(data: FreshrankPath, run_date: str) -> None:
+    """The feature service of the version that serves, where one does."""
+    from freshrank.serving.repository import ModelRepository
+
+    run = Run(data, run_date)
+    repository = ModelRepository(run.workspace.triton)
+    if pointer := repository.served():
+        _register_service(run, repository, pointer.version)
 
 
 def _register_service(run: Run, repository: "ModelRepository", version: int) -> None:

@@ -3,7 +3,7 @@
 python -m torch.distributed.run ... -m freshrank.train_worker REQUEST
 
 REQUEST is a JSON object: the arguments of :func:`freshrank.steps.train` but for ``out``. What is learned stays in the
-shared workspace's step store, where the step that asked for it finds it.
+step store of the shared workspace, where the step that asked for it finds it.
 """
 
 import json
