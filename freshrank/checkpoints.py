@@ -254,7 +254,9 @@ class Checkpoints:
             return
         tensors = load_file(self.directory / "state.safetensors")
         state.restore(tensors, read_json(self.directory / "state.json"))
-        state.draws.restore({name: ranks[self.group.rank] for name, ranks in _under(_RANDOM, tensors).items()})
+        # A copy: torch reads a generator's state from where the tensor's memory begins, which is the first rank's.
+        drawn = {name: ranks[self.group.rank].clone() for name, ranks in _under(_RANDOM, tensors).items()}
+        state.draws.restore(drawn)
         log.info("training goes on after step %d, kept in %s", state.step, self.directory)
 
     def save(self, state: State) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from freshrank.checkpoints import Checkpoints
+from freshrank.checkpoints import Checkpoints, Draws, State
 from freshrank.config import (
     FeatureDropoutConfig,
     HistoryMaskingConfig,
@@ -20,6 +21,7 @@ from freshrank.config import (
     PretrainingConfig,
     TechniquesConfig,
 )
+from freshrank.distributed import Group
 from freshrank.errors import StorageError
 from freshrank.models.ranker import Ranker
 from freshrank.objects import ObjectStore
@@ -100,6 +102,29 @@ def test_no_file_of_a_checkpoint_can_run_code(sources: dict[str, Encoded], tmp_p
     kept = Checkpoints(tmp_path / "kept", every=2)
     trained(sources["memory"], SMALL, kept)
     assert sorted(path.name for path in kept.directory.iterdir()) == ["state.json", "state.safetensors"]
+
+
+def _state() -> State:
+    ranker = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(ranker.parameters())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
+    return State(ranker, optimizer, schedule, Draws(0), "cpu", step=4)
+
+
+def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
+    """Also the second: torch takes a row of a tensor for the tensor's first."""
+    kept, before, other = Checkpoints(tmp_path / "kept", 2), _state(), torch.Generator().manual_seed(7)
+    before.draws.generator(1)
+    kept.save(before)
+    tensors = load_file(kept.directory / "state.safetensors")
+    ranks = {name: torch.stack([tensor[0], other.get_state()])
+             for name, tensor in tensors.items() if name.startswith("random.")}  # fmt: skip
+    save_file(tensors | ranks, kept.directory / "state.safetensors")
+    after = _state()
+    Checkpoints(kept.directory, 2, Group(rank=1, size=2)).restore(after)
+    assert after.step == 4
+    assert torch.equal(after.draws.generator(1).get_state(), other.get_state())
+    assert torch.equal(torch.get_rng_state(), other.get_state())
 
 
 @pytest.fixture(scope="module")

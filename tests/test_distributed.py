@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -138,7 +139,8 @@ class Nodes:
     def end(self) -> None:
         for agent in self.agents:
             if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
+                for process in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
+                    process.kill()
             agent.wait()
 
     def weights(self) -> str:
@@ -147,7 +149,8 @@ class Nodes:
 
 
 def _worker_of(agent: subprocess.Popen[bytes]) -> int:
-    return int(Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[0])
+    (worker,) = psutil.Process(agent.pid).children()
+    return worker.pid
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     nodes = Nodes(_featured(tmp_path_factory.mktemp("undisturbed")))
     with ExitStack() as stack:
         stack.callback(nodes.end)
-        assert [agent.wait(150) for agent in [nodes.start(0), nodes.start(1)]] == [0, 0], nodes.log()
+        assert [agent.wait(100) for agent in [nodes.start(0), nodes.start(1)]] == [0, 0], nodes.log()
         yield nodes.weights()
 
 
@@ -175,7 +178,7 @@ def test_a_worker_killed_in_mid_epoch_is_started_anew_with_the_others(undisturbe
         first, second = nodes.start(0), nodes.start(1)
         nodes.wait_until_kept(first)
         os.kill(_worker_of(second), signal.SIGKILL)
-        assert [first.wait(150), second.wait(150)] == [0, 0], nodes.log()
+        assert [first.wait(100), second.wait(100)] == [0, 0], nodes.log()
     assert "goes on after step" in nodes.log()
     assert nodes.weights() == undisturbed
 
@@ -193,6 +196,6 @@ def test_a_node_that_is_lost_is_replaced_by_another(undisturbed: str, tmp_path: 
             os.kill(process, signal.SIGKILL)
         second.wait()
         another = nodes.start(1)
-        assert [first.wait(150), another.wait(150)] == [0, 0], nodes.log()
+        assert [first.wait(100), another.wait(100)] == [0, 0], nodes.log()
     assert "goes on after step" in nodes.log()
     assert nodes.weights() == undisturbed
