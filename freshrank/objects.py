@@ -11,7 +11,6 @@ One writer per name is expected; a second one costs at most a version, which rea
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from freshrank.errors import ConfigError, MissingArtifact, StorageError
-from freshrank.settings import settings, store_url
+from freshrank.settings import settings, store_endpoint, store_url
 from freshrank.storage import atomic_directory, read_json, sha256_of, write_json
 
 ATTEMPTS = 5
@@ -322,8 +321,7 @@ def _file_system(url: str) -> Any:
         return fsspec.filesystem("file")
     # The attempts are counted here, so the layers below make one each.
     once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    file_system = fsspec.filesystem("s3", endpoint_url=endpoint, config_kwargs=once, use_listings_cache=False)
+    file_system = fsspec.filesystem("s3", endpoint_url=store_endpoint(), config_kwargs=once, use_listings_cache=False)
     file_system.retries = 1
     return file_system
 

@@ -163,6 +163,7 @@ def test_a_training_goes_on_at_the_very_batch_on_another_node(
     assert resumed.facts["curve"] == undisturbed.facts["curve"]
 
 
+@pytest.mark.slow
 def test_a_copy_older_than_what_the_node_has_is_left(
     sources: dict[str, Encoded], store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_store_that_is_away_at_the_start_is_an_error(store: ObjectStore, proxy
         pass
 
 
+@pytest.mark.slow
 def test_a_broken_copy_is_passed_over(store: ObjectStore, tmp_path: Path, sources: dict[str, Encoded]) -> None:
     """The one before it is taken."""
     for step in (4, 8):

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from freshrank.config import RunConfig
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.pipeline import arguments, load_pipeline, outcome
-from freshrank.settings import settings
+from freshrank.settings import settings, store_endpoint
 from freshrank.storage import atomic_write, fingerprint
 
 EXPERIMENT = "freshrank"
@@ -26,8 +26,6 @@ PUBLISHER_LABEL = ("freshrank/publisher", "true")
 _TRAINING_TASK = "train"
 _DETERMINISTIC_TASK = "validate-data"
 _NOT_FOR_STEPS = {"runner", "kfp_host", "dataset"}
-_OF_THE_STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
-"""What an object store's client reads beside credentials, which travel as ``secret_env``."""
 
 
 class ClusterSettings(BaseSettings):
@@ -113,6 +111,7 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
 
 
 def secret_reference(variable: str, reference: str) -> tuple[str, str]:
+    """Secret and key of ``secret:key``; ConfigError where it is anything else."""
     name, separator, key = reference.partition(":")
     if not (name and separator and key):
         # What stands there may be the secret itself, so it is not repeated.
@@ -123,9 +122,16 @@ def secret_reference(variable: str, reference: str) -> tuple[str, str]:
 def step_environment() -> dict[str, str]:
     """What steps read of settings and store, but for secrets."""
     values = settings().model_dump(exclude=_NOT_FOR_STEPS)
-    of_store = {name: os.environ[name] for name in _OF_THE_STORE if settings().storage_url and name in os.environ}
     plain = {name: str(value) for name, value in values.items() if not isinstance(value, SecretStr) and value != ""}
-    return of_store | {f"FRESHRANK_{name.upper()}": value for name, value in plain.items()}
+    return _of_the_store() | {f"FRESHRANK_{name.upper()}": value for name, value in plain.items()}
+
+
+def _of_the_store() -> dict[str, str]:
+    """What an object store's client reads beside credentials, which travel as ``secret_env``."""
+    if not settings().storage_url:
+        return {}
+    found = {"AWS_ENDPOINT_URL": store_endpoint(), "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION")}
+    return {name: value for name, value in found.items() if value}
 
 
 def _place_training(task: Any, cluster: ClusterSettings) -> None:

@@ -269,6 +269,7 @@ def test_a_job_that_leaves_nothing_is_a_failure(asked: dict[str, str], api: Kube
         trainjob.train(**asked, out=str(tmp_path / "ranker"))
 
 
+@pytest.mark.slow
 def test_without_trainer_the_step_trains_itself_and_says_so(
     asked: dict[str, str], api: KubernetesApi, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
