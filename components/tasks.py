@@ -37,10 +37,10 @@ def train(
     ranker: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from freshrank import steps
     from freshrank.orchestration.artifacts import log_metrics
+    from freshrank.orchestration.trainjob import train
 
-    log_metrics(metrics, steps.train(data, run_date, windows, model, techniques, training, ranker.path))
+    log_metrics(metrics, train(data, run_date, windows, model, techniques, training, ranker.path))
 
 
 @component

@@ -37,7 +37,16 @@ app.add_typer(experiment, name="experiment")
 out = Console()
 err = Console(stderr=True, log_path=False)
 
-Data = Annotated[Path, typer.Option("--data", help="Imported dataset directory (see `freshrank import`).")]
+
+def _local(data: str) -> Path:
+    from freshrank.objects import local_dataset
+
+    return local_dataset(data)
+
+
+Data = Annotated[Path, typer.Option("--data", parser=_local, metavar="DIR|URL", help=(
+    "Imported dataset directory (see `freshrank import`), or the URL of its copy in an object store (see `freshrank "
+    "backup`)."))]  # fmt: skip
 Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "
                                          "day after the newest in the log.")]  # fmt: skip
 Recipe = Annotated[str, typer.Option("--recipe", help=f"Named configuration: {', '.join(RECIPES)}.")]
@@ -308,6 +317,45 @@ def rollback(
         out.print(f"version {pointer.version} already serves{since}")
     else:
         out.print(f"served version: {pointer.rolled_back_from} -> {pointer.version} (run {pointer.run_date})")
+
+
+@app.command()
+def backup(data: Data) -> None:
+    """Copy the dataset and its models to the object store (FRESHRANK_STORAGE_URL); only what changed is sent.
+
+    This is also what makes a lost bucket whole again. A deployed version is copied by the run that deploys it.
+    """
+    from freshrank import backup
+    from freshrank.datasets.contract import Dataset
+    from freshrank.workspace import Workspace
+
+    keeper, dataset = backup.store(), Dataset.open(data)
+    where = backup.back_up_dataset(dataset, keeper)
+    pointer = backup.back_up_models(Workspace.of(dataset.schema.name), keeper)
+    served = f"version {pointer.version} of run {pointer.run_date} serves" if pointer else "nothing serves yet"
+    out.print(f"kept: {where} and its models; {served}", soft_wrap=True)
+
+
+@app.command()
+def restore(
+    data: Annotated[Path, typer.Option("--data", help="Where the dataset is, or is to be put back.")],
+    name: Annotated[str | None, typer.Option(help="Its name in schema.yaml. Default: the directory's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where something serves already.")] = False,
+) -> None:
+    """Put a lost workspace back from the object store: dataset, models, what serves; then features, online store."""
+    from freshrank import backup, steps
+    from freshrank.workspace import Workspace
+
+    keeper = backup.store()
+    dataset = backup.restore_dataset(data, keeper, name)
+    pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
+    run_date = _date(data, None)
+    steps.build_features(data, run_date)
+    steps.materialize(data, run_date)
+    steps.register_served(data, run_date)
+    served = f"version {pointer.version} of run {pointer.run_date} serves" if pointer else "nothing had been served"
+    out.print(f"restored: {data} and its models, features of {run_date}; {served}. Restart servers that ran meanwhile.",
+              soft_wrap=True)  # fmt: skip
 
 
 @app.command()

@@ -8,8 +8,9 @@ FreshrankError (1)
 │   ├── ServerUnreachable (5)  no Triton answers there
 │   └── NoAnswerInTime (5)     it took a call and has not answered it
 ├── MissingArtifact (6)    a step was asked for before the one it needs
-└── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
-    └── ClusterUnreachable (7)  no Kubeflow Pipelines API answers; a run that goes on goes on
+├── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
+│   └── ClusterUnreachable (7)  no Kubeflow Pipelines API answers; a run that goes on goes on
+└── StorageError (8)       the object store refuses, is away, or holds something broken
 """
 
 
@@ -65,3 +66,9 @@ class PipelineFailed(FreshrankError):
 
 class ClusterUnreachable(PipelineFailed):
     """The Kubeflow Pipelines API does not answer, or is overloaded; what it was asked to do may have been done."""
+
+
+class StorageError(FreshrankError):
+    """The object store refuses, does not answer, or holds something broken; what it held before is unchanged."""
+
+    exit_code = 8

@@ -1,5 +1,6 @@
 """Where things are: paths, ports, stores. What is trained lives in config.py, names in schema.py."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,15 @@ def store_url(url: str) -> str:
     if url and not known.get(parts.scheme, False):
         raise ValueError("expected file:///directory or s3://bucket/prefix")
     return url.rstrip("/")
+
+
+def store_endpoint() -> str | None:
+    """AWS_ENDPOINT_URL, None where it is not set; ConfigError where it carries credentials, for it is no secret."""
+    url = os.environ.get("AWS_ENDPOINT_URL")
+    if url and "@" in url:
+        raise ConfigError("AWS_ENDPOINT_URL: received a value that is not repeated here, expected a URL without "
+                          "credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")  # fmt: skip
+    return url or None
 
 
 class Settings(BaseSettings):

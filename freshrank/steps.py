@@ -30,7 +30,7 @@ from freshrank.config import (
     WindowConfig,
 )
 from freshrank.datasets.contract import Dataset
-from freshrank.errors import DataError, MissingArtifact, ServingError
+from freshrank.errors import DataError, MissingArtifact, ServingError, StorageError
 from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, USAGE, Entity, Usage
 from freshrank.storage import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
@@ -72,17 +72,18 @@ class Run:
         lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
         return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
 
-    def _kept(self, name: str, inputs: dict[str, Any]) -> Path:
+    def kept(self, name: str, inputs: dict[str, Any]) -> Path:
+        """Where the step store holds this fingerprint, once it is done."""
         return self.workspace.steps / name / fingerprint(inputs)
 
     def done(self, name: str, inputs: dict[str, Any]) -> bool:
         """Whether the step store holds this fingerprint."""
-        return self._kept(name, inputs).is_dir()
+        return self.kept(name, inputs).is_dir()
 
     def step(self, name: str, inputs: dict[str, Any], out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
         """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
         key = fingerprint(inputs)
-        kept = self._kept(name, inputs)
+        kept = self.kept(name, inputs)
         if self.done(name, inputs):
             log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
         else:
@@ -141,20 +142,10 @@ def push_hourly(data: FreshrankPath, hour: datetime) -> int:
     return FeatureStore(run.dataset, run.workspace).push_hourly(hour)
 
 
-def train(
-    data: FreshrankPath,
-    run_date: str,
-    windows: str,
-    model: str,
-    techniques: str,
-    training: str,
-    out: FreshrankPath,
-) -> dict[str, Any]:
-    """Train the ranker on the training days into directory ``out``.
-
-    Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
-    was kept last.
-    """
+def train_inputs(
+    data: FreshrankPath, run_date: str, windows: str, model: str, techniques: str, training: str
+) -> tuple[Run, dict[str, Any]]:
+    """The run, and all that its ranker depends on: :func:`train` keeps it under the fingerprint of the latter."""
     from freshrank import (
         checkpoints,
         columns,
@@ -178,16 +169,36 @@ def train(
     code = _code(columns, encoding, frames, history, hourly, shards, stream, distributed, checkpoints, training_module,
                  transforms, inputs, ranker, aldi, feature_dropout, history_masking, mixup, residual, score_reg,
                  meta_embedding, pretraining, objectives)  # fmt: skip
-    key = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
+    return run, {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
+
+def train(
+    data: FreshrankPath,
+    run_date: str,
+    windows: str,
+    model: str,
+    techniques: str,
+    training: str,
+    out: FreshrankPath,
+) -> dict[str, Any]:
+    """Train the ranker on the training days into directory ``out``.
+
+    Under ``torchrun`` its processes train together; they must share the workspace. One that was killed goes on where it
+    was kept last, with an object store (FRESHRANK_STORAGE_URL) on any node.
+    """
+    from freshrank import checkpoints, distributed, objects, stream
+    from freshrank import training as training_module
+
+    run, key = train_inputs(data, run_date, windows, model, techniques, training)
     fit, shape, switches = (_config(section, text) for section, text in ((TrainingConfig, training),
                             (ModelConfig, model), (TechniquesConfig, techniques)))  # fmt: skip
 
     def learned(group: distributed.Group) -> training_module.Trained:
         seen = training_module.model_schema(run.dataset.schema, switches)
-        encoded = stream.encoded_days(run.dataset, run.workspace, wanted, seen, shape.min_count, fit, group)
-        keep = checkpoints.Checkpoints(kept / str(group.size), fit.checkpoint_every, group)
-        return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
+        encoded = stream.encoded_days(run.dataset, run.workspace, key["days"], seen, shape.min_count, fit, group)
+        place, copy = kept / str(group.size), f"{copies}/{group.size}"
+        with checkpoints.Checkpoints.opened(place, fit.checkpoint_every, group, store, copy) as keep:
+            return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
 
     def compute(directory: Path) -> None:
         learned(group).save(directory)
@@ -195,15 +206,18 @@ def train(
         config = {name: json.loads(section) for name, section in sections.items()}
         write_json(directory / "key.json", {"key": key, "config": config})
 
-    kept = run.workspace.checkpoints / fingerprint(key)
+    kept, store = run.workspace.checkpoints / fingerprint(key), objects.configured()
+    copies = f"checkpoints/{run.dataset.schema.name}/{fingerprint(key)}"
     with distributed.joined() as group:
         if group.leads:
             run.step("train", key, out, compute)
             shutil.rmtree(kept, ignore_errors=True)
+            if store:
+                checkpoints.forget(store, f"{copies}/{group.size}")
         elif not run.done("train", key):
             learned(group)
         group.wait()
-    facts: dict[str, Any] = read_json(Path(out) / training_module.DESCRIPTION)["facts"]
+    facts: dict[str, Any] = read_json(run.kept("train", key) / training_module.DESCRIPTION)["facts"]
     losses = facts["curve"]["losses"]["bce"]
     names = ("device", "parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows", "batch_size")
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
@@ -391,6 +405,7 @@ def deploy(
     else:
         pointer = publish(Path(bundle), Replicas.configured(), repository, force=force)
     _register_service(run, repository, pointer.version)
+    _copy_models(run)
     result = {"version": pointer.version, "run_date": pointer.run_date, "fingerprint": pointer.fingerprint}
     log.info("step=deploy date=%s version=%d", run.date, pointer.version)
     with atomic_directory(Path(out)) as directory:
@@ -426,6 +441,28 @@ def _newer(repository: "ModelRepository", run_date: str, force: bool) -> "Pointe
     """What serves, where it is of a later day than ``run_date`` and ``force`` does not put it out."""
     served = repository.served()
     return served if served and served.run_date > run_date and not force else None
+
+
+def _copy_models(run: Run) -> None:
+    """Into the object store, where there is one; what serves must not wait for it."""
+    from freshrank import backup, objects
+
+    try:
+        if store := objects.configured():
+            backup.back_up_models(run.workspace, store)
+    except StorageError as error:
+        log.warning("step=deploy date=%s: the models are not copied, `freshrank backup` does it again: %s", run.date,
+                    error)  # fmt: skip
+
+
+def register_served(data: FreshrankPath, run_date: str) -> None:
+    """The feature service of the version that serves, where one does."""
+    from freshrank.serving.repository import ModelRepository
+
+    run = Run(data, run_date)
+    repository = ModelRepository(run.workspace.triton)
+    if pointer := repository.served():
+        _register_service(run, repository, pointer.version)
 
 
 def _register_service(run: Run, repository: "ModelRepository", version: int) -> None:

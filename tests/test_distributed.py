@@ -1,14 +1,24 @@
-"""Two processes started by torchrun, over gloo, against one."""
+"""Two processes started by torchrun, over gloo, against one; and nodes that die on the way."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from freshrank.orchestration.cluster import ClusterSettings
+from freshrank.orchestration.trainjob import manifest
+from freshrank.recipes import recipe
 from freshrank.storage import sha256_of
 from freshrank.training import Trained, labels_of, masked_bce, predict
 from tests.homes import Home
@@ -78,3 +88,115 @@ def test_torchrun_starts_freshrank_train_and_one_process_writes_it(tmp_path: Pat
     _started(*train, "--out", str(tmp_path / "again"), environment=home.environment)
     assert sha256_of(tmp_path / "ranker" / "ranker.json") == sha256_of(tmp_path / "again" / "ranker.json")
     assert len(list((tmp_path / "home" / "steps").glob("*/train/*"))) == 1
+
+
+CONFIG = recipe("warmer-for-less", ["training.window_rows=2000", "training.checkpoint_every=4",
+                                    "training.batch_size=64", "windows.train_days=3"])  # fmt: skip
+TWO_NODES = ClusterSettings(image="i", home_claim="c", train_nodes=2)
+
+
+@dataclass
+class Nodes:
+    """Agents of torchrun as a TrainJob starts them, two pods that happen to share this machine."""
+
+    home: Home
+    agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    def command(self) -> list[str]:
+        """The manifest's own, with what Kubernetes puts in the place of variables."""
+        sections = {name: getattr(CONFIG, name).model_dump_json()
+                    for name in ("windows", "model", "techniques", "training")}  # fmt: skip
+        request = {"data": str(self.home.data), "run_date": "2024-01-07", **sections}
+        trainer = manifest("freshrank-train-x", request, TWO_NODES)["spec"]["trainer"]
+        known = {"$(PET_MASTER_ADDR)": "127.0.0.1", "$(PET_MASTER_PORT)": str(self.port)}
+        arguments = list(trainer["args"])
+        for variable, value in known.items():
+            arguments = [argument.replace(variable, value) for argument in arguments]
+        return [sys.executable, *trainer["command"][1:], *arguments]
+
+    def start(self, rank: int) -> subprocess.Popen[bytes]:
+        of_trainer = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(rank), "OMP_NUM_THREADS": "1",
+                      "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(self.port)}  # fmt: skip
+        agent = subprocess.Popen(self.command(), env=self.home.environment | of_trainer, start_new_session=True,
+                                 stderr=(self.home.path / f"node-{rank}.log").open("ab"))  # fmt: skip
+        self.agents.append(agent)
+        return agent
+
+    def is_kept(self) -> bool:
+        return bool(list((self.home.path / "home" / "checkpoints").rglob("2/state.json")))
+
+    def wait_until_kept(self, process: subprocess.Popen[bytes]) -> None:
+        while not self.is_kept():
+            assert process.poll() is None, self.log()
+            time.sleep(0.01)
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.home.path.glob("node-*.log")))
+
+    def end(self) -> None:
+        for agent in self.agents:
+            if agent.poll() is None:
+                for process in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
+                    process.kill()
+            agent.wait()
+
+    def weights(self) -> str:
+        (kept,) = (self.home.path / "home" / "steps").glob("*/train/*/ranker.safetensors")
+        return sha256_of(kept)
+
+
+def _worker_of(agent: subprocess.Popen[bytes]) -> int:
+    (worker,) = psutil.Process(agent.pid).children()
+    return worker.pid
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    nodes = Nodes(_featured(tmp_path_factory.mktemp("undisturbed")))
+    with ExitStack() as stack:
+        stack.callback(nodes.end)
+        assert [agent.wait(100) for agent in [nodes.start(0), nodes.start(1)]] == [0, 0], nodes.log()
+        yield nodes.weights()
+
+
+def _featured(path: Path) -> Home:
+    home = Home.make(path)
+    build = [sys.executable, "-m", "freshrank", "features", "build", "--data", str(home.data), "--date", "2024-01-07"]
+    subprocess.run(build, env=home.environment, check=True, capture_output=True)
+    return home
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_epoch_is_started_anew_with_the_others(undisturbed: str, tmp_path: Path) -> None:
+    """kill -9 on the second node's process; torchrun starts both anew and the ranker is that of an undisturbed run."""
+    nodes = Nodes(_featured(tmp_path))
+    with ExitStack() as stack:
+        stack.callback(nodes.end)
+        first, second = nodes.start(0), nodes.start(1)
+        nodes.wait_until_kept(first)
+        os.kill(_worker_of(second), signal.SIGKILL)
+        assert [first.wait(100), second.wait(100)] == [0, 0], nodes.log()
+    assert "goes on after step" in nodes.log()
+    assert nodes.weights() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_job_that_lost_a_node_goes_on_when_it_is_started_again(undisturbed: str, tmp_path: Path) -> None:
+    """kill -9 on agents and processes in mid-epoch, then the same job on new nodes, as a retried step does."""
+    home = _featured(tmp_path)
+    with ExitStack() as stack:
+        for nodes in (Nodes(home), Nodes(home)):
+            stack.callback(nodes.end)
+            agents = [nodes.start(0), nodes.start(1)]
+            if not nodes.is_kept():
+                nodes.wait_until_kept(agents[0])
+                nodes.end()
+        assert [agent.wait(100) for agent in agents] == [0, 0], nodes.log()
+    assert "goes on after step" in nodes.log()
+    assert nodes.weights() == undisturbed

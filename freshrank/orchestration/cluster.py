@@ -1,6 +1,8 @@
 """Run the same pipeline on a cluster through the Kubeflow Pipelines API. Importing this module contacts nothing."""
 
+import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +18,7 @@ from freshrank.config import RunConfig
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
 from freshrank.orchestration.pipeline import arguments, load_pipeline
 from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, run_page, running_steps
-from freshrank.settings import settings
+from freshrank.settings import settings, store_endpoint
 from freshrank.storage import atomic_write, fingerprint
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class ClusterSettings(BaseSettings):
     """Profile on a multi-user installation of Kubeflow, empty on a single-user one."""
     service_account: str = ""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Accelerators of the training step."""
+    """Accelerators of the training step; with ``train_nodes``, of each node."""
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = {}
     """Labels a node must carry for the training step."""
@@ -106,7 +108,7 @@ def _compiled(cluster: ClusterSettings | None) -> str:
 
 def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
     """How each task is placed: image, settings, secrets by reference, volume; the training step's node and GPU."""
-    secrets = [(variable, *_secret(variable, value)) for variable, value in cluster.secret_env.items()]
+    secrets = [(variable, *secret_reference(variable, value)) for variable, value in cluster.secret_env.items()]
 
     def place(task: Any) -> None:
         from kfp import kubernetes
@@ -114,7 +116,7 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
         if cluster.image:
             task.set_container_image(cluster.image)
         kubernetes.add_pod_label(task, *PUBLISHER_LABEL)
-        for name, value in _step_environment().items():
+        for name, value in step_environment().items():
             task.set_env_variable(name, value)
         for variable, secret, key in secrets:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: variable})
@@ -128,7 +130,8 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
     return place
 
 
-def _secret(variable: str, reference: str) -> tuple[str, str]:
+def secret_reference(variable: str, reference: str) -> tuple[str, str]:
+    """Secret and key of ``secret:key``; ConfigError where it is anything else."""
     name, separator, key = reference.partition(":")
     if not (name and separator and key):
         # What stands there may be the secret itself, so it is not repeated.
@@ -136,15 +139,30 @@ def _secret(variable: str, reference: str) -> tuple[str, str]:
     return name, key
 
 
-def _step_environment() -> dict[str, str]:
-    """The settings that steps read, but for secrets."""
+def step_environment() -> dict[str, str]:
+    """What steps read of settings and store, but for secrets."""
     values = settings().model_dump(exclude=_NOT_FOR_STEPS)
-    return {f"FRESHRANK_{k.upper()}": str(v) for k, v in values.items() if not isinstance(v, SecretStr)}
+    plain = {name: str(value) for name, value in values.items() if not isinstance(value, SecretStr) and value != ""}
+    return _of_the_store() | {f"FRESHRANK_{name.upper()}": value for name, value in plain.items()}
+
+
+def _of_the_store() -> dict[str, str]:
+    """What an object store's client reads beside credentials, which travel as ``secret_env``."""
+    if not settings().storage_url:
+        return {}
+    found = {"AWS_ENDPOINT_URL": store_endpoint(), "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION")}
+    return {name: value for name, value in found.items() if value}
 
 
 def _place_training(task: Any, cluster: ClusterSettings) -> None:
+    """The node and GPU of the pod that trains; the one that waits for a TrainJob needs neither, but hands them on."""
     from kfp import kubernetes
 
+    if cluster.train_nodes:
+        for name, value in cluster.model_dump().items():
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
+        return
     if cluster.gpus:
         task.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(cluster.gpus)
     if cluster.cpu:

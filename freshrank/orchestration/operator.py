@@ -74,9 +74,11 @@ def _is_any(error: BaseException, module: object, names: Sequence[str]) -> bool:
 
 
 def data_directory(data: str) -> Path:
-    """``data``, or the dataset named by the settings."""
+    """``data``, or the dataset named by the settings; one in an object store is brought into the workspace."""
+    from freshrank.objects import local_dataset
+
     if chosen := data or settings().dataset:
-        return Path(chosen).resolve()
+        return local_dataset(chosen).resolve()
     raise ConfigError("data: neither the DAG's param 'data' nor FRESHRANK_DATASET names an imported data directory")
 
 

@@ -108,10 +108,14 @@ class ModelRepository:
             if self.info(version).fingerprint == info.fingerprint:
                 return version
         version = self._next_version()
+        self.place_version(bundle, version)
+        return version
+
+    def place_version(self, bundle: Path, version: int) -> None:
+        """Copy ``bundle`` in as ``version``, replacing what is installed under that number."""
         with atomic_directory(self.version_directory(version)) as directory:
             shutil.copytree(bundle, directory, dirs_exist_ok=True)
             _place_code(RANKER, directory, self.version_directory(version))
-        return version
 
     def reject(self, version: int, reason: str) -> None:
         """Remove a version that never served; its number is not given again and ``reason`` is kept."""

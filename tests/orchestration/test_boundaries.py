@@ -8,7 +8,7 @@ import pytest
 
 from freshrank.settings import PROJECT_ROOT
 
-ORCHESTRATORS = {"airflow", "kfp", "components"}
+ORCHESTRATORS = {"airflow", "kfp", "kubernetes", "components"}
 HEAVY = {
     "torch",
     "pandas",
@@ -57,10 +57,16 @@ def test_what_orchestrators_read_imports_nothing_heavy(path: Path) -> None:
 @pytest.mark.parametrize("path", ORCHESTRATION, ids=lambda path: path.name)
 def test_orchestration_imports_kfp_only_where_it_runs_it(path: Path) -> None:
     """Importing the operator costs the triggerer no Kubeflow, and nothing is contacted at import."""
-    assert "kfp" not in imported(ast.parse(path.read_text()).body)
+    assert {"kfp", "kubernetes"} & imported(ast.parse(path.read_text()).body) == set()
 
 
 def test_only_the_operator_and_its_trigger_import_airflow() -> None:
     """The runners work where Airflow is not installed."""
     users = [path.name for path in ORCHESTRATION if "airflow" in imported(ast.walk(ast.parse(path.read_text())))]
     assert users == ["operator.py", "trigger.py"]
+
+
+def test_only_the_train_job_speaks_to_kubernetes() -> None:
+    """Everything else asks Kubeflow."""
+    users = [path.name for path in ORCHESTRATION if "kubernetes" in imported(ast.walk(ast.parse(path.read_text())))]
+    assert users == ["trainjob.py"]

@@ -1,0 +1,24 @@
+"""One process of a training on several nodes, as ``torchrun`` starts it in a TrainJob's pod.
+
+python -m torch.distributed.run ... -m freshrank.train_worker REQUEST
+
+REQUEST is a JSON object: the arguments of :func:`freshrank.steps.train` but for ``out``. What is learned stays in the
+step store of the shared workspace, where the step that asked for it finds it.
+"""
+
+import json
+import logging
+import sys
+from tempfile import TemporaryDirectory
+
+
+def main(request: str) -> None:
+    from freshrank import steps
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    with TemporaryDirectory() as out:
+        steps.train(**json.loads(request), out=f"{out}/ranker")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
