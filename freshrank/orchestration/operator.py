@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Never
 from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowFailException
 
-from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError
+from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError, StorageError
 from freshrank.settings import settings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def may_pass(error: BaseException | None) -> bool:
     """Whether the same task may succeed later: a server or file is away, also as Feast's libraries report it."""
     if error is None:
         return False
-    if isinstance(error, (ServingError, ClusterUnreachable, OSError)):
+    if isinstance(error, (ServingError, StorageError, ClusterUnreachable, OSError)):
         return True
     return _store_is_away(error) or may_pass(error.__cause__)
 

@@ -10,7 +10,6 @@ The pointer is the only state: config.pbtxt is derived from it, so switching and
 
 import fcntl
 import logging
-import os
 import py_compile
 import shutil
 from collections.abc import Collection, Iterator
@@ -32,6 +31,7 @@ from freshrank.serving.bundle import (
     read_info,
     read_signature,
 )
+from freshrank.serving.cores import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT, settings
@@ -224,7 +224,7 @@ class ModelRepository:
             outputs=OUTPUTS,
             optional=OPTIONAL,
             max_batch=MAX_BATCH,
-            instances=settings().ranking_instances or max(1, len(os.sched_getaffinity(0)) // 2),
+            instances=settings().ranking_instances or max(1, usable_cores() // 2),
         )
         _write_text(self.models / RANKING / "config.pbtxt", config)
 

@@ -5,13 +5,13 @@ when the answer is not the golden one.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
+from freshrank.serving.cores import usable_cores
 from freshrank.serving.golden import GoldenCase, difference, golden_cases
 from freshrank.serving.tensors import to_array, to_tensor
 
@@ -48,7 +48,7 @@ class TritonPythonModel:
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cores()
     # Several versions are loaded at once: idle pools that spin would take the cores of the one that answers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
