@@ -144,7 +144,7 @@ class Builder:
         """The frame of ``day``, days in ascending order; ``users`` is a condition on the log's ``user_id``."""
         whole = self._log(day)
         log = self._with_hour((whole if users is None else whole.filter(users)).sort(_ORDER).collect())
-        first = log.group_by(USER_ID, DAY).agg(pl.col(EVENT_TIMESTAMP).min()).sort(DAY, USER_ID)
+        first = _first_shown(log, USER_ID, DAY).sort(DAY, USER_ID)
         keys = [DAY, ITEM_ID, *_hour(log)]
         seen = self._first_seen(day).join(log, on=keys, how="semi", nulls_equal=True).sort(keys)
         schema = self.store.schema
@@ -165,8 +165,13 @@ class Builder:
         be read as of the same instant whichever users are asked for."""
         if self._seen is None or self._seen[0] != day:
             log = self._with_hour(self._log(day).select(ITEM_ID, DAY, EVENT_TIMESTAMP).collect())
-            self._seen = day, log.group_by(ITEM_ID, DAY, *_hour(log)).agg(pl.col(EVENT_TIMESTAMP).min())
+            self._seen = day, _first_shown(log, ITEM_ID, DAY, *_hour(log))
         return self._seen[1]
+
+
+def _first_shown(log: pl.DataFrame, *keys: str) -> pl.DataFrame:
+    """When each of ``keys`` came first: what is written later in the day must reach none of its impressions."""
+    return log.group_by(keys).agg(pl.col(EVENT_TIMESTAMP).min())
 
 
 def _hour(log: pl.DataFrame) -> list[str]:

@@ -331,7 +331,7 @@ def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, An
     weight = schema.history.sibling_smoothing
 
     def siblings(name: str) -> Any:
-        return rows[name].sum().over(alike) - rows[name]
+        return _of_the_others(rows[name], alike)
 
     impressions, *rates = sibling_names(entry, schema.actions)
     yield impressions, ibis.ifelse(known, siblings(impressions_of(Entity.ITEM, schema.lookback_days)), None)
@@ -341,6 +341,10 @@ def _siblings(rows: Table, entry: str, schema: Schema) -> Iterator[tuple[str, An
         average = others[0].cast("float64") / others[1].nullif(0)
         trials = (siblings(observed) + weight).nullif(0)
         yield rate, ibis.ifelse(known, (siblings(positive) + weight * average) / trials, None)
+
+
+def _of_the_others(counts: Any, alike: Any) -> Any:
+    return counts.sum().over(alike) - counts
 
 
 def _sequences(engaged: Table, schema: Schema) -> Table:

@@ -14,7 +14,7 @@ from freshrank.datasets.contract import Dataset
 from freshrank.errors import MissingArtifact
 from freshrank.feature_store import FeatureStore, stored_schema
 from freshrank.frames import Frame, empty_frame, load_frame, serving_frame
-from freshrank.history import build_history, snapshot_path
+from freshrank.history import CREATED, build_history, snapshot_path
 from freshrank.schema import IN_EVALUATION, IN_TRAINING, Entity
 from freshrank.workspace import Workspace
 from tests.tiny_log import at, day, impression, log_schema, write_log
@@ -148,6 +148,22 @@ def test_what_happens_on_a_day_or_later_changes_no_feature_of_that_day(tmp_path:
     assert_frame_equal(quiet.items, busy.items)
     names = ["item_age_days", "exposures"]
     assert_frame_equal(quiet.rows.select(names), busy.rows.head(1).select(names))
+
+
+def test_what_is_written_during_a_day_reaches_none_of_its_impressions(tmp_path: Path) -> None:
+    """The snapshots of day 2 are mended to 90 impressions at noon: user 1 and item 1, shown at 8:00 and at 20:00, are
+    read as of 8:00 for both."""
+    log = [impression(1, 1, 1), impression(2, 1, 1, hour=8), impression(2, 1, 1, hour=20)]
+    dataset, workspace = write_log(tmp_path / "data", log), Workspace.of("tiny_log", tmp_path / "home")
+    build_history(dataset, workspace, [day(2)])
+    for entity in (Entity.USER, Entity.ITEM):
+        path = snapshot_path(workspace, entity, day(2))
+        written = pl.read_parquet(path, hive_partitioning=False)
+        late = written.with_columns(pl.lit(at(2, 12)).alias(CREATED), pl.lit(90).alias(f"{entity}_impressions_3d"))
+        late.cast(dict(written.schema)).write_parquet(path.with_name("mended.parquet"))
+    frame = load_frame(dataset, workspace, [day(2)])
+    assert frame.rows.height == 2
+    assert frame.users["user_impressions_3d"].to_list() == frame.items["item_impressions_3d"].to_list() == [1.0]
 
 
 def test_a_frame_without_snapshots_is_refused(tmp_path: Path) -> None:

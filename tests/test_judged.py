@@ -1,10 +1,19 @@
-"""Who is judged against whom when the schema changes between two days."""
+"""Who is judged against whom."""
 
 from pathlib import Path
 
+import pytest
+
+from freshrank import judged, steps
+from freshrank.encoding import Encoder
 from freshrank.judged import Champion, lacking_inputs
 from freshrank.schema import Schema
-from tests.worlds import tiny_schema
+from freshrank.serving.repository import ModelRepository, Pointer
+from freshrank.settings import settings
+from freshrank.storage import read_json, write_json
+from tests.serving.tiny_bundles import write_bundle
+from tests.tiny_log import impression, write_log
+from tests.worlds import random_frame, tiny_schema
 
 
 def _with(table: str, **columns: dict[str, object] | None) -> Schema:
@@ -37,3 +46,29 @@ def test_the_report_says_why_popularity_stands_in_for_the_champion() -> None:
     """Nobody must believe that nothing serves."""
     champion = Champion(3, "2024-01-07", "f", bundle=Path(), lacking=("duration",))
     assert str(champion) == "popularity (version 3 of 2024-01-07 needs duration)"
+
+
+def test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of March 3, 5 and 4 are installed, and that of March 5 serves: it was trained on rows that the runs of
+    March 5 and before are judged on."""
+    monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
+    settings.cache_clear()
+    data = write_log(tmp_path / "data", [impression(0, 1, 1)]).path
+    repository = ModelRepository(steps.Run(data, "2024-03-05").workspace.triton)
+    for number, run_date in enumerate(["2024-03-03", "2024-03-05", "2024-03-04"]):
+        repository.install_version(bundle_of(tmp_path / run_date, run_date, float(number)))
+    repository.point_to(Pointer(version=2, run_date="2024-03-05", fingerprint="w1.0"))
+    runs = [steps.Run(data, run_date) for run_date in ("2024-03-06", "2024-03-05", "2024-03-04", "2024-03-03")]
+    found = [judged.champion(run) for run in runs]
+    settings.cache_clear()
+    assert [champion and champion.version for champion in found] == [2, 3, 1, None]
+
+
+def bundle_of(path: Path, run_date: str, weight: float) -> Path:
+    """A bundle of ``run_date`` with an encoder."""
+    bundle = write_bundle(path, weight)
+    write_json(bundle / "bundle.json", read_json(bundle / "bundle.json") | {"run_date": run_date})
+    Encoder.fit(random_frame(tiny_schema()), tiny_schema(), 1).save(bundle)
+    return bundle
