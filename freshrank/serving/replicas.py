@@ -26,7 +26,7 @@ ROUNDS = 5
 GONE_SECONDS = 30.0
 """A name server may go on naming a pod for some seconds after it is gone."""
 WITHDRAW_SECONDS = 30.0
-LATE_SECONDS = 120.0
+LATE_SECONDS = 60.0
 STRAGGLER_SECONDS = 10.0
 _KNOCK_SECONDS = 5.0
 _POLL_SECONDS = 0.2
@@ -229,6 +229,8 @@ class Fleet:
         One that had read its configuration before the pointer moved would be without it. Not under the repository's
         lock: a server that starts waits for that.
         """
+        if self.repository.served() is None:
+            return
         deadline = time.monotonic() + min(LATE_SECONDS, self.replicas.patience)
         if late := self._absent():
             log.warning("waiting for %s to come up", ", ".join(late))
