@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from freshrank import day_parts, feature_store, frames, history, hourly, judged, steps, stream, validation
+from freshrank import day_parts, feature_store, frames, history, hourly, judged, shards, steps, stream, validation
 from freshrank.clock import day_of, days
 from freshrank.config import Split, WindowConfig
 from freshrank.datasets import contract
@@ -36,7 +36,7 @@ from tests import (
     test_validation,
     test_windows,
 )
-from tests.tiny_log import day, snapshots_of, write_log
+from tests.tiny_log import day, impression, snapshots_of, write_log
 
 ONE_DAY = timedelta(days=1)
 Patch = pytest.MonkeyPatch
@@ -242,8 +242,8 @@ def calibrate_on_the_judged_days(patch: Patch) -> None:
     patch.setattr(steps, "_split", swapped)
 
 
-def fit_on_withheld_rows(patch: Patch) -> None:
-    patch.setattr(stream, "IN_TRAINING", tuple(Usage))
+def learn_from_withheld_rows(module: Any) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(module, "IN_TRAINING", tuple(Usage))
 
 
 def compare_with_what_serves_now(patch: Patch) -> None:
@@ -268,15 +268,23 @@ def validation_of_newborn_items(dataset: Dataset) -> None:
     validation.validate_day(dataset, RUN_DATE, snapshot).raise_if_blocked()
 
 
+def validation_of_a_day_before_another(tmp_path: Path) -> None:
+    """Half an hour after midnight belongs to the day that begins."""
+    log = [impression(1, 1, 5, 1, 1), impression(1, 2, 5), impression(2, 1, 5, hour=0.5)]
+    validation.validate_day(write_log(tmp_path / "data", log), day(2)).raise_if_blocked()
+
+
 LEAKS = [
     Leak("a window includes the day itself", read_until_the_days_end,
          test_history.test_a_log_that_grows_every_day_agrees_with_a_count_by_hand, a_folder),
-    Leak("the same, seen by Great Expectations in the running pipeline", read_until_the_days_end,
+    Leak("the same, seen by validation of newborn items", read_until_the_days_end,
          validation_of_newborn_items, a_world_to_validate, ValidationFailed, "no history at or before its creation"),
     Leak("a snapshot stands for the day before its own", date_snapshots_a_day_early,
          test_history.test_a_snapshot_stands_for_local_midnight, a_folder),
     Leak("days are cut in UTC and not on the schema's calendar", cut_days_in_utc,
          test_history.test_moving_an_impression_to_the_day_itself_takes_it_out_of_the_snapshot, a_folder),
+    Leak("the same, seen by validation of the day", cut_days_in_utc, validation_of_a_day_before_another, a_folder,
+         ValidationFailed, "every impression happened on"),
     Leak("daily counters count withheld rows", count_withheld_rows(day_parts),
          test_history.test_withheld_impressions_are_in_no_counter, a_folder),
     Leak("an item is its own sibling", count_the_item_among_its_siblings,
@@ -316,7 +324,9 @@ LEAKS = [
     Leak("calibration is fitted on the days that are judged", calibrate_on_the_judged_days,
          test_steps.test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it, a_run, FileNotFoundError,
          f"date={test_steps.WORLD.last_day}"),
-    Leak("vocabularies and statistics are fitted on withheld rows", fit_on_withheld_rows,
+    Leak("weights, vocabularies and statistics are fitted on withheld rows", learn_from_withheld_rows(stream),
+         test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
+    Leak("the same where training is streamed", learn_from_withheld_rows(shards),
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
     Leak("the champion was trained on rows it is judged on", compare_with_what_serves_now,
          test_judged.test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever_serves,
