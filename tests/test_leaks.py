@@ -4,7 +4,7 @@ A leak that no test catches is a test that is missing. docs/features.md shows th
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,21 @@ import pytest
 
 from freshrank import day_parts, feature_store, frames, history, hourly, judged, shards, steps, stream, validation
 from freshrank.clock import day_of, days
-from freshrank.config import Split, WindowConfig
+from freshrank.config import PLAIN, EvaluationConfig, GateConfig, Split, TrainingConfig, WindowConfig
 from freshrank.datasets import contract
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import simulate
+from freshrank.encoding import Encoder
 from freshrank.errors import ValidationFailed
+from freshrank.evaluation import Judged, compare, evaluate
 from freshrank.feature_store import FeatureStore
+from freshrank.frames import Frame
+from freshrank.gate import judge
 from freshrank.hourly import HOUR
 from freshrank.schema import EVENT_TIMESTAMP, Entity, Usage
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.training import labels_of, predict, train_ranker
 from freshrank.workspace import Workspace
 from tests import (
     test_feature_store,
@@ -31,12 +36,15 @@ from tests import (
     test_history,
     test_hourly,
     test_judged,
+    test_ranker,
     test_siblings,
     test_steps,
     test_validation,
     test_windows,
 )
+from tests.judging import sigmoid
 from tests.tiny_log import day, impression, snapshots_of, write_log
+from tests.worlds import random_frame, tiny_schema
 
 ONE_DAY = timedelta(days=1)
 Patch = pytest.MonkeyPatch
@@ -255,7 +263,17 @@ def compare_with_what_serves_now(patch: Patch) -> None:
     patch.setattr(judged, "champion", champion)
 
 
-# ---------------------------------------------------------------- the product's own check
+def read_the_label_as_context(patch: Patch) -> None:
+    rows = Encoder._rows
+
+    def knowing(encoder: Encoder, frame: Frame) -> Any:
+        label = (10 * pl.col("click")).cast(pl.Float32).alias("hour")
+        return rows(encoder, replace(frame, rows=frame.rows.with_columns(label)))
+
+    patch.setattr(Encoder, "_rows", knowing)
+
+
+# ---------------------------------------------------------------- the product's own checks
 
 DAY = test_validation.DAY
 RUN_DATE = test_validation.RUN_DATE
@@ -272,6 +290,21 @@ def validation_of_a_day_before_another(tmp_path: Path) -> None:
     """Half an hour after midnight belongs to the day that begins."""
     log = [impression(1, 1, 5, 1, 1), impression(1, 2, 5), impression(2, 1, 5, hour=0.5)]
     validation.validate_day(write_log(tmp_path / "data", log), day(2)).raise_if_blocked()
+
+
+def plausibility_of_a_trained_ranker() -> None:
+    """The gate looks at a ranker's answers to rows that it was not trained on."""
+    schema = tiny_schema()
+    seen, judged_on = (random_frame(schema, seed, rows=2000) for seed in (0, 1))
+    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu", compile="off")
+    ranker = train_ranker(seen, seen.items, schema, test_ranker.SMALL, PLAIN, fit)
+    answers = sigmoid(predict(ranker, judged_on, judged_on.items))
+    rows, config = judged_on.rows, EvaluationConfig(bootstrap=20)
+    columns = (rows[name].to_numpy() for name in ("user_id", "judged_age_days", "exposures", "item_id"))
+    ours = Judged(answers, answers @ schema.utilities, labels_of(judged_on, schema), *columns)
+    verdict = judge(compare(ours, ours, schema, config), evaluate(ours, schema, config), GateConfig(), 0.0)
+    plausible = [reason for reason in verdict.reasons if reason.check.startswith("plausibility")]
+    assert [reason.passed for reason in plausible] == [True, True], plausible
 
 
 LEAKS = [
@@ -328,6 +361,8 @@ LEAKS = [
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
     Leak("the same where training is streamed", learn_from_withheld_rows(shards),
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
+    Leak("a label is among the inputs, seen by the gate", read_the_label_as_context, plausibility_of_a_trained_ranker,
+         nothing, says="PR-AUC of 'click' is"),
     Leak("the champion was trained on rows it is judged on", compare_with_what_serves_now,
          test_judged.test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever_serves,
          a_folder_and_an_environment),
