@@ -63,6 +63,7 @@ class Leak:
     error: type[Exception] = AssertionError
     says: str = ""
     """Of the error."""
+    slow: bool = False
 
     @property
     def test(self) -> str:
@@ -356,20 +357,22 @@ LEAKS = [
          FileNotFoundError, f"date={test_steps.WORLD.last_day}"),
     Leak("calibration is fitted on the days that are judged", calibrate_on_the_judged_days,
          test_steps.test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it, a_run, FileNotFoundError,
-         f"date={test_steps.WORLD.last_day}"),
+         f"date={test_steps.WORLD.last_day}", slow=True),
     Leak("weights, vocabularies and statistics are fitted on withheld rows", learn_from_withheld_rows(stream),
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
     Leak("the same where training is streamed", learn_from_withheld_rows(shards),
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
     Leak("a label is among the inputs, seen by the gate", read_the_label_as_context, plausibility_of_a_trained_ranker,
-         nothing, says="PR-AUC of 'click' is"),
+         nothing, says="PR-AUC of 'click' is", slow=True),
     Leak("the champion was trained on rows it is judged on", compare_with_what_serves_now,
          test_judged.test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever_serves,
          a_folder_and_an_environment),
 ]  # fmt: skip
 
 
-every_leak = pytest.mark.parametrize("leak", LEAKS, ids=[leak.name for leak in LEAKS])
+every_leak = pytest.mark.parametrize(
+    "leak", [pytest.param(leak, id=leak.name, marks=[pytest.mark.slow] * leak.slow) for leak in LEAKS]
+)
 
 
 @pytest.fixture
