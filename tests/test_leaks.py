@@ -4,7 +4,7 @@ A leak that no test catches is a test that is missing. docs/features.md shows th
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,23 @@ from typing import Any
 import polars as pl
 import pytest
 
-from freshrank import day_parts, feature_store, frames, history, hourly, judged, steps, stream, validation
+from freshrank import day_parts, feature_store, frames, history, hourly, judged, shards, steps, stream, validation
 from freshrank.clock import day_of, days
-from freshrank.config import Split, WindowConfig
+from freshrank.config import PLAIN, EvaluationConfig, GateConfig, Split, TrainingConfig, WindowConfig
 from freshrank.datasets import contract
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import simulate
+from freshrank.encoding import Encoder
 from freshrank.errors import ValidationFailed
+from freshrank.evaluation import Judged, compare, evaluate
 from freshrank.feature_store import FeatureStore
+from freshrank.frames import Frame
+from freshrank.gate import judge
 from freshrank.hourly import HOUR
 from freshrank.schema import EVENT_TIMESTAMP, Entity, Usage
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.training import labels_of, predict, train_ranker
 from freshrank.workspace import Workspace
 from tests import (
     test_feature_store,
@@ -31,12 +36,15 @@ from tests import (
     test_history,
     test_hourly,
     test_judged,
+    test_ranker,
     test_siblings,
     test_steps,
     test_validation,
     test_windows,
 )
-from tests.tiny_log import day, snapshots_of, write_log
+from tests.judging import sigmoid
+from tests.tiny_log import day, impression, snapshots_of, write_log
+from tests.worlds import random_frame, tiny_schema
 
 ONE_DAY = timedelta(days=1)
 Patch = pytest.MonkeyPatch
@@ -55,6 +63,7 @@ class Leak:
     error: type[Exception] = AssertionError
     says: str = ""
     """Of the error."""
+    slow: bool = False
 
     @property
     def test(self) -> str:
@@ -242,8 +251,8 @@ def calibrate_on_the_judged_days(patch: Patch) -> None:
     patch.setattr(steps, "_split", swapped)
 
 
-def fit_on_withheld_rows(patch: Patch) -> None:
-    patch.setattr(stream, "IN_TRAINING", tuple(Usage))
+def learn_from_withheld_rows(module: Any) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(module, "IN_TRAINING", tuple(Usage))
 
 
 def compare_with_what_serves_now(patch: Patch) -> None:
@@ -255,7 +264,17 @@ def compare_with_what_serves_now(patch: Patch) -> None:
     patch.setattr(judged, "champion", champion)
 
 
-# ---------------------------------------------------------------- the product's own check
+def read_the_label_as_context(patch: Patch) -> None:
+    rows = Encoder._rows
+
+    def knowing(encoder: Encoder, frame: Frame) -> Any:
+        label = (10 * pl.col("click")).cast(pl.Float32).alias("hour")
+        return rows(encoder, replace(frame, rows=frame.rows.with_columns(label)))
+
+    patch.setattr(Encoder, "_rows", knowing)
+
+
+# ---------------------------------------------------------------- the product's own checks
 
 DAY = test_validation.DAY
 RUN_DATE = test_validation.RUN_DATE
@@ -268,15 +287,38 @@ def validation_of_newborn_items(dataset: Dataset) -> None:
     validation.validate_day(dataset, RUN_DATE, snapshot).raise_if_blocked()
 
 
+def validation_of_a_day_before_another(tmp_path: Path) -> None:
+    """Half an hour after midnight belongs to the day that begins."""
+    log = [impression(1, 1, 5, 1, 1), impression(1, 2, 5), impression(2, 1, 5, hour=0.5)]
+    validation.validate_day(write_log(tmp_path / "data", log), day(2)).raise_if_blocked()
+
+
+def plausibility_of_a_trained_ranker() -> None:
+    """The gate looks at a ranker's answers to rows that it was not trained on."""
+    schema = tiny_schema()
+    seen, judged_on = (random_frame(schema, seed, rows=2000) for seed in (0, 1))
+    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu", compile="off")
+    ranker = train_ranker(seen, seen.items, schema, test_ranker.SMALL, PLAIN, fit)
+    answers = sigmoid(predict(ranker, judged_on, judged_on.items))
+    rows, config = judged_on.rows, EvaluationConfig(bootstrap=20)
+    columns = (rows[name].to_numpy() for name in ("user_id", "judged_age_days", "exposures", "item_id"))
+    ours = Judged(answers, answers @ schema.utilities, labels_of(judged_on, schema), *columns)
+    verdict = judge(compare(ours, ours, schema, config), evaluate(ours, schema, config), GateConfig(), 0.0)
+    plausible = [reason for reason in verdict.reasons if reason.check.startswith("plausibility")]
+    assert [reason.passed for reason in plausible] == [True, True], plausible
+
+
 LEAKS = [
     Leak("a window includes the day itself", read_until_the_days_end,
          test_history.test_a_log_that_grows_every_day_agrees_with_a_count_by_hand, a_folder),
-    Leak("the same, seen by Great Expectations in the running pipeline", read_until_the_days_end,
+    Leak("the same, seen by validation of newborn items", read_until_the_days_end,
          validation_of_newborn_items, a_world_to_validate, ValidationFailed, "no history at or before its creation"),
     Leak("a snapshot stands for the day before its own", date_snapshots_a_day_early,
          test_history.test_a_snapshot_stands_for_local_midnight, a_folder),
     Leak("days are cut in UTC and not on the schema's calendar", cut_days_in_utc,
          test_history.test_moving_an_impression_to_the_day_itself_takes_it_out_of_the_snapshot, a_folder),
+    Leak("the same, seen by validation of the day", cut_days_in_utc, validation_of_a_day_before_another, a_folder,
+         ValidationFailed, "every impression happened on"),
     Leak("daily counters count withheld rows", count_withheld_rows(day_parts),
          test_history.test_withheld_impressions_are_in_no_counter, a_folder),
     Leak("an item is its own sibling", count_the_item_among_its_siblings,
@@ -315,16 +357,22 @@ LEAKS = [
          FileNotFoundError, f"date={test_steps.WORLD.last_day}"),
     Leak("calibration is fitted on the days that are judged", calibrate_on_the_judged_days,
          test_steps.test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it, a_run, FileNotFoundError,
-         f"date={test_steps.WORLD.last_day}"),
-    Leak("vocabularies and statistics are fitted on withheld rows", fit_on_withheld_rows,
+         f"date={test_steps.WORLD.last_day}", slow=True),
+    Leak("weights, vocabularies and statistics are fitted on withheld rows", learn_from_withheld_rows(stream),
          test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
+    Leak("the same where training is streamed", learn_from_withheld_rows(shards),
+         test_steps.test_withheld_impressions_are_neither_trained_on_nor_in_a_vocabulary, a_folder),
+    Leak("a label is among the inputs, seen by the gate", read_the_label_as_context, plausibility_of_a_trained_ranker,
+         nothing, says="PR-AUC of 'click' is", slow=True),
     Leak("the champion was trained on rows it is judged on", compare_with_what_serves_now,
          test_judged.test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever_serves,
          a_folder_and_an_environment),
 ]  # fmt: skip
 
 
-every_leak = pytest.mark.parametrize("leak", LEAKS, ids=[leak.name for leak in LEAKS])
+every_leak = pytest.mark.parametrize(
+    "leak", [pytest.param(leak, id=leak.name, marks=[pytest.mark.slow] * leak.slow) for leak in LEAKS]
+)
 
 
 @pytest.fixture
