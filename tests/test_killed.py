@@ -10,7 +10,8 @@ import pytest
 
 from tests.homes import DAY_1, Home
 
-MARKERS = ("'validate-data'", "step=train", "step=calibrate", "step=evaluate", "'deploy'")
+TRAIN, DEPLOY = "step=train", "'deploy'"
+EVERY_STEP = ("'validate-data'", TRAIN, "step=calibrate", "step=evaluate", DEPLOY)
 """What the log of a run says when a step begins."""
 
 
@@ -23,12 +24,13 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, Home
         home.freshrank("stop")
 
 
-def test_a_run_killed_at_every_step_ends_like_an_undisturbed_one(homes: tuple[Home, Home]) -> None:
-    """The whole process group dies at each step in turn; the last start runs through."""
+@pytest.mark.parametrize("markers", [(TRAIN, DEPLOY), pytest.param(EVERY_STEP, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_like_an_undisturbed_one(markers: tuple[str, ...], homes: tuple[Home, Home]) -> None:
+    """The whole process group dies at each of the steps in turn; the last start runs through."""
     undisturbed, disturbed = homes
     assert undisturbed.run(DAY_1).returncode == 0
     assert disturbed.freshrank("serve").returncode == 0
-    for marker in MARKERS:
+    for marker in markers:
         _run_and_kill_at(disturbed, marker)
     assert disturbed.run(DAY_1).returncode == 0
     assert disturbed.state() == undisturbed.state()
