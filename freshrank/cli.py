@@ -121,7 +121,8 @@ def _report_import(dataset: "Dataset") -> None:
     actions = ", ".join(dataset.schema.actions)
     missing, shown = dataset.missing_days, 10
     more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
-    out.print(f"{dataset.path}: {rows:,} impressions on {len(dataset.days)} days, {dataset.days[0]} .. "
+    span = "1 day" if len(dataset.days) == 1 else f"{len(dataset.days)} days"
+    out.print(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
               f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
               + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
 
@@ -138,8 +139,9 @@ def features_build(
 
     run_date = _date(data, day)
     steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
-    steps.materialize(data, run_date)
-    out.print(f"features of {run_date} are built and materialized")
+    kept = steps.materialize(data, run_date)
+    online = f"the online store holds the later state of {kept} and keeps it" if kept else "materialized"
+    out.print(f"features of {run_date} are built" + (f"; {online}" if kept else f" and {online}"), soft_wrap=True)
 
 
 @features.command("get")
@@ -159,6 +161,9 @@ def features_get(
 
     if user is None and not item:
         raise ConfigError("features get: received no id, expected --user ID or --item ID")
+    if at and not item:
+        raise ConfigError(f"--at: received {at!r} without --item, expected both: only hourly counters of items "
+                          "depend on the time; leave --at out, or name an item")  # fmt: skip
     run = Run(data, _date(data, None))
     store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
     if user is not None:
@@ -207,15 +212,23 @@ def validate(
 ) -> None:
     """Check the newest day against the trailing week and the fresh cohort; exit code 4 when it blocks.
 
-    What a failed expectation leads to can be set by its name, e.g. ``--set
-    'validation.severity={"click_like_trailing_week": "off"}'`` (blocking, warning or off).
+    Warnings, and what could not be asked, are printed. What a failed expectation leads to can be set by its name, e.g.
+    ``--set 'validation.severity={"click_like_trailing_week": "off"}'`` (blocking, warning or off).
     """
     from freshrank import steps
+    from freshrank.config import Severity
+    from freshrank.storage import read_json
+    from freshrank.validation import ValidationReport
 
     where = target or _folder(data, day, "validation")
     config = recipe(recipe_name, overrides).validation
     result = steps.validate(data, _date(data, day), config.model_dump_json(), where)
-    out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
+    out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}",
+              soft_wrap=True)  # fmt: skip
+    report = ValidationReport.model_validate(read_json(where / "validation.json"))
+    warned = [f"warning {result.name}: {result}" for result in report.failures(Severity.WARNING)]
+    for line in (*warned, *report.notes):
+        out.print(escape(line), soft_wrap=True)
 
 
 @app.command()
@@ -665,7 +678,11 @@ def bench_train(
         "docs/bench/train.json"
     ),
 ) -> None:
-    """Examples per second and memory of streamed training, against the same steps from memory and two libraries."""
+    """Examples per second and memory of streamed training, against the same steps from memory and two libraries.
+
+    The libraries come with `make test`, or with `pip install --no-deps torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py
+    msgpack`; `--peers ""` does without them.
+    """
     from freshrank.bench.train import Plan, train
     from freshrank.clock import parse_day
 

@@ -5,7 +5,8 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from freshrank.clock import days
 
@@ -62,6 +63,12 @@ class Severity(StrEnum):
     WARNING = "warning"
 
 
+def _severity(value: object) -> object:
+    if value not in (*Severity, "off"):
+        raise PydanticCustomError("severity", "expected 'blocking', 'warning' or 'off'")
+    return value
+
+
 class ValidationConfig(Section):
     """How far a day may stray from the days before it, and what a failed expectation leads to."""
 
@@ -75,14 +82,14 @@ class ValidationConfig(Section):
     block_coverage: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least share of filled values, as a part of the reference's share."""
     min_cohort: Positive = 20
-    """Coverage is shown, not judged, where the day or its reference has fewer rows than this."""
+    """Coverage of fewer rows is judged by an exact test; where the reference has fewer it is shown and not judged."""
     min_positives: Positive = 1
     min_known_items: Annotated[float, Field(gt=0, le=1)] = 0.99
     age_buckets: Annotated[tuple[float, ...], Ascending] = AGE_BUCKETS
     """Content coverage is judged in each of these by itself."""
     late_hours: Annotated[float, Field(gt=0, lt=24)] = 6.0
     """The end of the day, whose labels a join that runs too early has not seen yet."""
-    severity: dict[str, Severity | Literal["off"]] = {}
+    severity: dict[str, Annotated[Severity | Literal["off"], BeforeValidator(_severity)]] = {}
     """By name of an expectation what its failure leads to, in place of what it is made for; off: it is left out. One
     with two bounds (a warning before the block) gets this severity for both."""
 

@@ -10,6 +10,7 @@ day though not from the hours before.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from difflib import get_close_matches
 from math import sqrt
 from typing import Any
 
@@ -47,6 +48,8 @@ _COVERED = {"items": (Role.CONTENT,), "impressions": (Role.CONTEXT, Role.ACTION)
 _ONE_DAY = timedelta(days=1)
 _STANDARD_ERRORS = 3.0
 """A share or a rate of few rows falls by chance: what lies within this many standard errors breaks no bound."""
+_RARE = 1e-3
+"""Chance at which a share of few rows counts as fallen: of a binomial, once in a thousand days."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ def refuse_unknown(schema: Schema, config: ValidationConfig) -> None:
     """:class:`ConfigError` where ``config.severity`` names an expectation that this schema does not have."""
     known = names(schema)
     if unknown := [name for name in config.severity if name not in known]:
-        raise ConfigError(f"validation.severity: received {unknown}, expected names of {known}")
+        near = [match for name in unknown for match in get_close_matches(name, known, n=1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise ConfigError(f"validation.severity: received {unknown}{meant}, expected names of {known}")
 
 
 def _configured(checks: Iterable[Check], config: ValidationConfig) -> list[Check]:
@@ -345,10 +350,21 @@ def _coverage(table: str, today: pl.LazyFrame, before: pl.LazyFrame) -> list[Cov
 
 
 def coverage_checks(coverage: Iterable[Coverage], config: ValidationConfig) -> Iterator[Check]:
-    """Of what has rows enough to tell."""
+    """Of what has a reference of rows enough to tell."""
     for one in coverage:
-        if one.reference is not None and min(one.rows, one.reference_rows) >= config.min_cohort:
+        if one.reference is not None and one.rows and one.reference_rows >= config.min_cohort:
             yield from _filled_checks(one, one.reference, config)
+
+
+def _least(one: Coverage, usual: float, config: ValidationConfig) -> float:
+    """Share of filled values below which chance alone does not bring a column that is filled as ``usual``."""
+    if one.rows >= config.min_cohort:
+        return usual - _STANDARD_ERRORS * sqrt(usual * (1 - usual) / one.rows)
+    from scipy.stats import binom
+
+    # A reference that lacks no value says no more than that few are lacking: a value more of either kind.
+    share = (usual * one.reference_rows + 1) / (one.reference_rows + 2)
+    return float(binom.ppf(_RARE, one.rows, share)) / one.rows
 
 
 def _filled_checks(one: Coverage, usual: float, config: ValidationConfig) -> Iterator[Check]:
@@ -359,10 +375,10 @@ def _filled_checks(one: Coverage, usual: float, config: ValidationConfig) -> Ite
         yield Check(_covered(one.column), Severity.WARNING, f"{where} holds values at all", "more than 0", kind,
                     {"column": one.column, "min_value": 0.0, "strict_min": True})  # fmt: skip
     sentence = f"{where} is filled as in the trailing week ({usual:.1%})"
-    chance = _STANDARD_ERRORS * sqrt(usual * (1 - usual) / one.rows)
+    least = _least(one, usual, config)
     tiers = (Severity.BLOCKING, config.block_coverage), (Severity.WARNING, config.warn_coverage)
     for severity, share in tiers:
-        low = min(share * usual, usual - chance)
+        low = min(share * usual, least)
         if low > 0:
             yield Check(_covered(one.column), severity, sentence, f"at least {low:.1%}", kind,
                         {"column": one.column, "min_value": low})  # fmt: skip
@@ -377,6 +393,11 @@ def _birth_checks(schema: Schema) -> list[Check]:
         for feature in features
         if feature.group is Group.HISTORICAL and feature.snapshot
     ]  # fmt: skip
+
+
+def birth_names(schema: Schema) -> tuple[str, ...]:
+    """Of the expectations that need an ``item_history``."""
+    return tuple(check.name for check in _birth_checks(schema))
 
 
 def _birth_sheet(schema: Schema, history: pl.DataFrame) -> Sheet:

@@ -21,7 +21,7 @@ import yaml
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
 from freshrank.day_parts import KEYS
-from freshrank.errors import ConfigError
+from freshrank.errors import ConfigError, MissingArtifact
 from freshrank.history import CREATED, require_history
 from freshrank.hourly import delay, hour_counters, hourly_folder, life, require_log
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Origin, Schema
@@ -216,13 +216,14 @@ class FeatureStore:
         with self._session() as store:
             store.apply(definitions(self.schema, self.workspace))
 
-    def materialize(self, run_date: date) -> None:
+    def materialize(self, run_date: date) -> datetime | None:
         """Put into the online store what is known when ``run_date`` begins, and the content of items born on it.
 
         Histories are the snapshots of ``run_date``. A new item's content is pushed when it is born; here, where
         the table holds the whole day already, that means items created before the day's end.
         Repeating a day gives the same store. It never goes back, so that a backfill cannot harm what serves: a
-        ``run_date`` earlier than the one it holds changes nothing and is logged.
+        ``run_date`` earlier than the one it holds changes nothing and is logged; the instant of the later state that
+        stays is returned, None where ``run_date`` was put in.
         """
         require_history(self.dataset, self.workspace, [run_date])
         start, end = (midnight(day, self.schema.utc_offset_hours) for day in (run_date, run_date + timedelta(days=1)))
@@ -237,6 +238,7 @@ class FeatureStore:
                     span = (start, start) if origin is Origin.SNAPSHOT else (ALWAYS, end - timedelta(microseconds=1))
                     store.materialize(*span, feature_views=[view])
         self._read_at = float("-inf")
+        return None
 
     def push_hourly(self, hour: datetime) -> int:
         """Put the counters of ``hour`` (a full hour, UTC) into the online store; how many items have a row.
@@ -319,13 +321,20 @@ class FeatureStore:
         return joined.sort(_ROW).select(pl.col(name).cast(dtype) for name, dtype in columns.items())
 
     def online_users(self, ids: Sequence[int]) -> pl.DataFrame:
-        """One row per id, in their order, with the columns and dtypes of :meth:`offline_users`."""
+        """One row per id, in their order, with the columns and dtypes of :meth:`offline_users`.
+
+        Raises:
+            MissingArtifact: :meth:`apply` has never run.
+        """
         return self._online(Entity.USER, ids)
 
     def online_items(self, ids: Sequence[int], at: datetime | None = None) -> pl.DataFrame:
         """One row per id, in their order, with the columns and dtypes of :meth:`offline_items`.
 
         Hourly counters are null unless they stand at ``at``; default: now.
+
+        Raises:
+            MissingArtifact: :meth:`apply` has never run.
         """
         return self._online(Entity.ITEM, ids, at)
 
@@ -334,11 +343,24 @@ class FeatureStore:
         if len(ids) == 0:
             return pl.DataFrame(schema=columns)
         read: dict[str, pl.Series] = {}
-        for (owner, origin), view in self._views().items():
-            if owner is entity:
-                span = self._span(view, origin, at or datetime.now(UTC))
-                read |= self._online_view(view, view_columns(self.schema, entity, origin), key, ids, span)
+        with self._registered():
+            for (owner, origin), view in self._views().items():
+                if owner is entity:
+                    span = self._span(view, origin, at or datetime.now(UTC))
+                    read |= self._online_view(view, view_columns(self.schema, entity, origin), key, ids, span)
         return pl.DataFrame([pl.Series(key, ids, dtype=pl.Int64()), *(read[name] for name in columns if name != key)])
+
+    @contextmanager
+    def _registered(self) -> Iterator[None]:
+        from feast.errors import FeatureViewNotFoundException
+
+        try:
+            yield
+        except FeatureViewNotFoundException as problem:
+            raise MissingArtifact(
+                f"online store: no features of '{self.schema.name}' are registered in {self.workspace.feast}; run "
+                "`freshrank features build` first"
+            ) from problem
 
     def _span(self, view: str, origin: Origin, at: datetime) -> tuple[float, float] | None:
         """From when to when (seconds since 1970) a row must be to stand at ``at``; None where none can."""

@@ -12,6 +12,7 @@ A snapshot is summed from the parts of its days (:mod:`freshrank.day_parts`), th
 The expressions keep to what ibis offers on DuckDB and on Spark alike.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta
 from functools import reduce
@@ -61,6 +62,8 @@ from freshrank.schema import (
 from freshrank.storage import atomic_write, fingerprint, read_json, write_json
 from freshrank.workspace import Workspace
 
+log = logging.getLogger(__name__)
+
 CODE_VERSION = 1
 """Raise it when the same log gives other numbers, so that stored snapshots are rebuilt."""
 CREATED = "created_timestamp"
@@ -107,6 +110,9 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
     for entity in KEYS if stale else ():
         remove_outgrown(workspace.features / entity, history_schema(dataset.schema, entity))
     parts = stale_parts(dataset, workspace, [seen for day in stale for seen in _read_days(dataset, day)])
+    log.info(
+        "history: %d days of the log to aggregate, %d of %d snapshots to build", len(parts), len(stale), len(wanted)
+    )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("history: days of the log", total=len(parts))
         for _ in build_parts(dataset, workspace, parts):

@@ -112,11 +112,16 @@ def _split(run: Run, windows: str) -> Split:
 
 def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
     """Historical snapshots for every day that is learned from or judged, and for the run's date itself; hourly counters
-    for the former, where the schema has them."""
+    for the former, where the schema has them.
+
+    Raises:
+        DataError: the run's date is later than the day after the log's newest, or the log lacks a part's days.
+    """
     from freshrank.history import build_history
     from freshrank.hourly import build_hourly
 
     run = Run(data, run_date)
+    _refuse_future(run)
     split = _split(run, windows or WindowConfig().model_dump_json())
     window = days(split.train[0], split.evaluation[-1])
     needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
@@ -124,14 +129,31 @@ def build_features(data: FreshrankPath, run_date: str, windows: str | None = Non
     build_hourly(run.dataset, run.workspace, needed)
 
 
-def materialize(data: FreshrankPath, run_date: str) -> None:
-    """Register the feature definitions and put the state of the run's date into the online store."""
+def materialize(data: FreshrankPath, run_date: str) -> datetime | None:
+    """Register the feature definitions and put the state of the run's date into the online store.
+
+    Returns the instant of a later state that the store holds and keeps, None where the run's was put in.
+
+    Raises:
+        DataError: the run's date is later than the day after the log's newest.
+    """
     from freshrank.feature_store import FeatureStore
 
     run = Run(data, run_date)
+    _refuse_future(run)
     store = FeatureStore(run.dataset, run.workspace)
     store.apply()
-    store.materialize(run.date)
+    return store.materialize(run.date)
+
+
+def _refuse_future(run: Run) -> None:
+    """The snapshot of a day whose yesterday has not come is short of it, and once online it keeps the right one out."""
+    newest = run.dataset.days[-1]
+    if run.date > newest + timedelta(days=1):
+        raise DataError(
+            f"date: received {run.date}, expected {newest + timedelta(days=1)} at the latest, the day after the newest "
+            f"partition in {run.dataset.path}; import the log up to {run.date - timedelta(days=1)} first"
+        )
 
 
 def push_hourly(data: FreshrankPath, hour: datetime) -> int:

@@ -18,7 +18,17 @@ from freshrank.config import Severity, ValidationConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.datasets.tables import IMPRESSION_KEY
 from freshrank.errors import ValidationFailed
-from freshrank.expectations import FRESH, Check, Coverage, Sheet, judged_log, number, refuse_unknown, sheets
+from freshrank.expectations import (
+    FRESH,
+    Check,
+    Coverage,
+    Sheet,
+    birth_names,
+    judged_log,
+    number,
+    refuse_unknown,
+    sheets,
+)
 from freshrank.schema import EVENT_TIMESTAMP, USAGE, Usage
 
 RESULT_FORMAT = "SUMMARY"
@@ -63,6 +73,8 @@ class ValidationReport(BaseModel):
     results: tuple[ExpectationResult, ...] = ()
     switched_off: tuple[str, ...] = ()
     """Names of the expectations that the configuration leaves out."""
+    unasked: tuple[str, ...] = ()
+    """Names of the expectations about features that could not be asked, because none are built."""
     coverage: tuple[Coverage, ...] = ()
     """Content by cohort and age, context and labels; not all of it is judged."""
     day_counts: dict[str, int] = {}
@@ -72,6 +84,14 @@ class ValidationReport(BaseModel):
 
     def failures(self, severity: Severity) -> list[ExpectationResult]:
         return [result for result in self.results if result.severity is severity and not result.success]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not compared or not asked, a sentence each."""
+        alone = "The log holds no earlier day of the trailing week, so nothing was compared."
+        unasked = (f"{len(self.unasked)} expectations about features were not asked: features of the week before "
+                   f"{self.day + timedelta(days=1)} are not built; run `freshrank features build` first.")  # fmt: skip
+        return [note for note, applies in ((alone, not self.trailing), (unasked, self.unasked)) if applies]
 
     @property
     def passed(self) -> bool:
@@ -142,6 +162,7 @@ def inspect_day(
         day_counts={} if unusable else _day_counts(dataset, day),
         import_counts=dataset.manifest.get("counts", {}),
         switched_off=tuple(name for name, severity in config.severity.items() if severity == "off"),
+        unasked=() if item_history is not None else birth_names(dataset.schema),
     )
     log = None if unusable else judged_log(dataset, [day], config).collect()
     if log is None or log.is_empty():

@@ -14,6 +14,7 @@ from freshrank.datasets.contract import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import ConfigError, DataError, ValidationFailed
 from freshrank.expectations import Coverage, coverage_checks, names
+from freshrank.recipes import recipe
 from freshrank.schema import Entity, Group, Kind
 from freshrank.validation import ExpectationResult, Validation, ValidationReport, inspect_day, validate_day
 from freshrank.validation_page import write_data_docs, write_pages, write_validation_page
@@ -231,6 +232,50 @@ def test_a_share_of_few_rows_may_fall_by_chance(usual: float, rows: int, lowest:
     checks = list(coverage_checks([one], ValidationConfig()))
     bounds = [check.arguments["min_value"] for check in checks if check.severity is Severity.BLOCKING]
     assert bounds == ([] if lowest is None else [pytest.approx(lowest)])
+
+
+@pytest.mark.parametrize(
+    ("usual", "rows", "filled", "blocks"),
+    [(0.685, 17, 0, True), (0.685, 17, 4, True), (0.685, 17, 6, False), (0.685, 5, 0, False), (1.0, 1, 0, True),
+     (0.05, 17, 0, False)],
+    ids=["none of 17 against 68.5%", "4 of 17", "6 of 17 are one day in forty", "none of 5 is one day in 300",
+         "one where a thousand never lacked it", "none of 17 against 5%"],
+)  # fmt: skip
+def test_a_small_group_is_judged_by_what_chance_leaves(usual: float, rows: int, filled: int, blocks: bool) -> None:
+    """Fewer filled values than a binomial of the usual share has once in a thousand days block."""
+    one = Coverage(table="fresh items", column="title", rows=rows, share=filled / rows, reference_rows=1500,
+                   reference=usual)  # fmt: skip
+    bounds = [check.arguments["min_value"] for check in coverage_checks([one], ValidationConfig())
+              if check.severity is Severity.BLOCKING]  # fmt: skip
+    assert any(filled / rows < bound for bound in bounds) == blocks
+
+
+def test_a_reference_of_few_rows_judges_nobody() -> None:
+    """19 rows in a week say too little of what is usual."""
+    one = Coverage(table="fresh items", column="title", rows=17, share=0, reference_rows=19, reference=1.0)
+    assert not list(coverage_checks([one], ValidationConfig()))
+
+
+def test_a_severity_that_is_none_is_refused_by_name() -> None:
+    """Field, value and what can be said."""
+    expected = r"^validation\.severity\.title_covered: received 'fatal', expected 'blocking', 'warning' or 'off'$"
+    with pytest.raises(ConfigError, match=expected):
+        recipe(overrides=['validation.severity={"title_covered": "fatal"}'])
+
+
+def test_a_misspelt_expectation_is_answered_with_the_nearest(clean: Dataset) -> None:
+    """One letter too few."""
+    with pytest.raises(ConfigError, match=r"did you mean click_like_trailing_week\?"):
+        validate_day(clean, RUN_DATE, config=ValidationConfig(severity={"clik_like_trailing_week": "off"}))
+
+
+def test_the_page_says_what_was_not_asked_without_features(clean: Dataset, tmp_path: Path) -> None:
+    """The leak detector needs snapshots; with them nothing is left to say."""
+    without, asked = validate_day(clean, RUN_DATE), validate_day(clean, RUN_DATE, history_of(clean, 0.0, 1.0))
+    write_validation_page(without, tmp_path / "page.html")
+    assert f"{len(without.unasked)} expectations about features were not asked" in (tmp_path / "page.html").read_text()
+    assert set(without.unasked) == {one.name for one in asked.results if one.table == "item_history"}
+    assert asked.notes == []
 
 
 def test_an_empty_list_of_tags_is_a_missing_value(dataset: Dataset) -> None:

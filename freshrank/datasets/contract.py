@@ -9,6 +9,7 @@ DIR/manifest.json                  per file and day: rows, sha256; source and pr
 
 import errno
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ from freshrank.schema import (
     load_schema,
 )
 from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_of, write_json
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MAPPINGS = "mappings"
@@ -177,6 +180,7 @@ def write_dataset(
     previous dataset stays as it was.
     """
     _refuse_foreign(out)
+    earlier = _days_at(out)
     parts = [impressions] if isinstance(impressions, pl.DataFrame | pl.LazyFrame) else impressions
     try:
         with atomic_directory(out) as directory:
@@ -186,7 +190,20 @@ def write_dataset(
         if _is_disk_full(error):
             raise DataError(f"{out}: the disk is full; free space and import again. Nothing was changed") from error
         raise
-    return Dataset.open(out)
+    dataset = Dataset.open(out)
+    if gone := sorted(earlier - set(dataset.days)):
+        held = "1 day that was there before is" if len(gone) == 1 else f"{len(gone)} days that were there before are"
+        log.warning("%s: %s not in this import (%s .. %s); it replaced the dataset as a whole: import the whole log up "
+                    "to the newest day to have them back", out, held, gone[0], gone[-1])  # fmt: skip
+    return dataset
+
+
+def _days_at(out: Path) -> set[date]:
+    """Of the dataset that stands there; a broken one has none, and is replaced."""
+    try:
+        return {date.fromisoformat(day) for day in read_json(out / MANIFEST)["days"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -1,13 +1,17 @@
 """Any log kept as Parquet: a directory with schema.yaml and the three tables."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 
 from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.datasets.tables import declared
 from freshrank.errors import ConfigError, DataError
 from freshrank.schema import TABLES, Schema, load_schema
+
+log = logging.getLogger(__name__)
 
 
 def import_parquet(src: Path, out: Path, allow_unknown_items: bool = False) -> Dataset:
@@ -22,13 +26,23 @@ def import_parquet(src: Path, out: Path, allow_unknown_items: bool = False) -> D
     schema = load_schema(src / "schema.yaml")
     files = {table: _files(src, table) for table in TABLES}
     items, users = (pl.concat(_renamed(files[t], schema, t), how="vertical_relaxed") for t in ("items", "users"))
-    log = _renamed(files["impressions"], schema, "impressions")
+    impressions = _renamed(files["impressions"], schema, "impressions")
     source = {"adapter": "parquet", "files": {table: len(paths) for table, paths in files.items()}}
     try:
-        return write_dataset(out, schema, log, items, users, source, allow_unknown_items)
+        dataset = write_dataset(out, schema, impressions, items, users, source, allow_unknown_items)
     except pl.exceptions.PolarsError as error:
         _blame(files)
         raise DataError(f"{src}: cannot be imported: {error}") from error
+    for table, paths in files.items():
+        if unread := _undeclared(paths, schema, table):
+            log.warning("%s: columns %s are not declared in schema.yaml and are left out", table, unread)
+    return dataset
+
+
+def _undeclared(paths: list[Path], schema: Schema, table: str) -> list[str]:
+    columns = schema.table(table)
+    read = {*declared(schema, table), *(column.source for column in columns.values())}
+    return sorted({name for path in paths for name in pl.read_parquet_schema(path)} - read)
 
 
 def _files(src: Path, table: str) -> list[Path]:

@@ -10,10 +10,11 @@ import pytest
 from tiny_logs import SCHEMA, Tables, shop
 
 from freshrank.cli import main
+from freshrank.errors import DataError
 from freshrank.feature_store import FeatureStore
 from freshrank.history import build_history
 from freshrank.schema import dump_schema
-from freshrank.steps import Run
+from freshrank.steps import Run, materialize
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +128,93 @@ def test_features_of_a_log_with_integer_ids_are_asked_for_by_them(
         assert freshrank(monkeypatch, "features", "get", "--data", data, "--user", user) == 0
         (row,) = read(capsys.readouterr().out)
         assert (row["user_id"], row["age"]) == (user, age)
+
+
+def test_features_of_a_date_that_the_log_does_not_reach_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log ends on 2 March. Neither command nor step lets 5 March in, so 3 March goes online afterwards."""
+    data = tmp_path / "data"
+    shop().write(data)
+    assert freshrank(monkeypatch, "features", "build", "--data", data, "--date", "2024-03-05") == 3
+    assert "date: received 2024-03-05, expected 2024-03-03 at the latest" in capsys.readouterr().err
+    with pytest.raises(DataError, match="import the log up to 2024-03-04 first"):
+        materialize(data, "2024-03-05")
+    assert freshrank(monkeypatch, "features", "build", "--data", data) == 0
+    assert capsys.readouterr().out.strip() == "features of 2024-03-03 are built and materialized"
+
+
+def test_a_build_of_an_earlier_date_says_what_stays_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Online is 3 March; a build of 2 March does not claim to have put it there."""
+    data = materialized(tmp_path / "data", shop())
+    assert freshrank(monkeypatch, "features", "build", "--data", data, "--date", "2024-03-02") == 0
+    said = capsys.readouterr().out
+    assert "the online store holds the later state of 2024-03-03" in said
+    assert "materialized" not in said
+
+
+def test_features_that_nobody_built_are_a_missing_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 6 and the command to run, for users and for items."""
+    data = tmp_path / "data"
+    shop().write(data)
+    for asked in (("--user", "ann"), ("--item", "cup")):
+        assert freshrank(monkeypatch, "features", "get", "--data", data, *asked) == 6
+        assert "run `freshrank features build` first" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_time_without_an_item_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of a user depends on it."""
+    shop().write(tmp_path / "data")
+    assert freshrank(monkeypatch, "features", "get", "--data", tmp_path / "data", "--user", "ann", "--at",
+                     "2024-03-03T00:00:00Z") == 2  # fmt: skip
+    assert "--at: received" in capsys.readouterr().err
+
+
+def test_days_that_an_import_takes_away_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two days stood there and the second alone is imported: it is done, and said; the whole log again is silent."""
+    whole, newest = kept(tmp_path / "whole", shop()), kept(tmp_path / "newest", shop())
+    shop().impressions.filter(pl.col("request_id") == "r3").write_parquet(newest / "impressions.parquet")
+    for src in (whole, whole):
+        assert freshrank(monkeypatch, "import", "parquet", src, "--out", tmp_path / "out") == 0
+    assert "there before" not in caplog.text
+    assert freshrank(monkeypatch, "import", "parquet", newest, "--out", tmp_path / "out") == 0
+    assert "1 day that was there before is not in this import (2024-03-01 .. 2024-03-01)" in caplog.text
+    assert "impressions on 1 day, 2024-03-02" in capsys.readouterr().out
+
+
+def test_a_column_that_is_not_declared_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left out, in one line; declared columns are not mentioned."""
+    src = kept(tmp_path / "src", shop().breaking("items", colour=["red", "red", "blue"]))
+    assert freshrank(monkeypatch, "import", "parquet", src, "--out", tmp_path / "out") == 0
+    assert "items: columns ['colour'] are not declared" in caplog.text
+    assert "users: columns" not in caplog.text
+
+
+def test_validation_prints_its_warnings_and_what_it_did_not_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One day of log, nobody clicked a pot, no features: nothing is compared, the leak detector is not asked."""
+    src = kept(tmp_path / "src", shop())
+    shop().impressions.filter(pl.col("request_id") == "r3").write_parquet(src / "impressions.parquet")
+    old = shop().items.with_columns(pl.col("created_at") - timedelta(days=300))
+    old.write_parquet(src / "items.parquet")
+    assert freshrank(monkeypatch, "import", "parquet", src, "--out", tmp_path / "out") == 0
+    assert freshrank(monkeypatch, "validate", "--data", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "warning click_has_fresh_positives: impressions.click on fresh items: somebody did click" in said
+    assert "so nothing was compared" in said
+    assert "expectations about features were not asked" in said
+    assert "run `freshrank features build` first" in said
