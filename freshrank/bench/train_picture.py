@@ -34,9 +34,9 @@ def _speed(axes: "Axes", found: "TrainBench") -> None:
     colours = [BLUE if name.startswith("freshrank") else GREY for name in names]
     axes.barh(names, middle, xerr=spread, color=colours, ecolor=VERMILION)
     for place, each in enumerate(systems):
-        axes.text(
-            0, place, f"  {each.examples_per_second:,.0f}/s, {each.peak_mib:,.0f} MiB", va="center", color="white"
-        )
+        axes.text(each.highest, place, f"  {each.examples_per_second:,.0f}/s, {each.peak_mib:,.0f} MiB", va="center")
+    axes.set_xlim(right=1.35 * max(each.highest for each in systems))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="examples per second", title=f"Batches of {found.batch_size:,}, {found.threads} threads")
 
 
@@ -47,4 +47,6 @@ def _memory(axes: "Axes", found: "TrainBench") -> None:
     axes.plot(rows, [each.whole_mib for each in found.memory], "s--", color=GREY, label="in memory")
     axes.set(xlabel="training rows", ylabel="peak resident MiB", title="Reading an epoch")
     axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
