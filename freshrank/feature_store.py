@@ -231,7 +231,7 @@ class FeatureStore:
         if held > start:
             log.warning("online store: holds the state of %s and stays; received the earlier %s; to go back, remove %s "
                         "and what the store holds", held, start, self.workspace.feast)  # fmt: skip
-            return
+            return held
         with self._session() as store:
             for (_, origin), view in self._views().items():
                 if origin is not Origin.HOURLY:
