@@ -50,6 +50,8 @@ _STANDARD_ERRORS = 3.0
 """A share or a rate of few rows falls by chance: what lies within this many standard errors breaks no bound."""
 _RARE = 1e-3
 """Chance at which a share of few rows counts as fallen: of a binomial, once in a thousand days."""
+_FEWEST = 5
+"""One new item without a value that others always had is no reason to stop a day."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def _coverage(table: str, today: pl.LazyFrame, before: pl.LazyFrame) -> list[Cov
 def coverage_checks(coverage: Iterable[Coverage], config: ValidationConfig) -> Iterator[Check]:
     """Of what has a reference of rows enough to tell."""
     for one in coverage:
-        if one.reference is not None and one.rows and one.reference_rows >= config.min_cohort:
+        if one.reference is not None and one.rows >= _FEWEST and one.reference_rows >= config.min_cohort:
             yield from _filled_checks(one, one.reference, config)
 
 
