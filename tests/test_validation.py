@@ -236,8 +236,8 @@ def test_a_share_of_few_rows_may_fall_by_chance(usual: float, rows: int, lowest:
 
 @pytest.mark.parametrize(
     ("usual", "rows", "filled", "blocks"),
-    [(0.685, 17, 0, True), (0.685, 17, 4, True), (0.685, 17, 6, False), (0.685, 5, 0, False), (1.0, 5, 0, True), (1.0, 4, 0, False),
-     (0.05, 17, 0, False)],
+    [(0.685, 17, 0, True), (0.685, 17, 4, True), (0.685, 17, 6, False), (0.685, 5, 0, False), (1.0, 5, 0, True),
+     (1.0, 4, 0, False), (0.05, 17, 0, False)],
     ids=["none of 17 against 68.5%", "4 of 17", "6 of 17 are one day in forty", "none of 5 is one day in 300",
          "none of 5 where a thousand never lacked it", "four are not judged", "none of 17 against 5%"],
 )  # fmt: skip
