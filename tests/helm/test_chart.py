@@ -312,12 +312,10 @@ def schemas_below(schema: Object) -> Iterator[Object]:
 
 
 def test_the_schema_is_closed_everywhere() -> None:
-    """No object of the schema accepts a key it does not know; labels and annotations are free, but text."""
-    objects = [
-        schema
-        for schema in schemas_below(json.loads((CHART / "values.schema.json").read_text()))
-        if schema.get("type") == "object"
-    ]
+    """No object accepts a key it does not know; labels and annotations are free, but text. `global` is Helm's."""
+    whole = json.loads((CHART / "values.schema.json").read_text())
+    assert "additionalProperties" not in whole["properties"].pop("global")
+    objects = [schema for schema in schemas_below(whole) if schema.get("type") == "object"]
     assert objects
     assert all(schema["additionalProperties"] in (False, {"type": "string"}) for schema in objects)
 
@@ -742,7 +740,15 @@ def test_the_command_of_the_job_is_one_that_freshrank_has() -> None:
     assert "--data" in run.stdout
 
 
-@pytest.mark.parametrize("mould, words", [("backup", []), ("restore", ["--name", "my_log"])])
+def test_an_upgrade_of_the_chart_alone_does_not_restart_redis() -> None:
+    """Its pod says nothing of the chart's version, and its image is pulled where ours are built."""
+    (redis,) = of_kind(rendered("kind"), "StatefulSet")
+    template = redis["spec"]["template"]
+    assert template["metadata"]["labels"] == redis["spec"]["selector"]["matchLabels"]
+    assert template["spec"]["containers"][0]["imagePullPolicy"] == "IfNotPresent"
+
+
+@pytest.mark.parametrize("mould, words", [("backup", []), ("restore", ["--name", "shop"])])
 def test_a_bucket_and_a_lost_volume_have_one_job_each(mould: str, words: list[str]) -> None:
     """A copy is made, or put back, by one command; without a bucket there are no such jobs."""
     (container,) = pod_of(rendered("production"), mould)["spec"]["containers"]

@@ -111,7 +111,7 @@ def test_an_image_runs_as_the_user_of_the_pods(name: str) -> None:
     """The last word on the user is 1000, as the chart's security context says; nothing is done as root after it."""
     instructions = [instruction for instruction, _ in stages()[name].steps]
     assert stages()[name].of("USER") == ["1000:1000"]
-    assert set(instructions[instructions.index("USER") + 1 :]) <= {"CMD", "EXPOSE"}
+    assert set(instructions[instructions.index("USER") + 1 :]) <= {"CMD", "ENTRYPOINT", "EXPOSE"}
 
 
 @pytest.mark.parametrize("name", RELEASED)
