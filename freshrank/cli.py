@@ -140,8 +140,8 @@ def features_build(
     run_date = _date(data, day)
     steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
     kept = steps.materialize(data, run_date)
-    online = f"the online store holds the later state of {kept} and keeps it" if kept else "materialized"
-    out.print(f"features of {run_date} are built" + (f"; {online}" if kept else f" and {online}"), soft_wrap=True)
+    online = f"; the online store holds the later state of {kept} and keeps it" if kept else " and materialized"
+    out.print(f"features of {run_date} are built{online}", soft_wrap=True)
 
 
 @features.command("get")

@@ -26,7 +26,7 @@ from freshrank.history import CREATED, require_history
 from freshrank.hourly import delay, hour_counters, hourly_folder, life, require_log
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Origin, Schema
 from freshrank.settings import settings
-from freshrank.storage import atomic_write, read_json, write_json
+from freshrank.storage import atomic_write, read_json, write_json, write_text
 from freshrank.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -413,8 +413,8 @@ _VALUE_FIELDS: dict[pl.DataType, str] = {
 
 def write_feast_yaml(schema: Schema, workspace: Workspace) -> None:
     """The configuration for Feast's own command line; a password stays in its environment variable."""
-    with atomic_write(workspace.feast / "feature_store.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(_config(schema, workspace, "${FRESHRANK_REDIS_URL}"), sort_keys=False))
+    config = yaml.safe_dump(_config(schema, workspace, "${FRESHRANK_REDIS_URL}"), sort_keys=False)
+    write_text(workspace.feast / "feature_store.yaml", config)
 
 
 def _config(schema: Schema, workspace: Workspace, redis_url: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from freshrank.evaluation import (
 )
 from freshrank.figures import pictures, row_name
 from freshrank.gate import Decision, Verdict
-from freshrank.storage import atomic_write
+from freshrank.storage import write_text
 
 if TYPE_CHECKING:
     from freshrank.serving.client import Answer
@@ -132,8 +132,7 @@ def write_report(path: Path, report: ReportInput) -> None:
         names=MetricName,
         ALL=ALL,
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _data_uri(svg: str) -> str:

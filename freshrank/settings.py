@@ -3,17 +3,18 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from freshrank.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-_NOT_REPEATED = {"storage_url"}
+_NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
+S = TypeVar("S", bound=BaseSettings)
 
 
 def store_url(url: str) -> str:
@@ -98,17 +99,24 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    try:
-        loaded = Settings()
-    except ValidationError as error:
-        raise ConfigError("; ".join(_problem(str(each["loc"][0]), each["input"], each["msg"])
-                                    for each in error.errors())) from None  # fmt: skip
+    loaded = from_environment(Settings)
     return loaded.model_copy(update={"home": loaded.home.resolve()})
 
 
-def _problem(name: str, received: object, expected: str) -> str:
-    is_secret = name in Settings.model_fields and Settings.model_fields[name].annotation is SecretStr
+def from_environment(kind: type[S]) -> S:
+    """``kind`` as the environment says; ConfigError names each variable that is wrong."""
+    try:
+        return kind()
+    except SettingsError as error:
+        raise ConfigError(f"{kind.model_config['env_prefix']}*: {error}; expected JSON") from None
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"])
+                                    for each in error.errors())) from None  # fmt: skip
+
+
+def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:
+    is_secret = name in kind.model_fields and kind.model_fields[name].annotation is SecretStr
     shown = (
         "a secret" if is_secret else "a value that is not repeated here" if name in _NOT_REPEATED else repr(received)
     )
-    return f"FRESHRANK_{name.upper()}: received {shown}, {expected}"
+    return f"{kind.model_config['env_prefix']}{name.upper()}: received {shown}, {expected}"

@@ -229,7 +229,7 @@ def train(
         write_json(directory / "key.json", {"key": key, "config": config})
 
     kept, store = run.workspace.checkpoints / fingerprint(key), objects.configured()
-    copies = f"checkpoints/{run.dataset.schema.name}/{fingerprint(key)}"
+    copies = f"checkpoints/{run.dataset.schema.name}/{kept.name}"
     with distributed.joined() as group:
         if group.leads:
             run.step("train", key, out, compute)

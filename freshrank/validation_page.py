@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from freshrank.config import Severity
-from freshrank.storage import atomic_directory, atomic_write
+from freshrank.storage import atomic_directory, write_text
 from freshrank.validation import Validation, ValidationReport
 
 PAGE, DOCS = "validation.html", "data_docs/index.html"
@@ -31,8 +31,7 @@ def write_validation_page(report: ValidationReport, path: Path, docs: str | None
     cohorts = list(dict.fromkeys(one.table for one in report.coverage))
     text = page.render(report=report, results=order, Severity=Severity, docs=docs, cohorts=cohorts,
                        coverage=_coverage(report))  # fmt: skip
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _coverage(report: ValidationReport) -> dict[str, dict[str, str]]:

@@ -1,7 +1,6 @@
 """Lose the volume, lose the bucket: one command each, and what served serves again."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,29 +16,14 @@ from freshrank.settings import settings
 from freshrank.storage import read_json, sha256_of, write_json
 from freshrank.workspace import Workspace
 from tests.homes import DAY_1, Home
-from tests.object_stores import BUCKET, Proxy, s3
+from tests.object_stores import BUCKET, Proxy
 from tests.serving.tiny_bundles import write_bundle
 
 SMALL = WorldConfig(users=20, days=3, items_at_start=30, impressions_per_day=60)
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
-    settings.cache_clear()
-    yield tmp_path / "home"
-    settings.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Proxy]:
-    with s3() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def store(running: Proxy, request: pytest.FixtureRequest) -> ObjectStore:
-    running.behave()
+def store(proxy: Proxy, request: pytest.FixtureRequest) -> ObjectStore:
     return ObjectStore(f"s3://{BUCKET}/{request.node.name}")
 
 
@@ -96,12 +80,12 @@ def test_what_serves_is_not_replaced_unasked(workspace: Workspace, store: Object
     assert repository.versions() == [1, 2]
 
 
-def test_a_second_copy_sends_what_is_new(workspace: Workspace, store: ObjectStore, running: Proxy) -> None:
+def test_a_second_copy_sends_what_is_new(workspace: Workspace, store: ObjectStore, proxy: Proxy) -> None:
     """Another version costs its own files, the pointer and a manifest."""
     back_up_models(workspace, store)
-    running.requests.clear()
+    proxy.requests.clear()
     back_up_models(workspace, store)
-    assert len(running.uploads) == 1
+    assert len(proxy.uploads) == 1
 
 
 def test_a_bucket_that_was_lost_is_filled_by_the_same_command(workspace: Workspace, store: ObjectStore) -> None:
@@ -115,9 +99,7 @@ def test_a_bucket_that_was_lost_is_filled_by_the_same_command(workspace: Workspa
     assert state(workspace) == before
 
 
-def test_a_dataset_is_sent_and_fetched_day_by_day(
-    store: ObjectStore, home: Path, tmp_path: Path, running: Proxy
-) -> None:
+def test_a_dataset_is_sent_and_fetched_day_by_day(store: ObjectStore, home: Path, tmp_path: Path, proxy: Proxy) -> None:
     """A day more costs the files that it changed; the copy is the dataset, byte for byte."""
     data = tmp_path / "simulated"
     simulate(data, SMALL)
@@ -125,9 +107,9 @@ def test_a_dataset_is_sent_and_fetched_day_by_day(
     local = local_dataset(url)
     assert local == home / "data" / "simulated"
     simulate(data, SMALL.model_copy(update={"days": 4}))
-    running.requests.clear()
+    proxy.requests.clear()
     back_up_dataset(Dataset.open(data), store)
-    assert 0 < len(running.uploads) < len([path for path in data.rglob("*") if path.is_file()])
+    assert 0 < len(proxy.uploads) < len([path for path in data.rglob("*") if path.is_file()])
     again = local_dataset(url)
     assert Dataset.open(again).days == Dataset.open(data).days
     assert Dataset.open(again).fingerprint(Dataset.open(data).days) == Dataset.open(data).fingerprint(
@@ -160,9 +142,8 @@ def test_what_is_not_kept_is_named(store: ObjectStore, home: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_lose_the_volume(running: Proxy, tmp_path: Path) -> None:
+def test_lose_the_volume(proxy: Proxy, tmp_path: Path) -> None:
     """A day is deployed, workspace and dataset are deleted; after `freshrank restore` the same version answers."""
-    running.behave()
     lost = Home.make(tmp_path / "lost")
     lost.environment |= {"FRESHRANK_STORAGE_URL": f"s3://{BUCKET}/volume"}
     assert lost.freshrank("serve").returncode == 0

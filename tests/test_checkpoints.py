@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from freshrank.storage import read_json, sha256_of
 from freshrank.training import Encoded, Trained, train_encoded
 from freshrank.transforms import Batch
 from tests.homes import Home
-from tests.object_stores import BUCKET, Proxy, bare_client, s3
+from tests.object_stores import BUCKET, Proxy, bare_client
 from tests.streams import stream_of
 from tests.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 
@@ -127,15 +126,8 @@ def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), other.get_state())
 
 
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[Proxy]:
-    with s3() as running:
-        yield running
-
-
 @pytest.fixture
 def store(proxy: Proxy) -> ObjectStore:
-    proxy.behave()
     return ObjectStore(f"s3://{BUCKET}/{uuid.uuid4().hex}")
 
 
@@ -263,7 +255,6 @@ def _kill_once_kept(home: Home, arguments: tuple[str, ...]) -> None:
 @pytest.mark.slow
 def test_freshrank_train_pre_empted_on_one_node_is_finished_on_another(proxy: Proxy, tmp_path: Path) -> None:
     """kill -9, then a workspace that has nothing but the bucket: the very ranker, and the bucket is empty again."""
-    proxy.behave()
     store = {"FRESHRANK_STORAGE_URL": f"s3://{BUCKET}/{uuid.uuid4().hex}"}
     homes = [Home.make(tmp_path / name) for name in ("undisturbed", "pre-empted", "another")]
     arguments = ("train", "--date", "2024-01-07", *_sets("training.window_rows=2000", "training.checkpoint_every=5",

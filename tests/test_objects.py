@@ -6,7 +6,6 @@ import subprocess
 import sys
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,9 @@ import pytest
 from freshrank.errors import ConfigError, StorageError
 from freshrank.objects import FETCHED, ObjectStore
 from freshrank.settings import PROJECT_ROOT, Settings, settings
-from tests.object_stores import BUCKET, Proxy, bare_client, s3
+from tests.object_stores import BUCKET, Proxy, bare_client
 
 FIRST, SECOND = {"a.txt": "one", "deep/b.txt": "two"}, {"a.txt": "one", "deep/b.txt": "changed", "c.txt": "new"}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Proxy]:
-    with s3() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(running: Proxy) -> Proxy:
-    running.behave()
-    return running
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from freshrank.bench.rows import BASELINE, BOOST, BOOSTED, ORACLE
 from freshrank.bench.table1 import GAPS, RowOfTable, Table, better
 from freshrank.datasets.kuairand import PROTOCOLS
 from freshrank.evaluation import ALL, FRESH, WARM, MetricName
-from freshrank.storage import atomic_write, read_json
+from freshrank.storage import read_json, write_text
 
 FINDINGS, FIGURES = "findings.md", "figures.md"
 NAMES = {
@@ -64,8 +64,7 @@ def write_page(folder: Path) -> Path:
     if (folder / FINDINGS).exists():
         parts.append((folder / FINDINGS).read_text())
     page = folder.with_suffix(".md")
-    with atomic_write(page) as temporary:
-        temporary.write_text("\n".join(parts))
+    write_text(page, "\n".join(parts))
     return page
 
 

@@ -17,9 +17,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from freshrank.config import RunConfig
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
 from freshrank.orchestration.pipeline import arguments, load_pipeline
-from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, run_page, running_steps
-from freshrank.settings import settings, store_endpoint
-from freshrank.storage import atomic_write, fingerprint
+from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, progress_of, run_page
+from freshrank.settings import from_environment, settings, store_endpoint
+from freshrank.storage import fingerprint, write_text
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +91,7 @@ class Submission:
 
 def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
     """Write the pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
-    text = _compiled(cluster)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    write_text(path, _compiled(cluster))
 
 
 def _compiled(cluster: ClusterSettings | None) -> str:
@@ -179,11 +177,10 @@ def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
     The run's name ends in a fingerprint of pipeline and arguments: it is the idempotency key.
     """
     parameters = arguments(data, run_date, config)
-    text = _compiled(ClusterSettings())
+    text = _compiled(from_environment(ClusterSettings))
     version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
     package = settings().home / "kfp" / f"{version}.yaml"
-    with atomic_write(package) as temporary:
-        temporary.write_text(text)
+    write_text(package, text)
     key = fingerprint({"pipeline": text, "arguments": parameters})
     return Submission(f"{PIPELINE}-{run_date.isoformat()}-{key}", version, parameters, package, run_id=None)
 
@@ -202,13 +199,13 @@ def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False)
 
 def require_image() -> None:
     """ConfigError where no image is set: the components' own name for it is in no registry."""
-    if not ClusterSettings().image:
+    if not from_environment(ClusterSettings).image:
         raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
 
 
 def start(submission: Submission) -> Submission:
     """:func:`submit` for what is prepared already."""
-    cluster = ClusterSettings()
+    cluster = from_environment(ClusterSettings)
     api = PipelinesApi(cluster.namespace)
     known = api.live(submission.run_name)
     return replace(submission, run_id=known[0] if known else _start(api, cluster, submission))
@@ -224,7 +221,7 @@ def _start(api: PipelinesApi, cluster: ClusterSettings, submission: Submission) 
         service_account=cluster.service_account or None,
     )
     # Time for whoever submitted at the same moment: afterwards all see the same runs.
-    time.sleep(ApiSettings().settle_seconds)
+    time.sleep(from_environment(ApiSettings).settle_seconds)
     return api.keep_oldest(submission.run_name) or started
 
 
@@ -238,7 +235,7 @@ def wait(
 
     ``progress`` is told state and running steps at every look. Where no API answers, the run is looked after further.
     """
-    api, deadline = PipelinesApi(ClusterSettings().namespace), _deadline(timeout)
+    api, deadline = PipelinesApi(from_environment(ClusterSettings).namespace), _deadline(timeout)
     while True:
         state = _look(api, run_id, progress)
         if state == "SUCCEEDED":
@@ -261,16 +258,16 @@ def _look(api: PipelinesApi, run_id: str, progress: Callable[[str], None] | None
         log.warning("%s; looking again", error)
         return "out of sight"
     if progress is not None:
-        progress(", ".join([str(run.state), *running_steps(run)]))
+        progress(progress_of(run))
     return str(run.state)
 
 
 def cancel(run_id: str) -> bool:
     """Terminate the run; False when it had ended already, or is not known."""
-    return PipelinesApi(ClusterSettings().namespace).terminate(run_id)
+    return PipelinesApi(from_environment(ClusterSettings).namespace).terminate(run_id)
 
 
 def cancel_named(run_name: str) -> list[str]:
     """Terminate every run of this name that has not ended; their ids."""
-    api = PipelinesApi(ClusterSettings().namespace)
+    api = PipelinesApi(from_environment(ClusterSettings).namespace)
     return [run_id for run_id in api.live(run_name) if api.terminate(run_id)]

@@ -17,7 +17,7 @@ from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowFailException
 
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError, StorageError
-from freshrank.settings import settings
+from freshrank.settings import from_environment, settings
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -173,7 +173,7 @@ class KubeflowPipelineOperator(BaseOperator):
         context["ti"].xcom_push(key=self.operator_extra_links[0].xcom_key, value=page)
         self._submitting = None
         deadline = time.time() + self.timeout.total_seconds()
-        trigger = RunTrigger(run_id, ClusterSettings().namespace, deadline, self.poll_seconds)
+        trigger = RunTrigger(run_id, from_environment(ClusterSettings).namespace, deadline, self.poll_seconds)
         self.defer(trigger=trigger, method_name=self.resume.__name__)
 
     def resume(self, context: "Context", event: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class KubeflowPipelineOperator(BaseOperator):
             return
         if event["error"]:
             raise PipelineFailed(f"{event['error']}\nThe run, which may go on: {run_page(run_id)}")
-        api = PipelinesApi(ClusterSettings().namespace)
+        api = PipelinesApi(from_environment(ClusterSettings).namespace)
         try:
             if state != "LATE":
                 raise PipelineFailed(api.explain(run_id))

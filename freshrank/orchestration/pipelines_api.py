@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.errors import ClusterUnreachable, ConfigError, FreshrankError, PipelineFailed
-from freshrank.settings import settings
+from freshrank.settings import from_environment, settings
 
 FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 """States of a run that nothing follows."""
@@ -63,7 +63,7 @@ class ApiSettings(BaseSettings):
 
 def run_page(run_id: str) -> str:
     """URL of the run's page for a browser."""
-    return f"{(ApiSettings().ui_host or settings().kfp_host).rstrip('/')}/#/runs/details/{run_id}"
+    return f"{(from_environment(ApiSettings).ui_host or settings().kfp_host).rstrip('/')}/#/runs/details/{run_id}"
 
 
 class PipelinesApi:
@@ -77,7 +77,7 @@ class PipelinesApi:
         """Connects at the first call. ``namespace`` is the profile of a multi-user Kubeflow, else empty."""
         if not settings().kfp_host:
             raise ConfigError("FRESHRANK_KFP_HOST: not set, expected the URL of the Kubeflow Pipelines API")
-        self._settings = ApiSettings()
+        self._settings = from_environment(ApiSettings)
         self._namespace = namespace or None
         self._client: Any = None
 
@@ -366,11 +366,14 @@ def _found_or_made(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
         raise
 
 
+def _tasks(run: Any) -> list[Any]:
+    return (run.run_details.task_details if run.run_details else None) or []
+
+
 def _failed(run: Any) -> list[Any]:
     """The failed tasks in the order in which they ended: a step before the graph that contains it."""
-    tasks: Iterable[Any] = (run.run_details.task_details if run.run_details else None) or []
     never = datetime.max.replace(tzinfo=UTC)
-    return sorted((task for task in tasks if task.state == "FAILED"), key=lambda task: task.end_time or never)
+    return sorted((task for task in _tasks(run) if task.state == "FAILED"), key=lambda task: task.end_time or never)
 
 
 def failed_step(run: Any) -> str | None:
@@ -379,11 +382,11 @@ def failed_step(run: Any) -> str | None:
     return next((name for name in names if not _NOT_A_STEP.match(name) and name != run.display_name), None)
 
 
-def running_steps(run: Any) -> list[str]:
-    """Names of the steps that are at work."""
-    tasks: Iterable[Any] = (run.run_details.task_details if run.run_details else None) or []
-    names = [str(task.display_name) for task in tasks if task.state == "RUNNING"]
-    return [name for name in names if not (_NOT_A_STEP.match(name) or name.endswith("-driver"))]
+def progress_of(run: Any) -> str:
+    """State of the run and names of the steps that are at work, in a line."""
+    names = [str(task.display_name) for task in _tasks(run) if task.state == "RUNNING"]
+    steps = [name for name in names if not (_NOT_A_STEP.match(name) or name.endswith("-driver"))]
+    return ", ".join([str(run.state), *steps])
 
 
 def _reason(run: Any) -> str:

@@ -18,7 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from freshrank import steps
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.cluster import ClusterSettings, secret_reference, step_environment
-from freshrank.settings import settings
+from freshrank.settings import from_environment, settings
 from freshrank.storage import fingerprint
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -49,7 +49,7 @@ def train(
     """
     request = {"data": data, "run_date": run_date, "windows": windows, "model": model, "techniques": techniques,
                "training": training}  # fmt: skip
-    cluster = ClusterSettings()
+    cluster = from_environment(ClusterSettings)
     if cluster.train_nodes:
         _train_on_nodes(request, cluster)
     return steps.train(**request, out=out)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from freshrank.errors import ClusterUnreachable, FreshrankError
-from freshrank.orchestration.pipelines_api import FINISHED, PipelinesApi, run_page, running_steps
+from freshrank.orchestration.pipelines_api import FINISHED, PipelinesApi, progress_of, run_page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,7 @@ class RunTrigger(BaseTrigger):
                 # The run goes on without an API server: only the deadline ends the wait.
                 self.log.warning("%s; looking again", error)
             else:
-                now = ", ".join([str(run.state), *running_steps(run)])
+                now = progress_of(run)
                 if now != seen:
                     self.log.info("run %s: %s", self.run_id, now)
                 seen = now

@@ -35,7 +35,7 @@ from freshrank.serving.cores import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT, settings
-from freshrank.storage import atomic_directory, atomic_write, read_json, write_json
+from freshrank.storage import atomic_directory, read_json, write_json, write_text
 
 RANKER = "ranker"
 RANKING = "ranking"
@@ -209,7 +209,7 @@ class ModelRepository:
 
     def _write_ranker_config(self, versions: Collection[int]) -> None:
         installed = sorted(set(versions) & set(self.versions()))
-        _write_text(self.models / RANKER / "config.pbtxt", self.ranker_config(installed))
+        _write_changed(self.models / RANKER / "config.pbtxt", self.ranker_config(installed))
 
     def _write_ranking(self) -> None:
         code = self.models / RANKING / "1"
@@ -226,7 +226,7 @@ class ModelRepository:
             max_batch=MAX_BATCH,
             instances=settings().ranking_instances or max(1, usable_cores() // 2),
         )
-        _write_text(self.models / RANKING / "config.pbtxt", config)
+        _write_changed(self.models / RANKING / "config.pbtxt", config)
 
     def _next_version(self) -> int:
         rejected = [int(path.stem) for path in (self.root / "rejected").glob("*.json")]
@@ -279,9 +279,8 @@ def _render(model: str, **values: object) -> str:
     return environment.get_template("config.pbtxt.j2").render(values)
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_changed(path: Path, text: str) -> None:
     # Triton reloads what has a newer modification time, so what did not change is not written.
     if path.exists() and path.read_text() == text:
         return
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    write_text(path, text)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,18 +14,13 @@ from freshrank.errors import DataError
 from freshrank.feature_store import FeatureStore
 from freshrank.history import build_history
 from freshrank.schema import dump_schema
-from freshrank.settings import settings
 from freshrank.steps import Run, materialize
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A workspace of its own for each test: settings are read once a process."""
-    monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
+def wide(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace of its own for each test, and a terminal that wraps nothing."""
     monkeypatch.setenv("COLUMNS", "400")
-    settings.cache_clear()
-    yield
-    settings.cache_clear()
 
 
 def freshrank(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

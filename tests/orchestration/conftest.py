@@ -41,15 +41,6 @@ def prepared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Submissio
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The workspace; settings are read anew before and after the test."""
-    monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
-    settings.cache_clear()
-    yield tmp_path / "home"
-    settings.cache_clear()
-
-
-@pytest.fixture
 def kfp(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
     """A Kubeflow Pipelines API that freshrank is told to use, with little patience."""
     with serving() as server:

@@ -15,8 +15,9 @@ from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, compile_package, start, submit, wait
+from freshrank.orchestration.pipelines_api import ApiSettings
 from freshrank.recipes import recipe
-from freshrank.settings import settings
+from freshrank.settings import from_environment, settings
 from tests.orchestration.kfp_server import Fault, KfpServer
 
 RUN_DATE = date(2024, 1, 7)
@@ -283,3 +284,21 @@ def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, wo
     """kfp itself would look for a cluster around it."""
     with pytest.raises(ConfigError, match="FRESHRANK_KFP_HOST"):
         submit(world, RUN_DATE, recipe())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [("FRESHRANK_CLUSTER_GPUS", "x", r"^FRESHRANK_CLUSTER_GPUS: received 'x', Input should be a valid integer"),
+     ("FRESHRANK_CLUSTER_SECRET_ENV", '{"A": 3}', "^FRESHRANK_CLUSTER_SECRET_ENV: received a value that is not repeat"),
+     ("FRESHRANK_CLUSTER_SECRET_ENV", "hunter2", r"^FRESHRANK_CLUSTER_\*: .*secret_env.*; expected JSON$"),
+     ("FRESHRANK_KFP_RETRY_SECONDS", "-1", "^FRESHRANK_KFP_RETRY_SECONDS: received '-1', ")],
+)  # fmt: skip
+def test_a_wrong_setting_is_named_and_no_secret_repeated(
+    variable: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the steps run, and how the API is spoken to, are read like all settings."""
+    monkeypatch.setenv(variable, value)
+    kind = ApiSettings if "KFP" in variable else ClusterSettings
+    with pytest.raises(ConfigError, match=expected) as refused:
+        from_environment(kind)
+    assert "hunter2" not in str(refused.value)

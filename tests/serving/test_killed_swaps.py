@@ -1,16 +1,16 @@
 """kill -9 of the publisher and of the server at every step: the same call again ends as if nothing had happened."""
 
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
+from publishing_steps import at_step
 from served import Served
 from tiny_bundles import expected, request
 
@@ -126,27 +126,16 @@ def test_a_roll_back_killed_at_any_step_is_finished_by_the_same_call(pair: Serve
         pair.repository.point_to(pair.repository.served().model_copy(update={"previous": 1, "rolled_back_from": None}))
 
 
-@contextmanager
-def server_dies_at(step: str, served: Served) -> Iterator[None]:
+def server_dies_at(step: str, served: Served) -> AbstractContextManager[None]:
     """The server is killed in the moment the publisher says that ``step`` begins."""
     pid = served.server.status().pid
     assert pid
 
-    class Killer(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if f"step={step} " in record.getMessage():
-                os.kill(pid, signal.SIGKILL)
-                psutil.wait_procs([psutil.Process(pid)], timeout=10)
+    def kill() -> None:
+        os.kill(pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(pid)], timeout=10)
 
-    logger, killer = logging.getLogger("freshrank.serving"), Killer()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(killer)
-    try:
-        yield
-    finally:
-        logger.removeHandler(killer)
-        logger.setLevel(level)
+    return at_step(step, kill)
 
 
 @pytest.mark.parametrize("step", ["install", "load", "verify"])

@@ -1,6 +1,5 @@
 """Three Tritons that serve one model repository: all of them get a version before any of them is asked for it."""
 
-import logging
 import os
 import re
 import signal
@@ -8,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from publishing_steps import at_step
 from ranking_world import RUN_DATE, RankingWorld, noon
 from served import Served
 from test_warm_up_requests import unseen
@@ -125,29 +125,6 @@ def impatient(trio: Trio) -> Trio:
     """The same, waiting for a replica that does not answer only as long as a test can."""
     trio.patience = PATIENCE
     return trio
-
-
-@contextmanager
-def at_step(step: str, do: Callable[[], object], replica: str = "") -> Iterator[None]:
-    """``do`` once, in the moment when ``step`` begins, on ``replica`` where one is named."""
-
-    class Once(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if f"step={step} " in text and replica in text:
-                logger.removeHandler(self)
-                do()
-
-    logger, once = logging.getLogger("freshrank.serving"), Once()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(once)
-    try:
-        yield
-        assert once not in logger.handlers, f"step {step} never began"
-    finally:
-        logger.removeHandler(once)
-        logger.setLevel(level)
 
 
 @contextmanager
