@@ -21,7 +21,7 @@ import yaml
 from freshrank.clock import midnight
 from freshrank.datasets.contract import Dataset
 from freshrank.day_parts import KEYS
-from freshrank.errors import ConfigError, MissingArtifact
+from freshrank.errors import ConfigError, MissingArtifact, ServingError
 from freshrank.history import CREATED, require_history
 from freshrank.hourly import delay, hour_counters, hourly_folder, life, require_log
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Origin, Schema
@@ -50,6 +50,9 @@ SNAPSHOT_LIFE = timedelta(days=1) - timedelta(microseconds=1)
 """A snapshot stands for its day alone; a day without one reads as missing, not as the day before."""
 _REGISTRY_SECONDS = 60
 """How long an open store may answer from what it last read of the registry."""
+_REDIS_LIMITS = "socket_connect_timeout=10,socket_timeout=60"
+"""Seconds, since Feast's client would wait for ever for a Redis that hangs. Those in ``FRESHRANK_REDIS_URL`` come later
+and win; requests have a far shorter limit of their own (``FRESHRANK_ONLINE_TIMEOUT_SECONDS``)."""
 _ROW = "freshrank_row"
 _DTYPES: dict[Kind, pl.DataType] = {
     Kind.CATEGORICAL: pl.Int64(),
@@ -202,7 +205,7 @@ class FeatureStore:
         connection = ibis.duckdb.connect()
         ibis.set_backend(connection)
         try:
-            with redirect_stdout(StringIO()), warnings.catch_warnings():
+            with redirect_stdout(StringIO()), warnings.catch_warnings(), _answering():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 yield store
         finally:
@@ -343,7 +346,7 @@ class FeatureStore:
         if len(ids) == 0:
             return pl.DataFrame(schema=columns)
         read: dict[str, pl.Series] = {}
-        with self._registered():
+        with self._registered(), _answering():
             for (owner, origin), view in self._views().items():
                 if owner is entity:
                     span = self._span(view, origin, at or datetime.now(UTC))
@@ -379,6 +382,24 @@ class FeatureStore:
         response = self._feast.get_online_features(features=features, entity_rows={key: list(ids)}).proto
         results = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
         return {name: _series(name, dtype, results[name], span) for name, dtype in columns.items()}
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What the online store's client raises becomes a ServingError that says where it was, without the password."""
+    if settings().online_store == "sqlite":
+        yield
+        return
+    from redis.exceptions import RedisError
+
+    try:
+        yield
+    except RedisError as problem:
+        host = settings().redis_url.get_secret_value().split(",")[0]
+        raise ServingError(
+            f"online store: Redis at {host} failed with '{problem}'; expected one that takes features; see that it "
+            "runs, has memory left, and that host and password in FRESHRANK_REDIS_URL are right, then repeat the step"
+        ) from problem
 
 
 def _check_hour(schema: Schema, hour: datetime) -> None:
@@ -439,5 +460,5 @@ def _config(schema: Schema, workspace: Workspace, redis_url: str) -> dict[str, A
 def _online_store(workspace: Workspace, redis_url: str) -> dict[str, Any]:
     if settings().online_store == "redis":
         # Rows are always newer than what is there, so Redis need not compare: one round trip instead of two.
-        return {"type": "redis", "connection_string": redis_url, "skip_dedup": True}
+        return {"type": "redis", "connection_string": f"{_REDIS_LIMITS},{redis_url}", "skip_dedup": True}
     return {"type": "sqlite", "path": str(workspace.feast.absolute() / "online.db")}
