@@ -38,6 +38,11 @@ out = Console()
 err = Console(stderr=True, log_path=False)
 
 
+def say(sentence: str, highlight: bool = True) -> None:
+    """One line, however narrow the terminal or long the path: a pipe gets it whole."""
+    out.print(sentence, highlight=highlight, markup=False, soft_wrap=True)
+
+
 def _local(data: str) -> Path:
     from freshrank.objects import local_dataset
 
@@ -65,7 +70,7 @@ def _root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what every step does.")] = False,
 ) -> None:
     if version:
-        out.print(__version__)
+        say(__version__)
         raise typer.Exit
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(name)s %(message)s")  # fmt: skip
@@ -122,7 +127,7 @@ def _report_import(dataset: "Dataset") -> None:
     missing, shown = dataset.missing_days, 10
     more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
     span = "1 day" if len(dataset.days) == 1 else f"{len(dataset.days)} days"
-    out.print(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
+    say(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
               f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
               + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
 
@@ -141,7 +146,7 @@ def features_build(
     steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
     kept = steps.materialize(data, run_date)
     online = f"; the online store holds the later state of {kept} and keeps it" if kept else " and materialized"
-    out.print(f"features of {run_date} are built{online}", soft_wrap=True)
+    say(f"features of {run_date} are built{online}")
 
 
 @features.command("get")
@@ -182,7 +187,7 @@ def features_push(data: Data, at: At = None) -> None:
     from freshrank.hourly import standing_hour
 
     hour = standing_hour(parse_instant(at) if at else datetime.now(UTC), Dataset.open(data).schema)
-    out.print(f"counters until {hour.isoformat()}: {steps.push_hourly(data, hour)} items")
+    say(f"counters until {hour.isoformat()}: {steps.push_hourly(data, hour)} items")
 
 
 def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str]) -> None:
@@ -223,12 +228,11 @@ def validate(
     where = target or _folder(data, day, "validation")
     config = recipe(recipe_name, overrides).validation
     result = steps.validate(data, _date(data, day), config.model_dump_json(), where)
-    out.print(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}",
-              soft_wrap=True)  # fmt: skip
+    say(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
     report = ValidationReport.model_validate(read_json(where / "validation.json"))
     warned = [f"warning {result.name}: {result}" for result in report.failures(Severity.WARNING)]
     for line in (*warned, *report.notes):
-        out.print(escape(line), soft_wrap=True)
+        say(line)
 
 
 @app.command()
@@ -306,12 +310,12 @@ def publish(
     if bundle is evaluation is None and not _folder(data, day, "bundle").exists():
         version = steps.republish(data, _date(data, day), force)
         if version is not None:
-            out.print(f"served version: {version}")
+            say(f"served version: {version}")
             return
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
-    out.print(f"served version: {result['version']}")
+    say(f"served version: {result['version']}")
 
 
 @app.command()
@@ -327,9 +331,9 @@ def rollback(
     pointer = roll_back(Replicas.configured(), repository, to)
     if pointer == before:
         since = f" (rolled back from {pointer.rolled_back_from})" if pointer.rolled_back_from else ""
-        out.print(f"version {pointer.version} already serves{since}")
+        say(f"version {pointer.version} already serves{since}")
     else:
-        out.print(f"served version: {pointer.rolled_back_from} -> {pointer.version} (run {pointer.run_date})")
+        say(f"served version: {pointer.rolled_back_from} -> {pointer.version} (run {pointer.run_date})")
 
 
 @app.command()
@@ -346,7 +350,7 @@ def backup(data: Data) -> None:
     where = backup.back_up_dataset(dataset, keeper)
     pointer = backup.back_up_models(Workspace.of(dataset.schema.name), keeper)
     served = f"version {pointer.version} of run {pointer.run_date} serves" if pointer else "nothing serves yet"
-    out.print(f"kept: {where} and its models; {served}", soft_wrap=True)
+    say(f"kept: {where} and its models; {served}")
 
 
 @app.command()
@@ -367,8 +371,7 @@ def restore(
     steps.materialize(data, run_date)
     steps.register_served(data, run_date)
     served = f"version {pointer.version} of run {pointer.run_date} serves" if pointer else "nothing had been served"
-    out.print(f"restored: {data} and its models, features of {run_date}; {served}. Restart servers that ran meanwhile.",
-              soft_wrap=True)  # fmt: skip
+    say(f"restored: {data} and its models, features of {run_date}; {served}. Restart servers that ran meanwhile.")
 
 
 @app.command()
@@ -388,7 +391,7 @@ def submit(
     from freshrank.orchestration import cluster
 
     if cancel is not None:
-        out.print(f"run {cancel}: {'cancelled' if cluster.cancel(cancel) else 'had ended already, or is not known'}")
+        say(f"run {cancel}: {'cancelled' if cluster.cancel(cancel) else 'had ended already, or is not known'}")
         return
     if data is None:
         raise ConfigError("--data: not given, expected an imported dataset directory")
@@ -453,7 +456,7 @@ def stop(data: Data) -> None:
     """Stop the local Triton."""
     from freshrank.serving.local import server
 
-    out.print("stopped" if server(data).stop() else "was not running")
+    say("stopped" if server(data).stop() else "was not running")
 
 
 @app.command()
@@ -470,14 +473,14 @@ def status(data: Data) -> None:
     if not replicas.is_one:
         raise typer.Exit(_replicas_status(replicas, _repository(data)))
     now, pointer = server(data).status(), _repository(data).served()
-    out.print(now.sentence())
+    say(now.sentence())
     if pointer is None:
-        out.print("nothing is published yet")
+        say("nothing is published yet")
     elif now.ready:
-        out.print(f"served version: {pointer.version} (run {pointer.run_date})")
+        say(f"served version: {pointer.version} (run {pointer.run_date})")
     else:
-        out.print(f"would serve version {pointer.version} (run {pointer.run_date}) once started")
-    out.print(f"workspace: {settings().home}", soft_wrap=True)
+        say(f"would serve version {pointer.version} (run {pointer.run_date}) once started")
+    say(f"workspace: {settings().home}")
     raise typer.Exit(0 if now.ready else 1)
 
 
@@ -486,10 +489,10 @@ def _replicas_status(replicas: "Replicas", repository: "ModelRepository") -> int
 
     found, pointer = statuses(replicas, repository), repository.served()
     for each in found:
-        out.print(each.sentence(), soft_wrap=True)
+        say(each.sentence())
     served = f"served version: {pointer.version} (run {pointer.run_date})" if pointer else "nothing is published yet"
     lacking = [each.address for each in found if pointer and pointer.version not in each.versions]
-    out.print(served + (f"; not loaded on {', '.join(lacking)}" if lacking else ""), soft_wrap=True)
+    say(served + (f"; not loaded on {', '.join(lacking)}" if lacking else ""))
     return 1 if lacking or any(each.problem for each in found) else 0
 
 
@@ -560,7 +563,7 @@ def experiment_show(data: Data) -> None:
     """The arms of the running experiment."""
     from freshrank.serving.experiments import described
 
-    out.print(described(_repository(data)))
+    say(described(_repository(data)))
 
 
 @experiment.command("stop")
@@ -570,7 +573,7 @@ def experiment_stop(data: Data) -> None:
     from freshrank.serving.replicas import Replicas
 
     ended = stop_experiment(Replicas.configured(), _repository(data))
-    out.print(f"experiment '{ended.name}' has ended" if ended else "no experiment runs")
+    say(f"experiment '{ended.name}' has ended" if ended else "no experiment runs")
 
 
 # ---------------------------------------------------------------- evidence
@@ -617,7 +620,7 @@ def bench_table1(
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
     options = Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
     failures = table1(prepared, options, out)
-    out.print(f"evidence: {target.with_suffix('.md')}", soft_wrap=True)
+    say(f"evidence: {target.with_suffix('.md')}")
     _end_of_bench(len(failures))
 
 
@@ -642,7 +645,7 @@ def bench_tune(
     chosen(_names(rows))
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
     failures = tune(prepared, Options(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
-    out.print(f"winners: {TUNED}", soft_wrap=True)
+    say(f"winners: {TUNED}")
     _end_of_bench(len(failures))
 
 
@@ -658,7 +661,7 @@ def bench_epoch(
     from freshrank.bench.epoch import epoch
 
     found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
-    out.print(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
+    say(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
               f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
 
 
@@ -690,12 +693,12 @@ def bench_train(
                 peers=tuple(_names(peers) or ()))  # fmt: skip
     found = train(data, parse_day(_date(data, day)), plan, target, out)
     for name, system in found.systems.items():
-        out.print(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
+        say(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
                   f"{system.peak_mib:,.0f} MiB")  # fmt: skip
     for ratio in found.ratios:
-        out.print(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
+        say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
                   f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+    say(f"written: {target} and {target.with_suffix('.png').name}")
 
 
 @bench.command("serving")
@@ -725,10 +728,8 @@ def bench_serving(
     found = serving(data, home or settings().home / "bench_serving", plan, target, recipe(recipe_name, overrides), out)
     for ratio in found.ratios:
         verdict = {True: "met", False: "NOT met", None: ""}[ratio.met]
-        out.print(
-            f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}) {ratio.target} {verdict}"
-        )
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+        say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}) {ratio.target} {verdict}")
+    say(f"written: {target} and {target.with_suffix('.png').name}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -782,8 +783,8 @@ def bench_figures(
 
     page, found = figures.run(data, protocol, seeds, target, ablation)
     for figure in found:
-        out.print(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
-    out.print(f"{page}", soft_wrap=True)
+        say(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
+    say(f"{page}")
 
 
 @bench.command("features")
@@ -807,8 +808,8 @@ def bench_features(
     plan = Plan(millions=tuple(float(n) for n in _numbers(millions)), rounds=rounds, memory_gib=memory_gib)
     found = features(plan, work or settings().home / "bench_features", target, out)
     for sentence in found.sentences():
-        out.print(sentence, highlight=False)
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+        say(sentence, highlight=False)
+    say(f"written: {target} and {target.with_suffix('.png').name}")
 
 
 @bench.command("swap")
@@ -827,8 +828,8 @@ def bench_swap(
 
     found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
     for sentence in found.sentences():
-        out.print(sentence, highlight=False)
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+        say(sentence, highlight=False)
+    say(f"written: {target} and {target.with_suffix('.png').name}")
     raise typer.Exit(0 if found.passed else 1)
 
 
@@ -848,8 +849,8 @@ def bench_validation(
     plan = Plan(rows=rows, trailing_days=trailing_days, repeats=repeats)
     found = validation(settings().home / "bench_validation", plan, target, out)
     for sentence in found.sentences():
-        out.print(sentence, highlight=False)
-    out.print(f"written: {target} and {target.with_suffix('.png').name}")
+        say(sentence, highlight=False)
+    say(f"written: {target} and {target.with_suffix('.png').name}")
     raise typer.Exit(0 if found.passed else 1)
 
 
@@ -896,9 +897,9 @@ def _print_run(data: Path, run_date: str) -> None:
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:
-    out.print(title)
+    say(title)
     for name, value in facts.items():
-        out.print(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}")
+        say(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}")
 
 
 def main() -> None:

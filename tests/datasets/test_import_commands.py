@@ -18,9 +18,9 @@ from freshrank.steps import Run, materialize
 
 
 @pytest.fixture(autouse=True)
-def wide(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace of its own for each test, and a terminal that wraps nothing."""
-    monkeypatch.setenv("COLUMNS", "400")
+def narrow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace of its own for each test, and a terminal too narrow for any sentence: they are printed whole."""
+    monkeypatch.setenv("COLUMNS", "40")
 
 
 def freshrank(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
