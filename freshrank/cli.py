@@ -2,21 +2,22 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from freshrank import __version__
+from freshrank.bench.commands import bench
 from freshrank.errors import ConfigError, FreshrankError
-from freshrank.recipes import DEFAULT_RECIPE, RECIPES, recipe
+from freshrank.options import Data, Day, Overrides, Protocol, Recipe, run_date_of
+from freshrank.recipes import DEFAULT_RECIPE, recipe
+from freshrank.terminal import err, out, say
 
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
@@ -30,35 +31,10 @@ imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data cont
 features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
 app.add_typer(imports, name="import")
 app.add_typer(features, name="features")
-bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes its evidence.")
 app.add_typer(bench, name="bench")
 experiment = typer.Typer(no_args_is_help=True, help="Two versions at once: who is answered by which, and who shadows.")
 app.add_typer(experiment, name="experiment")
-out = Console()
-err = Console(stderr=True, log_path=False)
-
-
-def say(sentence: str, highlight: bool = True) -> None:
-    """One line, however narrow the terminal or long the path: a pipe gets it whole."""
-    out.print(sentence, highlight=highlight, markup=False, soft_wrap=True)
-
-
-def _local(data: str) -> Path:
-    from freshrank.objects import local_dataset
-
-    return local_dataset(data)
-
-
-Data = Annotated[Path, typer.Option("--data", parser=_local, metavar="DIR|URL", help=(
-    "Imported dataset directory (see `freshrank import`), or the URL of its copy in an object store (see `freshrank "
-    "backup`)."))]  # fmt: skip
-Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "
-                                         "day after the newest in the log.")]  # fmt: skip
-Recipe = Annotated[str, typer.Option("--recipe", help=f"Named configuration: {', '.join(RECIPES)}.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change one value: section.field=value (repeat).")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Default: inside the run's folder.")]
-Protocol = Annotated[Literal["staggered", "sparse", "strict", "oracle"], typer.Option(
-    help="How KuaiRand's items are made cold; see docs/kuairand.md.")]  # fmt: skip
 Source = Annotated[Path, typer.Argument(help="Directory to read.")]
 At = Annotated[str | None, typer.Option("--at", help="Time with its zone, ISO 8601. Default: now.")]
 Target = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
@@ -142,7 +118,7 @@ def features_build(
     """Build the daily history snapshots of a run's windows, and materialize Feast's online store for its date."""
     from freshrank import steps
 
-    run_date = _date(data, day)
+    run_date = run_date_of(data, day)
     steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
     kept = steps.materialize(data, run_date)
     online = f"; the online store holds the later state of {kept} and keeps it" if kept else " and materialized"
@@ -169,7 +145,7 @@ def features_get(
     if at and not item:
         raise ConfigError(f"--at: received {at!r} without --item, expected both: only hourly counters of items "
                           "depend on the time; leave --at out, or name an item")  # fmt: skip
-    run = Run(data, _date(data, None))
+    run = Run(data, run_date_of(data, None))
     store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
     if user is not None:
         _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user])
@@ -207,8 +183,8 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
     config = recipe(recipe_name, overrides)
     with _server(data):
         quiet = not logging.getLogger("freshrank").isEnabledFor(logging.INFO)
-        daily.run(data, date.fromisoformat(_date(data, day)), config, err if quiet else None)
-    _print_run(data, _date(data, day))
+        daily.run(data, date.fromisoformat(run_date_of(data, day)), config, err if quiet else None)
+    _print_run(data, run_date_of(data, day))
 
 
 @app.command()
@@ -227,7 +203,7 @@ def validate(
 
     where = target or _folder(data, day, "validation")
     config = recipe(recipe_name, overrides).validation
-    result = steps.validate(data, _date(data, day), config.model_dump_json(), where)
+    result = steps.validate(data, run_date_of(data, day), config.model_dump_json(), where)
     say(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
     report = ValidationReport.model_validate(read_json(where / "validation.json"))
     warned = [f"warning {result.name}: {result}" for result in report.failures(Severity.WARNING)]
@@ -243,7 +219,7 @@ def train(
     from freshrank import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "train")
-    facts = steps.train(data, _date(data, day), config.windows.model_dump_json(), config.model.model_dump_json(),
+    facts = steps.train(data, run_date_of(data, day), config.windows.model_dump_json(), config.model.model_dump_json(),
                         config.techniques.model_dump_json(), config.training.model_dump_json(), where)  # fmt: skip
     _print_facts(f"ranker: {where}", facts)
 
@@ -261,7 +237,7 @@ def calibrate(
     from freshrank import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "bundle")
-    facts = steps.calibrate(data, _date(data, day), config.windows.model_dump_json(),
+    facts = steps.calibrate(data, run_date_of(data, day), config.windows.model_dump_json(),
                             config.calibration.model_dump_json(), ranker or _folder(data, day, "train"),
                             where)  # fmt: skip
     _print_facts(f"bundle: {where}", facts)
@@ -280,9 +256,9 @@ def evaluate(
     from freshrank import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "evaluation")
-    steps.evaluate(data, _date(data, day), config.windows.model_dump_json(), config.evaluation.model_dump_json(),
+    steps.evaluate(data, run_date_of(data, day), config.windows.model_dump_json(), config.evaluation.model_dump_json(),
                    config.gate.model_dump_json(), bundle or _folder(data, day, "bundle"), where)  # fmt: skip
-    _print_run(data, _date(data, day))
+    _print_run(data, run_date_of(data, day))
 
 
 @app.command()
@@ -308,12 +284,12 @@ def publish(
 
     give_way()
     if bundle is evaluation is None and not _folder(data, day, "bundle").exists():
-        version = steps.republish(data, _date(data, day), force)
+        version = steps.republish(data, run_date_of(data, day), force)
         if version is not None:
             say(f"served version: {version}")
             return
     judged = evaluation or _folder(data, day, "evaluation")
-    result = steps.deploy(data, _date(data, day), bundle or _folder(data, day, "bundle"), judged,
+    result = steps.deploy(data, run_date_of(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
     say(f"served version: {result['version']}")
 
@@ -366,7 +342,7 @@ def restore(
     keeper = backup.store()
     dataset = backup.restore_dataset(data, keeper, name)
     pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
-    run_date = _date(data, None)
+    run_date = run_date_of(data, None)
     steps.build_features(data, run_date)
     steps.materialize(data, run_date)
     steps.register_served(data, run_date)
@@ -395,7 +371,7 @@ def submit(
         return
     if data is None:
         raise ConfigError("--data: not given, expected an imported dataset directory")
-    run_date = date.fromisoformat(_date(data, day))
+    run_date = date.fromisoformat(run_date_of(data, day))
     submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
@@ -576,300 +552,13 @@ def experiment_stop(data: Data) -> None:
     say(f"experiment '{ended.name}' has ended" if ended else "no experiment runs")
 
 
-# ---------------------------------------------------------------- evidence
-
-BenchData = Annotated[Path, typer.Option("--data", help="KuaiRand's files (imported under --protocol and as the "
-                                         "oracle), or an imported dataset.")]  # fmt: skip
-BenchProtocol = Annotated[Literal["staggered", "sparse", "strict"], typer.Option("--protocol", help=(
-    "How KuaiRand's items are made cold. An imported dataset keeps the one it was imported under."))]  # fmt: skip
-BenchRows = Annotated[str | None, typer.Option("--rows", help="Names, comma-separated; the baseline is always among "
-                                               "them. Default: all. A wrong one brings up the list.")]  # fmt: skip
-BenchOracle = Annotated[Path | None, typer.Option("--oracle", help="Imported dataset in which the same items are warm: "
-                                                  "the reference of the cold gap closed.")]  # fmt: skip
-BenchJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per "
-                                               "core.")]  # fmt: skip
-BenchOut = Annotated[Path, typer.Option("--out", help="Folder of the evidence; its page is OUT.md.")]
-TrainDays = Annotated[int, typer.Option("--train-days", min=1, help="Days trained on.")]
-EvaluationDays = Annotated[int, typer.Option("--evaluation-days", min=1, help="Days judged.")]
-Lists = Annotated[Literal["user", "request"], typer.Option("--lists", help="What is ranked together: all a user saw on "
-                                                           "the evaluation days, or a request.")]  # fmt: skip
-
-
-@bench.command("table1")
-def bench_table1(
-    data: BenchData,
-    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds 0 .. N-1 of every row.")] = 20,
-    protocol: BenchProtocol = "sparse",
-    rows: BenchRows = None,
-    jobs: BenchJobs = None,
-    target: BenchOut = Path("docs/evidence"),
-    untuned: Annotated[bool, typer.Option("--untuned", help="The papers' settings instead of those that "
-                                          "`freshrank bench tune` found.")] = False,
-    timing_repeats: Annotated[int, typer.Option(min=0, help="Side-by-side timings per row; 0 for none.")] = 3,
-    day: Day = None,
-    train_days: TrainDays = 10,
-    evaluation_days: EvaluationDays = 3,
-    lists: Lists = "user",
-    oracle: BenchOracle = None,
-) -> None:  # fmt: skip
-    """Train and judge every row of the paper's table 1; what is done is kept, so a stopped run goes on."""
-    from freshrank.bench.rows import chosen
-    from freshrank.bench.table1 import Options, table1
-
-    chosen(_names(rows))  # a wrong name is not worth an import of the data
-    prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
-    options = Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
-    failures = table1(prepared, options, out)
-    say(f"evidence: {target.with_suffix('.md')}")
-    _end_of_bench(len(failures))
-
-
-@bench.command("tune")
-def bench_tune(
-    data: BenchData,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every candidate.")] = 2,
-    protocol: BenchProtocol = "sparse",
-    rows: BenchRows = None,
-    jobs: BenchJobs = None,
-    target: BenchOut = Path("docs/evidence"),
-    day: Day = None,
-    train_days: TrainDays = 10,
-    evaluation_days: EvaluationDays = 3,
-    lists: Lists = "user",
-    oracle: BenchOracle = None,
-) -> None:
-    """Choose every row's settings among as many candidates, on days before those that table 1 judges."""
-    from freshrank.bench.rows import TUNED, chosen
-    from freshrank.bench.tune import Options, tune
-
-    chosen(_names(rows))
-    prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
-    failures = tune(prepared, Options(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
-    say(f"winners: {TUNED}")
-    _end_of_bench(len(failures))
-
-
-@bench.command("epoch")
-def bench_epoch(
-    data: BenchData,
-    protocol: BenchProtocol = "sparse",
-    steps: Annotated[int, typer.Option(min=1, help="Batches per timing.")] = 40,
-    repeats: Annotated[int, typer.Option(min=1, help="Timings of each way, in turn.")] = 5,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("docs/bench/epoch.json"),
-) -> None:
-    """How much faster an epoch is for encoding each user's sequence once a day and without padding."""
-    from freshrank.bench.epoch import epoch
-
-    found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
-    say(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
-              f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
-
-
-@bench.command("train")
-def bench_train(
-    data: Data,
-    day: Day = None,
-    days: Annotated[int, typer.Option(min=1, help="Days trained on.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of ours per measurement.")] = 300,
-    peer_steps: Annotated[int, typer.Option(min=4, help="Batches of a peer per measurement.")] = 40,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each system, in turn.")] = 5,
-    window_rows: Annotated[int, typer.Option(min=1000, help="Rows a window of the stream holds.")] = 65_536,
-    peers: Annotated[str, typer.Option(help="Libraries compared with, commas between; empty: none.")] = (
-        "torch-rechub,FuxiCTR"
-    ),
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/train.json"
-    ),
-) -> None:
-    """Examples per second and memory of streamed training, against the same steps from memory and two libraries.
-
-    The libraries come with `make test`, or with `pip install --no-deps torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py
-    msgpack`; `--peers ""` does without them.
-    """
-    from freshrank.bench.train import Plan, train
-    from freshrank.clock import parse_day
-
-    plan = Plan(days=days, steps=steps, peer_steps=peer_steps, rounds=rounds, window_rows=window_rows,
-                peers=tuple(_names(peers) or ()))  # fmt: skip
-    found = train(data, parse_day(_date(data, day)), plan, target, out)
-    for name, system in found.systems.items():
-        say(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
-                  f"{system.peak_mib:,.0f} MiB")  # fmt: skip
-    for ratio in found.ratios:
-        say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
-                  f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
-    say(f"written: {target} and {target.with_suffix('.png').name}")
-
-
-@bench.command("serving")
-def bench_serving(
-    data: Data,
-    home: Annotated[
-        Path | None,
-        typer.Option(
-            help="Workspace of its own for the model and the servers. Default: bench_serving in the workspace."
-        ),
-    ] = None,
-    candidates: Annotated[str, typer.Option(help="Sizes of requests.")] = "50,100,500,2000",
-    callers: Annotated[str, typer.Option(help="Concurrent callers, at 500 candidates.")] = "1,2,4,8,16",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each slice.")] = 2.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Slices of each system, in turn.")] = 5,
-    recipe_name: Recipe = DEFAULT_RECIPE,
-    overrides: Overrides = None,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/serving.json"
-    ),
-) -> None:
-    """Latency and throughput of `ranking` against its floor and a FastAPI server, from a real Redis, in one run."""
-    from freshrank.bench.serving import Plan, serving
-    from freshrank.settings import settings
-
-    plan = Plan(sizes=_numbers(candidates), callers=_numbers(callers), seconds=seconds, rounds=rounds)
-    found = serving(data, home or settings().home / "bench_serving", plan, target, recipe(recipe_name, overrides), out)
-    for ratio in found.ratios:
-        verdict = {True: "met", False: "NOT met", None: ""}[ratio.met]
-        say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}) {ratio.target} {verdict}")
-    say(f"written: {target} and {target.with_suffix('.png').name}")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"received {text!r}, expected whole numbers with commas between, e.g. 50,500") from None
-
-
-def _bench_data(
-    data: Path, protocol: Any, day: str | None, train_days: int, evaluation_days: int, oracle: Path | None
-) -> Any:
-    from freshrank.bench.data import locate
-    from freshrank.clock import parse_day
-    from freshrank.config import WindowConfig
-
-    windows = WindowConfig(train_days=train_days, evaluation_days=evaluation_days)
-    return locate(data, protocol, windows, parse_day(day) if day else None, oracle)
-
-
-def _names(rows: str | None) -> list[str] | None:
-    return [name.strip() for name in rows.split(",") if name.strip()] if rows is not None else None
-
-
-def _jobs(jobs: int | None) -> int:
-    return jobs or os.cpu_count() or 1
-
-
-def _end_of_bench(failures: int) -> None:
-    if failures:
-        err.print(
-            f"{failures} trainings failed; what they belong to is missing. Run the same command to try them again."
-        )
-        raise typer.Exit(1)
-
-
-@bench.command("figures")
-def bench_figures(
-    data: Annotated[Path, typer.Option("--data", help="Imported dataset, or KuaiRand's files.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings per recipe; those made before are reused.")] = 5,
-    protocol: Protocol = "sparse",
-    target: Annotated[Path, typer.Option("--out", help="Where figure-*.csv, .png and figures.md go.")] = Path(
-        "docs/evidence"
-    ),
-    ablation: Annotated[
-        Literal["missing", "permuted"], typer.Option(help="How a feature is taken away at inference.")
-    ] = "missing",
-) -> None:
-    """Draw the paper's figures 2, 6 and 7 from trained models, with their numbers and whether its findings hold."""
-    from freshrank.bench import figures
-
-    page, found = figures.run(data, protocol, seeds, target, ablation)
-    for figure in found:
-        say(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
-    say(f"{page}")
-
-
-@bench.command("features")
-def bench_features(
-    millions: Annotated[str, typer.Option(help="Impressions of 28 days, in millions; 100 take some 8 GB of disk.")] = (
-        "1,10,100"
-    ),
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each step, in turn.")] = 3,
-    memory_gib: Annotated[float, typer.Option(min=0.1, help="What DuckDB may hold.")] = 5.0,
-    work: Annotated[
-        Path | None, typer.Option(help="Where the worlds are simulated. Default: bench_features in the workspace.")
-    ] = None,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/features.json"
-    ),
-) -> None:
-    """Features and training frame of one day, from 1 to 100 million impressions, beside plain DuckDB on the files."""
-    from freshrank.bench.features import Plan, features
-    from freshrank.settings import settings
-
-    plan = Plan(millions=tuple(float(n) for n in _numbers(millions)), rounds=rounds, memory_gib=memory_gib)
-    found = features(plan, work or settings().home / "bench_features", target, out)
-    for sentence in found.sentences():
-        say(sentence, highlight=False)
-    say(f"written: {target} and {target.with_suffix('.png').name}")
-
-
-@bench.command("swap")
-def bench_swap(
-    data: Data,
-    swaps: Annotated[int, typer.Option(min=1, help="Publications of a version nobody has seen.")] = 100,
-    rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 40,
-    candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/swap.json"
-    ),
-) -> None:
-    """Swap and roll back under constant load: lost and wrong requests, latency during and between, memory."""
-    from freshrank.bench.swap import Plan, swap
-
-    found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
-    for sentence in found.sentences():
-        say(sentence, highlight=False)
-    say(f"written: {target} and {target.with_suffix('.png').name}")
-    raise typer.Exit(0 if found.passed else 1)
-
-
-@bench.command("validation")
-def bench_validation(
-    rows: Annotated[int, typer.Option(min=1_000, help="Impressions of each simulated day.")] = 1_000_000,
-    trailing_days: Annotated[int, typer.Option(min=1, help="Days before the validated one.")] = 7,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine, in turn.")] = 3,
-    target: Annotated[Path, typer.Option("--out", help="JSON file to write; a PNG goes beside it.")] = Path(
-        "docs/bench/validation.json"
-    ),
-) -> None:
-    """How long a day of a million rows takes to validate, and which engine of Great Expectations does it best."""
-    from freshrank.bench.validation import Plan, validation
-    from freshrank.settings import settings
-
-    plan = Plan(rows=rows, trailing_days=trailing_days, repeats=repeats)
-    found = validation(settings().home / "bench_validation", plan, target, out)
-    for sentence in found.sentences():
-        say(sentence, highlight=False)
-    say(f"written: {target} and {target.with_suffix('.png').name}")
-    raise typer.Exit(0 if found.passed else 1)
-
-
 # ---------------------------------------------------------------- shared
-
-
-def _date(data: Path, day: str | None) -> str:
-    from freshrank.clock import parse_day
-    from freshrank.datasets.contract import Dataset
-
-    if day:
-        return parse_day(day).isoformat()
-    return (Dataset.open(data).days[-1] + timedelta(days=1)).isoformat()
 
 
 def _folder(data: Path, day: str | None, name: str) -> Path:
     from freshrank.steps import Run
 
-    return Run(data, _date(data, day)).directory / name
+    return Run(data, run_date_of(data, day)).directory / name
 
 
 def _repository(data: Path) -> Any:

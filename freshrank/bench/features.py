@@ -74,7 +74,7 @@ class Size(BaseModel):
 
 
 class FeaturesBench(BaseModel):
-    """``docs/bench/features.json``.
+    """The JSON file of a run, e.g. ``docs/bench/features.json``.
 
     scratch: the snapshots of a day with nothing there but the log of the 28 days. day: the snapshots of the next day,
     which read one day of log and the parts. frame: that day's training frame. plain_counts, plain_features: see above.

@@ -82,7 +82,7 @@ class Cell(BaseModel):
 
 
 class ServingBench(BaseModel):
-    """``docs/bench/serving.json``."""
+    """The JSON file of a run, e.g. ``docs/bench/serving.json``."""
 
     dataset: str
     items: int

@@ -128,7 +128,7 @@ class Part(BaseModel):
 
 
 class SwapBench(BaseModel):
-    """``docs/bench/swap.json``."""
+    """The JSON file of a run, e.g. ``docs/bench/swap.json``."""
 
     dataset: str
     plan: Plan

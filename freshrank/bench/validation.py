@@ -76,7 +76,7 @@ class EngineFound(BaseModel):
 
 
 class ValidationBench(BaseModel):
-    """``docs/bench/validation.json``."""
+    """The JSON file of a run, e.g. ``docs/bench/validation.json``."""
 
     plan: Plan
     machine: dict[str, str]

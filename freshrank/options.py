@@ -1,0 +1,35 @@
+"""Options that many commands share."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from freshrank.recipes import RECIPES
+
+
+def _local(data: str) -> Path:
+    from freshrank.objects import local_dataset
+
+    return local_dataset(data)
+
+
+Data = Annotated[Path, typer.Option("--data", parser=_local, metavar="DIR|URL", help=(
+    "Imported dataset directory (see `freshrank import`), or the URL of its copy in an object store (see `freshrank "
+    "backup`)."))]  # fmt: skip
+Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "
+                                         "day after the newest in the log.")]  # fmt: skip
+Recipe = Annotated[str, typer.Option("--recipe", help=f"Named configuration: {', '.join(RECIPES)}.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change one value: section.field=value (repeat).")]
+Protocol = Annotated[Literal["staggered", "sparse", "strict", "oracle"], typer.Option(
+    help="How KuaiRand's items are made cold; see docs/kuairand.md.")]  # fmt: skip
+
+
+def run_date_of(data: Path, day: str | None) -> str:
+    from freshrank.clock import parse_day
+    from freshrank.datasets.contract import Dataset
+
+    if day:
+        return parse_day(day).isoformat()
+    return (Dataset.open(data).days[-1] + timedelta(days=1)).isoformat()
