@@ -21,6 +21,7 @@ from freshrank.terminal import err, out, say
 
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
+    from freshrank.datasets.mappings import Texts
     from freshrank.serving.client import Answer
     from freshrank.serving.replicas import Replicas
     from freshrank.serving.repository import ModelRepository
@@ -135,6 +136,7 @@ def features_get(
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
     from freshrank.clock import parse_instant
     from freshrank.datasets.contract import MAPPINGS
+    from freshrank.datasets.mappings import Texts
     from freshrank.feature_store import FeatureStore
     from freshrank.schema import ITEM_ID, USER_ID
     from freshrank.serving.client import Codes
@@ -146,12 +148,13 @@ def features_get(
         raise ConfigError(f"--at: received {at!r} without --item, expected both: only hourly counters of items "
                           "depend on the time; leave --at out, or name an item")  # fmt: skip
     run = Run(data, run_date_of(data, None))
-    store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
+    mappings = run.dataset.path / MAPPINGS
+    store, codes, texts = FeatureStore(run.dataset, run.workspace), Codes(mappings), Texts(run.dataset.schema, mappings)
     if user is not None:
-        _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user])
+        _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user], texts)
     if item:
         ids, when = [codes.id(ITEM_ID, each) for each in item], parse_instant(at) if at else None
-        _print_rows(store.online_items(ids, when).to_dicts(), ITEM_ID, item)
+        _print_rows(store.online_items(ids, when).to_dicts(), ITEM_ID, item, texts)
 
 
 @features.command("push")
@@ -166,10 +169,11 @@ def features_push(data: Data, at: At = None) -> None:
     say(f"counters until {hour.isoformat()}: {steps.push_hourly(data, hour)} items")
 
 
-def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str]) -> None:
-    """Under ``key`` the id as it was given, not its code."""
+def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str], texts: "Texts") -> None:
+    """Ids and categories as the log has them, not their codes; under ``key`` the id that was given."""
     for row, value in zip(rows, given, strict=True):
-        out.print_json(json.dumps(row | {key: value}, default=str))
+        shown = {name: texts.said(name, each) for name, each in row.items()}
+        out.print_json(json.dumps(shown | {key: value}, default=str))
 
 
 # ---------------------------------------------------------------- the daily run

@@ -309,6 +309,11 @@ class Schema(BaseModel):
             *self._crosses(),
         ]  # fmt: skip
 
+    def coded(self) -> dict[str, str]:
+        """Historical feature -> the column whose codes it holds, where ids or categories are text."""
+        values = {affinity_lists(column, self.actions)[0]: column for column in self.history.affinity}
+        return values | {SEQUENCE_ITEMS: ITEM_ID}
+
     def select(self, entity: Entity, kind: Kind | None = None, stored: bool | None = None) -> list[Feature]:
         """The features of one entity, optionally of one kind, optionally only those (not) in the store."""
         return [

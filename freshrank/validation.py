@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from freshrank.clock import days, midnight
 from freshrank.config import Severity, ValidationConfig
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.contract import MAPPINGS, Dataset
+from freshrank.datasets.mappings import Texts
 from freshrank.datasets.tables import IMPRESSION_KEY
 from freshrank.errors import ValidationFailed
 from freshrank.expectations import (
     FRESH,
+    UNKNOWN_ITEM,
     Check,
     Coverage,
     Sheet,
@@ -29,7 +31,7 @@ from freshrank.expectations import (
     refuse_unknown,
     sheets,
 )
-from freshrank.schema import EVENT_TIMESTAMP, USAGE, Usage
+from freshrank.schema import EVENT_TIMESTAMP, ITEM_ID, USAGE, Usage
 
 RESULT_FORMAT = "SUMMARY"
 _MESSAGE_LINES = 8
@@ -170,11 +172,12 @@ def inspect_day(
     trailing = _trailing(dataset, day, config)
     asked = sheets(dataset, day, log, judged_log(dataset, trailing, config) if trailing else None, item_history, config)
     suites = run_suites(asked)
+    texts = Texts(dataset.schema, dataset.path / MAPPINGS)
     found = {
         "trailing": tuple(trailing),
         "rows": len(log),
         "fresh_rows": int(log[FRESH].sum()),
-        "results": tuple(result for sheet in asked for result in _results(sheet, suites)),
+        "results": tuple(result for sheet in asked for result in _results(sheet, suites, texts)),
         "coverage": tuple(one for sheet in asked for one in sheet.coverage),
     }
     return Validation(report.model_copy(update=found), suites, asked)
@@ -224,13 +227,13 @@ def outcomes(sheet: Sheet, suite: Any) -> list[Any]:
     return [by_place[place] for place in range(len(sheet.checks))]
 
 
-def _results(sheet: Sheet, suites: dict[str, Any]) -> Iterator[ExpectationResult]:
+def _results(sheet: Sheet, suites: dict[str, Any], texts: Texts) -> Iterator[ExpectationResult]:
     if sheet.checks:
         for check, outcome in zip(sheet.checks, outcomes(sheet, suites[sheet.table]), strict=True):
-            yield _result(sheet.table, check, outcome)
+            yield _result(sheet.table, check, outcome, texts)
 
 
-def _result(table: str, check: Check, outcome: Any) -> ExpectationResult:
+def _result(table: str, check: Check, outcome: Any, texts: Texts) -> ExpectationResult:
     return ExpectationResult(
         name=check.name,
         table=table,
@@ -240,7 +243,7 @@ def _result(table: str, check: Check, outcome: Any) -> ExpectationResult:
         sentence=check.sentence,
         observed=_observed(outcome),
         bound=check.bound,
-        examples=_examples(outcome.result.get("partial_unexpected_list", [])),
+        examples=_examples(check.column, outcome.result.get("partial_unexpected_list", []), texts),
     )
 
 
@@ -260,15 +263,18 @@ def _observed(outcome: Any) -> str:
     return f"an error: {str(outcome.exception_info)[:200]}"
 
 
-def _examples(values: list[Any]) -> tuple[str, ...]:
-    """The first few that are not null and not the same."""
-    return tuple(dict.fromkeys(_example(value) for value in values if value is not None))[:_EXAMPLES]
+def _examples(column: str | None, values: list[Any], texts: Texts) -> tuple[str, ...]:
+    """The first few that are not null and not the same, ids and categories as the log has them."""
+    named = ITEM_ID if column == UNKNOWN_ITEM else column
+    said = (_example(named, value, texts) for value in values if value is not None and value == value)
+    return tuple(dict.fromkeys(said))[:_EXAMPLES]
 
 
-def _example(value: Any) -> str:
+def _example(column: str | None, value: Any, texts: Texts) -> str:
     if isinstance(value, dict):
-        return "(" + ", ".join(f"{name} {_example(part)}" for name, part in value.items()) + ")"
-    return number(value) if isinstance(value, float) else str(value)
+        return "(" + ", ".join(f"{name} {_example(name, part, texts)}" for name, part in value.items()) + ")"
+    said = texts.said(column, value)
+    return number(said) if isinstance(said, float) else str(said)
 
 
 def _unusable(dataset: Dataset, day: date) -> ExpectationResult | None:

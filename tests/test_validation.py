@@ -304,7 +304,10 @@ def test_unknown_items_warn(dataset: Dataset) -> None:
     spoil(dataset, lambda log: log.with_columns(unknown))
     report = validate_day(dataset, RUN_DATE)
     assert report.passed
-    assert failed(report, Severity.WARNING)["items_known"].observed == "24 of 1,200 rows against it"
+    found = failed(report, Severity.WARNING)["items_known"]
+    assert found.observed == "24 of 1,200 rows against it"
+    assert set(found.examples) < {str(1_000_000 + n) for n in range(24)}
+    assert len(found.examples) == 5
 
 
 def test_a_warning_does_not_block(dataset: Dataset) -> None:

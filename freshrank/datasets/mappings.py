@@ -1,10 +1,11 @@
 """Text values -> int64 codes, kept with the data: append-only, so a code never changes its meaning."""
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from freshrank.schema import ITEM_ID, QUERY_ITEM_ID
+from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, Schema
 from freshrank.storage import sha256_of
 
 _EMPTY = pl.Series("value", [], dtype=pl.String)
@@ -52,3 +53,31 @@ class Mappings:
         new = values.drop_nulls().unique().sort().alias("value")
         self._values[name] = pl.concat([known, new.filter(~new.is_in(known.implode()))])
         return self._values[name]
+
+
+class Texts:
+    """int64 codes -> the text of the log that they stand for; read when first asked."""
+
+    def __init__(self, schema: Schema, directory: Path) -> None:
+        self._columns = schema.coded()
+        self._files = {path.stem: path for path in directory.glob("*.parquet")}
+        self._loaded: dict[str, pl.Series] = {}
+
+    def said(self, name: str | None, value: Any) -> Any:
+        """``value`` of a column or feature, or a list of them, as the log has it; what is no code stays as it is."""
+        column = mapping_of(self._columns.get(name or "", name or ""))
+        if column not in self._files:
+            return value
+        if isinstance(value, list):
+            return [self._text(column, each) for each in value]
+        return self._text(column, value)
+
+    def _text(self, column: str, code: Any) -> Any:
+        if column not in self._loaded:
+            self._loaded[column] = pl.read_parquet(self._files[column]).sort("code")["value"]
+        known = self._loaded[column]
+        try:
+            place = -1 if isinstance(code, bool) else int(code)
+        except (TypeError, ValueError):
+            return code
+        return known[place] if 0 <= place < len(known) else code

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +15,7 @@ from freshrank.feature_store import FeatureStore
 from freshrank.history import build_history
 from freshrank.schema import dump_schema
 from freshrank.steps import Run, materialize
+from freshrank.validation import validate_day
 
 
 @pytest.fixture(autouse=True)
@@ -107,15 +108,22 @@ def materialized(data: Path, tables: Tables) -> Path:
 def test_features_are_asked_for_by_the_ids_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ann is 40, a cup costs 1.5, and nobody knows a mug: its row is all null."""
+    """Ann is 40 and clicked a cup, which costs 1.5, and nobody knows a mug: its row is all null. No code is shown."""
     data = materialized(tmp_path / "data", shop())
     assert freshrank(monkeypatch, "features", "get", "--data", data, "--user", "ann", "--item", "cup", "--item",
                      "mug") == 0  # fmt: skip
     ann, cup, mug = read(capsys.readouterr().out)
-    assert (ann["user_id"], ann["age"]) == ("ann", 40.0)
-    assert (cup["item_id"], cup["price"]) == ("cup", 1.5)
+    assert (ann["user_id"], ann["age"], ann["sequence_item_ids"]) == ("ann", 40.0, ["cup"])
+    assert (cup["item_id"], cup["price"], cup["brand"], cup["tags"]) == ("cup", 1.5, "b", ["red", "hot"])
     assert mug.pop("item_id") == "mug"
     assert set(mug.values()) == {None}
+
+
+def test_offending_rows_are_named_by_the_ids_of_the_log(tmp_path: Path) -> None:
+    """A mug is in no table of items: validation says mug, not its code."""
+    shown = shop().breaking("impressions", item_id=["mug", "cup", "pan", "cup"])
+    report = validate_day(shown.write(tmp_path / "data", allow_unknown_items=True), date(2024, 3, 2))
+    assert {result.examples for result in report.results if result.name == "items_known"} == {("mug",)}
 
 
 def test_features_of_a_log_with_integer_ids_are_asked_for_by_them(
