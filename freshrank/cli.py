@@ -75,11 +75,14 @@ def import_parquet(
     allow_unknown_items: Annotated[bool, typer.Option("--allow-unknown-items", help=(
         "Keep impressions of items absent from items: counted in manifest.json and used as items without content. "
         "Without it they are refused."))] = False,
+    add: Annotated[bool, typer.Option("--add", help=(
+        "Keep the days that --out holds and SOURCE does not; a day in both is SOURCE's. Items and users are replaced "
+        "as ever, so bring both whole."))] = False,
 ) -> None:  # fmt: skip
     """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
     from freshrank.datasets import parquet
 
-    _report_import(parquet.import_parquet(source, target, allow_unknown_items))
+    _report_import(parquet.import_parquet(source, target, allow_unknown_items, add))
 
 
 @app.command()

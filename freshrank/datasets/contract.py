@@ -22,6 +22,7 @@ from typing import Any
 import polars as pl
 
 from freshrank.clock import day_of, days, midnight
+from freshrank.datasets.kept import check_kept, note_numbers, refuse_another_log, take_over
 from freshrank.datasets.mappings import Mappings, mapping_of
 from freshrank.datasets.tables import (
     IMPRESSION_KEY,
@@ -35,7 +36,7 @@ from freshrank.datasets.tables import (
     harmonised,
     keys_as_written,
 )
-from freshrank.errors import DataError
+from freshrank.errors import DataError, FreshrankError
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -170,8 +171,11 @@ def write_dataset(
     users: Frame,
     source: dict[str, Any],
     allow_unknown_items: bool = False,
+    add: bool = False,
 ) -> Dataset:
     """Validate the three tables and make them the dataset at ``out``, replacing the one that stood there.
+
+    With ``add`` the days of that one which ``impressions`` does not hold stay, as they are, in the new one.
 
     The tables carry the contract's column names (``Column.source`` is not applied) and more columns than the
     schema's are left out, but for the optional ``usage`` and ``judged_created_at``. The log may be one frame or one
@@ -180,30 +184,42 @@ def write_dataset(
     previous dataset stays as it was.
     """
     _refuse_foreign(out)
-    earlier = _days_at(out)
+    earlier = _at(out)
     parts = [impressions] if isinstance(impressions, pl.DataFrame | pl.LazyFrame) else impressions
     try:
         with atomic_directory(out) as directory:
-            writer = _Writer(directory, schema, Mappings(out / MAPPINGS), Findings(), allow_unknown_items)
+            kept = earlier if add else None
+            writer = _Writer(directory, schema, Mappings(out / MAPPINGS), Findings(), allow_unknown_items, kept)
             writer.write(parts, items, users, source)
     except (OSError, pl.exceptions.ComputeError) as error:
         if _is_disk_full(error):
             raise DataError(f"{out}: the disk is full; free space and import again. Nothing was changed") from error
         raise
     dataset = Dataset.open(out)
-    if gone := sorted(earlier - set(dataset.days)):
-        held = "1 day that was there before is" if len(gone) == 1 else f"{len(gone)} days that were there before are"
-        log.warning("%s: %s not in this import (%s .. %s); it replaced the dataset as a whole: import the whole log up "
-                    "to the newest day to have them back", out, held, gone[0], gone[-1])  # fmt: skip
+    if earlier:
+        _warn_of_losses(earlier, dataset)
     return dataset
 
 
-def _days_at(out: Path) -> set[date]:
-    """Of the dataset that stands there; a broken one has none, and is replaced."""
+def _warn_of_losses(earlier: Dataset, dataset: Dataset) -> None:
+    if gone := sorted(set(earlier.days) - set(dataset.days)):
+        held = "1 day that was there before is" if len(gone) == 1 else f"{len(gone)} days that were there before are"
+        log.warning("%s: %s not in this import (%s .. %s); it replaced the dataset as a whole: import the whole log up "
+                    "to the newest day to have them back, and single days with --add",
+                    dataset.path, held, gone[0], gone[-1])  # fmt: skip
+    shrunk = [day for day in earlier.days if day in dataset.days and dataset.rows(day) < earlier.rows(day)]
+    for day in shrunk:
+        log.warning("%s: %s had %s impressions and has %s now: this import brought the day again, and replaced it",
+                    dataset.path, day, f"{earlier.rows(day):,}", f"{dataset.rows(day):,}")  # fmt: skip
+
+
+def _at(out: Path) -> Dataset | None:
+    """The dataset that stands there; a broken one counts as none, and is replaced."""
     try:
-        return {date.fromisoformat(day) for day in read_json(out / MANIFEST)["days"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        found = Dataset.open(out)
+        return found if found.days else None
+    except (FreshrankError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -226,13 +242,18 @@ class _Writer:
     mappings: Mappings
     findings: Findings
     allow_unknown_items: bool
+    earlier: Dataset | None
+    """Whose days stay where the log lacks them."""
 
     def write(self, parts: Iterable[Frame], items: Frame, users: Frame, source: dict[str, Any]) -> None:
         for name in self.mappings.names:
             self.findings.note_coding(name, text=True, where=f"{MAPPINGS}/{name}.parquet of the earlier import")
+        if self.earlier:
+            refuse_another_log(self.earlier.schema, self.schema, self.earlier.path)
+            note_numbers(self.earlier, self.findings)
         entities = {"items": self._checked("items", items, ITEM_ID), "users": self._checked("users", users, USER_ID)}
         files = {f"{table}.parquet": self._write_entity(table, frame) for table, frame in entities.items()}
-        days = self._write_log(parts, entities["items"], entities["users"])
+        days = self._with_kept(self._write_log(parts, entities["items"], entities["users"]))
         self.findings.raise_refusals()
         (self.directory / "schema.yaml").write_text(dump_schema(_without_sources(self.schema)))
         mappings = self.mappings.write(self.directory / MAPPINGS)
@@ -285,6 +306,17 @@ class _Writer:
         written = {day: self._write_day(day, staged, items, users) for day in _tracked(days)}
         shutil.rmtree(staged, ignore_errors=True)
         return written
+
+    def _with_kept(self, written: dict[str, Any]) -> dict[str, Any]:
+        if not self.earlier or not self.findings.sound:
+            return written
+        kept = {day: facts for day, facts in self.earlier.manifest["days"].items() if day not in written}
+        files = {day: self.earlier.partition(date.fromisoformat(day)) for day in kept}
+        items = pl.read_parquet(self.directory / "items.parquet", columns=[ITEM_ID, CREATED_AT])
+        check_kept(self.earlier, list(files.values()), items, self.allow_unknown_items, self.findings)
+        for source in files.values():
+            take_over(source, self.directory / source.relative_to(self.earlier.path))
+        return dict(sorted((kept | written).items()))
 
     def _stage(self, part: pl.LazyFrame, directory: Path) -> None:
         """Split one part of the log by day, so that a day can be sorted and checked in memory."""

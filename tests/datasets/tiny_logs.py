@@ -52,10 +52,11 @@ class Tables:
         series = [pl.Series(name, v) for name, v in columns.items()]
         return replace(self, **{table: getattr(self, table).with_columns(*expressions, *series)})
 
-    def write(self, out: Path, schema: Schema = SCHEMA, allow_unknown_items: bool = False) -> Dataset:
-        return write_dataset(
-            out, schema, self.impressions, self.items, self.users, {"adapter": "test"}, allow_unknown_items
-        )
+    def write(
+        self, out: Path, schema: Schema = SCHEMA, allow_unknown_items: bool = False, add: bool = False
+    ) -> Dataset:
+        source = {"adapter": "test"}
+        return write_dataset(out, schema, self.impressions, self.items, self.users, source, allow_unknown_items, add)
 
 
 def shop() -> Tables:
