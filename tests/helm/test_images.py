@@ -7,18 +7,22 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 import yaml
+from tritonclient.grpc import InferenceServerClient
 
 from freshrank.bench.surroundings import free_ports
-from tests.helm.charts import CHART, containers, rendered
+from tests.helm.charts import CHART, container_of, containers, rendered
 
 IMAGES = CHART / "images"
 ROOT = CHART.parent
@@ -255,6 +259,58 @@ def test_the_launcher_is_the_server(backends: dict[str, str], tmp_path: Path) ->
             assert json.load(answer)["name"] == "triton"
         process.terminate()
         assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_client_whose_connection_is_ended_loses_no_request(backends: dict[str, str], tmp_path: Path) -> None:
+    """It connects anew by itself, after triton.connectionSeconds (give or take a tenth) each time."""
+    (age,) = [
+        argument
+        for argument in container_of(rendered("default", "triton.connectionSeconds=1"), "triton")["args"]
+        if "connection-age" in argument
+    ]
+    with launched(tmp_path, backends, age) as port, InferenceServerClient(f"127.0.0.1:{port}") as client:
+        used, deadline = set(), time.monotonic() + 10
+        while len(used) < 3 and time.monotonic() < deadline:
+            assert client.is_server_live()
+            used |= connections_to(port)
+    assert len(used) == 3
+
+
+def test_connections_are_as_old_as_they_like_where_the_value_is_0() -> None:
+    """Then Triton is told nothing of their age."""
+    arguments = container_of(rendered("default", "triton.connectionSeconds=0"), "triton")["args"]
+    assert not [argument for argument in arguments if "connection" in argument]
+
+
+def connections_to(port: int) -> set[int]:
+    """This process's own ports of connections to `port`."""
+    opened = psutil.Process().net_connections("tcp")
+    return {
+        each.laddr.port for each in opened if each.raddr and each.raddr.port == port and each.status == "ESTABLISHED"
+    }
+
+
+@contextmanager
+def launched(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[int]:
+    """The gRPC port of the launcher's server with ``arguments`` and no model; it is gone afterwards."""
+    models, ports = folder / "models", free_ports()
+    models.mkdir()
+    process = subprocess.Popen(
+        [
+            *[sys.executable, LAUNCHER, f"--model-repository={models}", "--model-control-mode=explicit"],
+            *[f"--{name}-port={port}" for name, port in ports],
+            *arguments,
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert answers(f"http://127.0.0.1:{ports.http}/v2/health/live", process)
+        yield ports.grpc
     finally:
         process.kill()
         process.wait()
