@@ -9,6 +9,7 @@ import pytest
 from tests.helm.charts import (
     Object,
     component_of,
+    container_of,
     containers,
     named,
     notes,
@@ -22,7 +23,7 @@ from tests.helm.charts import (
 WHERE_PODS_ARE_MADE = {"triton": ["triton"], "feast": ["feast"], "redis": ["redis"], "features": ["backup", "restore"]}
 """Part of the values -> components whose pods it speaks of."""
 INTERNAL = 'redis.mode="internal"'
-BUCKET = ('home.dataset="data/shop"', 'storage.url="s3://bucket"')
+BUCKET = ('storage.url="s3://bucket"',)
 NODES = "kubeflow.training.nodes=2"
 
 for_each_part = pytest.mark.parametrize("part", WHERE_PODS_ARE_MADE)
@@ -49,6 +50,44 @@ def test_nothing_else_changes_without_the_feature_server() -> None:
     )
     assert after == [item for item in before if not item["metadata"]["name"].endswith("-feast")]
     assert len(before) == len(after) + 3
+
+
+# --- what pods may ask for
+
+
+EGRESS = ("networkPolicy.egress.enabled=true", 'networkPolicy.egress.to=[{"cidr":"10.1.0.0/16","ports":[6379,443]}]')
+
+
+def test_pods_ask_whom_they_like_unless_told_otherwise() -> None:
+    """A policy that keeps pods in is switched on by whoever knows their addresses; Redis asks nobody in any case."""
+    keeping = [policy for policy in of_kind(rendered("default"), "NetworkPolicy") if "egress" in policy["spec"]]
+    assert [policy["metadata"]["name"] for policy in keeping] == ["freshrank-redis"]
+
+
+def test_pods_that_are_kept_in_reach_names_redis_triton_and_what_is_listed() -> None:
+    """All pods of the release but Redis, those of jobs included."""
+    objects = rendered("production", INTERNAL, *EGRESS)
+    spec = named(objects, "NetworkPolicy", "freshrank-egress")["spec"]
+    (but,) = spec["podSelector"]["matchExpressions"]
+    assert (but["operator"], but["values"]) == ("NotIn", ["redis"])
+    for pod in pods(objects):
+        assert spec["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert but["key"] in pod["metadata"]["labels"]
+    names, redis, triton, listed = spec["egress"]
+    assert {(each["protocol"], each["port"]) for each in names["ports"]} == {("UDP", 53), ("TCP", 53)}
+    for rule, component in ((redis, "redis"), (triton, "triton")):
+        (peer,) = rule["to"]
+        selector = peer["podSelector"]["matchLabels"]
+        assert selector.items() <= pod_of(objects, component)["metadata"]["labels"].items()
+        assert {each["port"] for each in rule["ports"]} <= open_ports(objects, component)
+    assert listed["to"] == [{"ipBlock": {"cidr": "10.1.0.0/16"}}]
+    assert [each["port"] for each in listed["ports"]] == [6379, 443]
+    for policy in of_kind(objects, "NetworkPolicy"):
+        kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+
+
+def open_ports(objects: list[Object], component: str) -> set[int]:
+    return {port["containerPort"] for port in container_of(objects, component)["ports"]}
 
 
 # --- pods as a platform wants them
@@ -152,6 +191,8 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
         (["features.memoryGiB=8.5"], "features.memoryGiB", "8.5", "features.resources.limits.memory, which is 8Gi"),
         (['home.dataset="s3://bucket/shop"'], "home.dataset", "s3://bucket/shop", "a folder below home.path"),
         ([NODES], "kubeflow.training.nodes", "2", "set kubeflow.host"),
+        ([EGRESS[0], 'redis.mode="external"'], "networkPolicy.egress.to", "[]", "cidr"),
+        ([EGRESS[0], *BUCKET], "networkPolicy.egress.to", "[]", "cidr"),
         (
             [NODES, 'kubeflow.host="https://kubeflow.example.com"'],
             "kubeflow.host",
@@ -177,6 +218,7 @@ def test_a_wrong_value_is_refused_with_what_mends_it(
         ['redis.maxMemory="819mb"'],
         ['redis.maxMemory="2gb"', 'redis.mode="external"'],
         ['redis.maxMemory="1600mb"', 'redis.resources.limits.memory="2.1G"'],
+        [EGRESS[0]],
         ["features.memoryGiB=8"],
         ["features.memoryGiB=20", 'features.resources.limits.memory="24576Mi"'],
     ],
@@ -201,7 +243,8 @@ def test_the_right_to_start_a_trainjob_is_given_where_the_steps_run(host: str, p
     assert named(objects, "Role", "freshrank-train")["metadata"]["namespace"] == namespace
     binding = named(objects, "RoleBinding", "freshrank-train")
     assert binding["metadata"]["namespace"] == namespace
-    assert {subject["namespace"] for subject in binding["subjects"]} == {namespace}
+    account = "default-editor" if profile else "pipeline-runner"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": namespace}]
 
 
 # --- what may be right, and is said

@@ -45,11 +45,14 @@ class Stage:
 def stages() -> dict[str, Stage]:
     text = re.sub(r"^\s*#.*\n", "", (IMAGES / "Dockerfile").read_text(), flags=re.MULTILINE)
     found: dict[str, Stage] = {}
+    arguments: dict[str, str] = {}
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, rest = line.partition(" ")
         if instruction == "FROM":
             base, _, name = rest.partition(" AS ")
-            found[name] = Stage(name, base)
+            found[name] = Stage(name, arguments.get(base.removeprefix("$"), base))
+        elif instruction == "ARG" and not found:
+            arguments |= [rest.split("=")]
         elif instruction:
             list(found.values())[-1].steps.append((instruction, rest))
     return found
@@ -108,6 +111,7 @@ def test_every_base_is_pinned() -> None:
             version = re.fullmatch(r"[\w./-]+:(\d+)\.(\d+)\.\d+[\w.-]*", stage.base)
             assert version is not None, stage.base
             assert (int(version[1]), int(version[2])) >= (3, 11)
+            assert f'variable "PYTHON_IMAGE" {{\n  default = "{stage.base}"' in (IMAGES / "docker-bake.hcl").read_text()
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -116,6 +120,20 @@ def test_an_image_runs_as_the_user_of_the_pods(name: str) -> None:
     instructions = [instruction for instruction, _ in stages()[name].steps]
     assert stages()[name].of("USER") == ["1000:1000"]
     assert set(instructions[instructions.index("USER") + 1 :]) <= {"CMD", "ENTRYPOINT", "EXPOSE"}
+
+
+def test_what_airflows_chart_calls_to_probe_is_the_command_it_is_given(tmp_path: Path) -> None:
+    """Its probes call /entrypoint, which Airflow's own image has; here it becomes what it is given."""
+    (step,) = [text for text in stages()["airflow"].of("RUN") if "/entrypoint" in text]
+    (write,) = re.findall(r"printf '.*' > /entrypoint", step)
+    script = tmp_path / "entrypoint"
+    subprocess.run(["sh", "-c", write.replace("/entrypoint", str(script))], check=True)
+    assert script.read_text() == '#!/bin/sh\nexec "$@"\n'
+    assert "chmod 755 /entrypoint" in step
+    script.chmod(0o755)
+    run = subprocess.run([script, "sh", "-c", 'echo "$1"; exit 3', "-", "two  words"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (3, "two  words\n")
+    assert stages()["airflow"].of("ENTRYPOINT") == ['["/entrypoint"]']
 
 
 @pytest.mark.parametrize("name", RELEASED)
