@@ -83,10 +83,10 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* Entries of `env`, those of the values after ours. Call with a part of the values that has extraEnv. */}}
+{{/* More entries of `env`. Call with (dict "values" .Values.triton "indent" 12). */}}
 {{- define "freshrank.extraEnv" -}}
-{{- with .extraEnv }}
-{{- toYaml . }}
+{{- with .values.extraEnv }}
+{{- toYaml . | nindent (int $.indent) }}
 {{- end }}
 {{- end -}}
 
