@@ -60,7 +60,7 @@ lock: $(STAMP) ## Resolve requirements/*.lock anew from pyproject.toml, keeping 
 # A pushed image also says what it was built from and what is in it; Docker's own store cannot hold that.
 images: export REVISION ?= $(shell git rev-parse HEAD)$(shell git diff --quiet HEAD || echo -modified)
 images: export CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
-images: ## Build the three images: [REGISTRY=host/path] [VERSION=tag] [TORCH_INDEX=url] [PUSH=1]
+images: ## Build the three images: [REGISTRY=host/path] [VERSION=tag] [PYTHON_IMAGE=base] [TORCH_INDEX=url] [PUSH=1]
 	docker buildx bake --file helm/images/docker-bake.hcl $(if $(PUSH),--push --provenance=mode=max --sbom=true,--load)
 
 clean: ## Remove caches and build outputs; .venv and the workspace .freshrank stay

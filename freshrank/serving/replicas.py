@@ -92,13 +92,18 @@ def _address(text: str) -> str:
 
 
 def resolved(host: str, port: int) -> list[str]:
-    """Every IPv4 address that ``host`` stands for now, with ``port``; ServerUnreachable where it stands for none."""
+    """Every address that ``host`` stands for now, with ``port``; ServerUnreachable where it stands for none.
+
+    A pod with addresses of both kinds is one replica: where there are IPv4 addresses, IPv6 ones are left out.
+    """
     try:
-        found = socket.gethostbyname_ex(host)[2]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ServerUnreachable(f"FRESHRANK_TRITON_REPLICAS_HOST: {host!r} does not resolve to a replica: {error}; "
                                 "expected a headless service with at least one pod") from error  # fmt: skip
-    return sorted({f"{address}:{port}" for address in found})
+    older = {f"{where[0]}:{port}" for family, *_, where in found if family == socket.AF_INET}
+    newer = {f"[{where[0]}]:{port}" for family, *_, where in found if family == socket.AF_INET6}
+    return sorted(older or newer)
 
 
 @dataclass

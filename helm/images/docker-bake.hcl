@@ -17,6 +17,11 @@ variable "CREATED" {
   default = ""
 }
 
+# What all three are built upon; with `@sha256:...` behind the tag it is one build of it for good.
+variable "PYTHON_IMAGE" {
+  default = "python:3.11.13-slim-bookworm"
+}
+
 # Index of another build of torch; empty: that of the configured index, on Linux the one with CUDA.
 variable "TORCH_INDEX" {
   default = ""
@@ -30,9 +35,10 @@ target "common" {
   context    = "."
   dockerfile = "helm/images/Dockerfile"
   args = {
-    REVISION = REVISION
-    VERSION  = VERSION
-    CREATED  = CREATED
+    PYTHON_IMAGE = PYTHON_IMAGE
+    REVISION     = REVISION
+    VERSION      = VERSION
+    CREATED      = CREATED
   }
 }
 

@@ -59,6 +59,37 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
+{{/*
+Labels and annotations of a pod, those of the values last. "version": whether the pod says of which chart it is; "settings":
+whether it restarts when a setting changes; "publisher": whether it may publish.
+*/}}
+{{- define "freshrank.podMetadata" -}}
+labels:
+  {{- include (ternary "freshrank.labels" "freshrank.selector" (.version | default false)) . | nindent 2 }}
+  {{- if .publisher }}
+  freshrank/publisher: "true"
+  {{- end }}
+  {{- with .values.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- if or .settings .values.podAnnotations }}
+annotations:
+  {{- if .settings }}
+  {{- include "freshrank.settingsChecksum" .root | nindent 2 }}
+  {{- end }}
+  {{- with .values.podAnnotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* More entries of `env`. Call with (dict "values" .Values.triton "indent" 12). */}}
+{{- define "freshrank.extraEnv" -}}
+{{- with .values.extraEnv }}
+{{- toYaml . | nindent (int $.indent) }}
+{{- end }}
+{{- end -}}
+
 {{/* enableServiceLinks: Kubernetes would inject FRESHRANK_TRITON_PORT=tcp://… for a Service of that name. */}}
 {{- define "freshrank.pod" -}}
 serviceAccountName: {{ include "freshrank.name" .root }}
@@ -72,6 +103,13 @@ imagePullSecrets:
 {{- end }}
 securityContext:
   {{- include "freshrank.podSecurity" .user | nindent 2 }}
+{{- with .values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -129,4 +167,21 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
 {{- $limit := .Values.triton.resources.limits.cpu -}}
 {{- $cores := hasSuffix "m" $limit | ternary (divf (trimSuffix "m" $limit | float64) 1000) ($limit | float64) -}}
 {{- max 1 (divf $cores 2 | floor | int) -}}
+{{- end -}}
+
+{{/* Bytes of a quantity as Kubernetes writes it, `1.5Gi`, or as Redis does, `96mb`. */}}
+{{- define "freshrank.bytes" -}}
+{{- $unit := regexFind "[A-Za-z]*$" . -}}
+{{- $units := dict "" 1.0 "m" 1e-3 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18
+  "kb" 1024.0 "mb" 1048576.0 "gb" 1073741824.0
+  "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "Ei" 1152921504606846976.0 -}}
+{{- mulf (trimSuffix $unit . | float64) (get $units $unit) -}}
+{{- end -}}
+
+{{/* Where Kubeflow runs the steps; empty where nothing says so. Without profiles that is where Kubeflow itself is. */}}
+{{- define "freshrank.stepsNamespace" -}}
+{{- $service := "^https?://[^./:]+[.]([^./:]+)[.]svc([.:].*)?$" -}}
+{{- with .Values.kubeflow -}}
+{{- .namespace | default (regexMatch $service .host | ternary (regexReplaceAll $service .host "$1") "") -}}
+{{- end -}}
 {{- end -}}

@@ -37,6 +37,21 @@ def template(scenario: str, *overrides: str) -> subprocess.CompletedProcess[str]
     return helm("template", "freshrank", str(CHART), *values_of(scenario), *settings)
 
 
+def refusal(*overrides: str, scenario: str = "default") -> str:
+    """What helm says when it rejects the values; fails when it accepts them."""
+    run = template(scenario, *overrides)
+    assert run.returncode != 0, f"{overrides} was accepted"
+    return run.stderr
+
+
+def notes(scenario: str, *overrides: str) -> str:
+    """What is said to who installs the release."""
+    settings = [part for override in overrides for part in ("--set-json", override)]
+    run = helm("install", "freshrank", str(CHART), "--dry-run=client", *values_of(scenario), *settings)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.partition("\nNOTES:\n")[2]
+
+
 @cache
 def rendered(scenario: str, *overrides: str) -> list[Object]:
     """Every object of the release; an override reads ``path=json``."""

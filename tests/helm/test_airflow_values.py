@@ -16,8 +16,16 @@ def values() -> Object:
     return dict(yaml.safe_load((CHART / "airflow/values.yaml").read_text()))
 
 
-def mounts() -> dict[str, str]:
-    return {mount["name"]: mount["mountPath"] for mount in values()["volumeMounts"]}
+COMPONENTS = ("scheduler", "triggerer", "dagProcessor", "apiServer")
+
+
+def mounts(component: str) -> dict[str, str]:
+    return {mount["name"]: mount["mountPath"] for mount in values()[component].get("extraVolumeMounts", [])}
+
+
+def claims(component: str) -> list[str]:
+    volumes = values()[component].get("extraVolumes", [])
+    return [each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each]
 
 
 def variables_of_the_image() -> str:
@@ -31,11 +39,20 @@ def test_airflow_reads_every_config_map_that_speaks_of_the_pipeline() -> None:
     assert set(read) <= {item["metadata"]["name"] for item in of_kind(rendered("default"), "ConfigMap")}
 
 
-def test_airflow_has_the_secrets_of_the_steps_by_reference() -> None:
-    """The same keys of the same Secrets as the pipeline's pods."""
-    given = {entry["envName"]: f"{entry['secretName']}:{entry['secretKey']}" for entry in values()["secret"]}
+def test_what_runs_tasks_has_the_secrets_of_the_steps_by_reference() -> None:
+    """The same keys of the same Secrets as the pipeline's pods; with LocalExecutor that is the scheduler."""
+    references = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in values()["scheduler"]["env"]}
+    given = {name: f"{each['name']}:{each['key']}" for name, each in references.items()}
     steps = named(rendered("default"), "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_SECRET_ENV"]
     assert given == json.loads(steps)
+
+
+def test_no_other_pod_of_airflow_has_secrets_or_files_of_the_release() -> None:
+    """Pages, parser of the DAGs and triggerer do without; nothing is given to all of them."""
+    assert not {"secret", "env", "extraEnv", "volumes", "volumeMounts"} & values().keys()
+    assert [component for component in COMPONENTS if values()[component].get("env")] == ["scheduler"]
+    assert [component for component in COMPONENTS if claims(component)] == ["scheduler"]
+    assert [component for component in COMPONENTS if "labels" in values()[component]] == ["scheduler"]
 
 
 def test_keys_of_a_bucket_are_shown_as_the_release_names_them() -> None:
@@ -45,35 +62,36 @@ def test_keys_of_a_bucket_are_shown_as_the_release_names_them() -> None:
     for variable, reference in json.loads(steps).items():
         if variable.startswith("AWS"):
             secret, _, key = reference.partition(":")
-            assert f"# - {{envName: {variable}, secretName: {secret}, secretKey: {key}}}" in text
+            assert f"# - {{name: {variable}, valueFrom: {{secretKeyRef: {{name: {secret}, key: {key}}}}}}}" in text
 
 
 def test_airflow_has_the_workspace_where_the_settings_say() -> None:
     """The claim of the release, at FRESHRANK_HOME, writable."""
-    (claim,) = [v["persistentVolumeClaim"]["claimName"] for v in values()["volumes"] if v["name"] == "home"]
+    (claim,) = claims("scheduler")
     assert claim in {item["metadata"]["name"] for item in of_kind(rendered("default"), "PersistentVolumeClaim")}
     home = named(rendered("default"), "ConfigMap", "freshrank-settings")["data"]["FRESHRANK_HOME"]
-    assert mounts()["home"] == home
-    assert not any(mount.get("readOnly") for mount in values()["volumeMounts"] if mount["name"] == "home")
-
-
-def test_the_token_for_kubeflow_is_where_its_client_looks() -> None:
-    """A projected token that Kubernetes renews, no secret that someone copies."""
-    (volume,) = [v for v in values()["volumes"] if v["name"] == "kubeflow-token"]
-    (source,) = volume["projected"]["sources"]
-    assert f"{mounts()['kubeflow-token']}/{source['serviceAccountToken']['path']}" == str(_PROJECTED_TOKEN)
+    assert mounts("scheduler")["home"] == home
+    (mount,) = [each for each in values()["scheduler"]["extraVolumeMounts"] if each["name"] == "home"]
+    assert not mount.get("readOnly")
 
 
 @pytest.mark.parametrize("component", ["scheduler", "triggerer"])
-def test_what_runs_tasks_may_reach_redis_and_triton(component: str) -> None:
+def test_the_token_for_kubeflow_is_where_its_client_looks(component: str) -> None:
+    """A projected token that Kubernetes renews, no secret that someone copies."""
+    (volume,) = [v for v in values()[component]["extraVolumes"] if v["name"] == "kubeflow-token"]
+    (source,) = volume["projected"]["sources"]
+    assert f"{mounts(component)['kubeflow-token']}/{source['serviceAccountToken']['path']}" == str(_PROJECTED_TOKEN)
+
+
+def test_what_runs_tasks_may_reach_redis_and_triton() -> None:
     """It carries the label by which the network policies let publishers in."""
-    assert values()[component]["labels"] == dict([PUBLISHER_LABEL])
+    assert values()["scheduler"]["labels"] == dict([PUBLISHER_LABEL])
 
 
 def test_the_triggerer_waits_and_every_component_is_bounded() -> None:
     """The operator defers, so there must be one; CPU and memory have a request and a limit."""
     assert values()["triggerer"]["enabled"] is True
-    for component in ("scheduler", "triggerer", "dagProcessor", "apiServer"):
+    for component in COMPONENTS:
         amounts = values()[component]["resources"]
         assert amounts["requests"].keys() == amounts["limits"].keys() == {"cpu", "memory"}
 

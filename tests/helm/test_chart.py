@@ -35,8 +35,8 @@ from tests.helm.charts import (
     of_kind,
     pod_of,
     pods,
+    refusal,
     rendered,
-    template,
     values_of,
 )
 from tests.tiny_log import log_schema
@@ -73,13 +73,6 @@ def ports_open_to(objects: list[Object], component: str, peer: Object) -> set[in
 
 def default_values() -> Object:
     return dict(yaml.safe_load((CHART / "values.yaml").read_text()))
-
-
-def refusal(*overrides: str) -> str:
-    """What helm says when it rejects the values; fails when it accepts them."""
-    run = template("default", *overrides)
-    assert run.returncode != 0, f"{overrides} was accepted"
-    return run.stderr
 
 
 # --- the chart as a whole
@@ -139,6 +132,7 @@ NOT_BY_VALUES = {
     "triton_replicas": "the chart names its replicas by a host name; a list is for machines without one",
     "triton_control_token": "a secret: Airflow's values and the pipeline refer to the Secret",
     "redis_url": "a secret: every pod refers to the Secret",
+    "features_engine": "no image of ours has what Spark needs: whoever builds one sets it there",
     "kfp_token": "a secret, of which Airflow's pods have a file instead",
     "kfp_request_seconds": "patience with an API, for who has a reason to set it on Airflow's pods",
     "kfp_retry_seconds": "as kfp_request_seconds",
@@ -166,7 +160,6 @@ def test_every_setting_can_be_set_by_values() -> None:
         ("triton.replicaSeconds=60", "FRESHRANK_TRITON_REPLICA_SECONDS", "60"),
         ('storage.url="s3://bucket/prefix"', "FRESHRANK_STORAGE_URL", "s3://bucket/prefix"),
         ('storage.endpoint="https://objects.example.com"', "AWS_ENDPOINT_URL", "https://objects.example.com"),
-        ('features.engine="spark"', "FRESHRANK_FEATURES_ENGINE", "spark"),
         ("features.memoryGiB=1.5", "FRESHRANK_FEATURES_MEMORY_GIB", "1.5"),
         ("kubeflow.retries=0", "FRESHRANK_CLUSTER_RETRIES", "0"),
     ],
@@ -312,8 +305,16 @@ def schemas_below(schema: Object) -> Iterator[Object]:
 
 
 def test_the_schema_is_closed_everywhere() -> None:
-    """No object accepts a key it does not know; labels and annotations are free, but text. `global` is Helm's."""
+    """No object accepts a key it does not know; labels and annotations are free, but text.
+
+    `global` is Helm's, and what is inside the three kinds of affinity Kubernetes'.
+    """
     whole = json.loads((CHART / "values.schema.json").read_text())
+    assert whole["definitions"]["affinity"].pop("properties").keys() == {
+        "nodeAffinity",
+        "podAffinity",
+        "podAntiAffinity",
+    }
     assert "additionalProperties" not in whole["properties"].pop("global")
     objects = [schema for schema in schemas_below(whole) if schema.get("type") == "object"]
     assert objects
@@ -624,6 +625,23 @@ def test_a_publisher_reaches_every_replica_even_before_it_is_ready() -> None:
     assert control["publishNotReadyAddresses"] is True
     client = named(rendered("default"), "Service", "freshrank-triton")["spec"]
     assert not client.get("publishNotReadyAddresses")
+
+
+def test_a_client_that_balances_itself_finds_the_ready_replicas_and_no_control() -> None:
+    """A headless Service names each replica that is ready, at the inference port alone."""
+    for protocol, inference in (("grpc", 8001), ("http", 8000)):
+        objects = rendered("default", f'triton.inferenceProtocol="{protocol}"')
+        service = named(objects, "Service", "freshrank-triton-headless")["spec"]
+        assert service["clusterIP"] == "None"
+        assert not service.get("publishNotReadyAddresses")
+        assert service["selector"] == named(objects, "Service", "freshrank-triton")["spec"]["selector"]
+        assert [port["port"] for port in service["ports"]] == [inference]
+
+
+def test_what_is_asked_on_a_connection_that_grows_too_old_is_answered() -> None:
+    """A connection has an age and no period of grace: that would cut off a publication, which may take minutes."""
+    arguments = [a for a in container_of(rendered("default"), "triton")["args"] if "connection" in a]
+    assert arguments == ["--grpc-max-connection-age=300000"]
 
 
 def test_other_namespaces_are_named_one_by_one() -> None:

@@ -7,18 +7,22 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 import yaml
+from tritonclient.grpc import InferenceServerClient
 
 from freshrank.bench.surroundings import free_ports
-from tests.helm.charts import CHART, containers, rendered
+from tests.helm.charts import CHART, container_of, containers, rendered
 
 IMAGES = CHART / "images"
 ROOT = CHART.parent
@@ -41,11 +45,14 @@ class Stage:
 def stages() -> dict[str, Stage]:
     text = re.sub(r"^\s*#.*\n", "", (IMAGES / "Dockerfile").read_text(), flags=re.MULTILINE)
     found: dict[str, Stage] = {}
+    arguments: dict[str, str] = {}
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, rest = line.partition(" ")
         if instruction == "FROM":
             base, _, name = rest.partition(" AS ")
-            found[name] = Stage(name, base)
+            found[name] = Stage(name, arguments.get(base.removeprefix("$"), base))
+        elif instruction == "ARG" and not found:
+            arguments |= [rest.split("=")]
         elif instruction:
             list(found.values())[-1].steps.append((instruction, rest))
     return found
@@ -104,6 +111,7 @@ def test_every_base_is_pinned() -> None:
             version = re.fullmatch(r"[\w./-]+:(\d+)\.(\d+)\.\d+[\w.-]*", stage.base)
             assert version is not None, stage.base
             assert (int(version[1]), int(version[2])) >= (3, 11)
+            assert f'variable "PYTHON_IMAGE" {{\n  default = "{stage.base}"' in (IMAGES / "docker-bake.hcl").read_text()
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -112,6 +120,20 @@ def test_an_image_runs_as_the_user_of_the_pods(name: str) -> None:
     instructions = [instruction for instruction, _ in stages()[name].steps]
     assert stages()[name].of("USER") == ["1000:1000"]
     assert set(instructions[instructions.index("USER") + 1 :]) <= {"CMD", "ENTRYPOINT", "EXPOSE"}
+
+
+def test_what_airflows_chart_calls_to_probe_is_the_command_it_is_given(tmp_path: Path) -> None:
+    """Its probes call /entrypoint, which Airflow's own image has; here it becomes what it is given."""
+    (step,) = [text for text in stages()["airflow"].of("RUN") if "/entrypoint" in text]
+    (write,) = re.findall(r"printf '.*' > /entrypoint", step)
+    script = tmp_path / "entrypoint"
+    subprocess.run(["sh", "-c", write.replace("/entrypoint", str(script))], check=True)
+    assert script.read_text() == '#!/bin/sh\nexec "$@"\n'
+    assert "chmod 755 /entrypoint" in step
+    script.chmod(0o755)
+    run = subprocess.run([script, "sh", "-c", 'echo "$1"; exit 3', "-", "two  words"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (3, "two  words\n")
+    assert stages()["airflow"].of("ENTRYPOINT") == ['["/entrypoint"]']
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -255,6 +277,58 @@ def test_the_launcher_is_the_server(backends: dict[str, str], tmp_path: Path) ->
             assert json.load(answer)["name"] == "triton"
         process.terminate()
         assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_client_whose_connection_is_ended_loses_no_request(backends: dict[str, str], tmp_path: Path) -> None:
+    """It connects anew by itself, after triton.connectionSeconds (give or take a tenth) each time."""
+    (age,) = [
+        argument
+        for argument in container_of(rendered("default", "triton.connectionSeconds=1"), "triton")["args"]
+        if "connection-age" in argument
+    ]
+    with launched(tmp_path, backends, age) as port, InferenceServerClient(f"127.0.0.1:{port}") as client:
+        used, deadline = set(), time.monotonic() + 10
+        while len(used) < 3 and time.monotonic() < deadline:
+            assert client.is_server_live()
+            used |= connections_to(port)
+    assert len(used) == 3
+
+
+def test_connections_are_as_old_as_they_like_where_the_value_is_0() -> None:
+    """Then Triton is told nothing of their age."""
+    arguments = container_of(rendered("default", "triton.connectionSeconds=0"), "triton")["args"]
+    assert not [argument for argument in arguments if "connection" in argument]
+
+
+def connections_to(port: int) -> set[int]:
+    """This process's own ports of connections to `port`."""
+    opened = psutil.Process().net_connections("tcp")
+    return {
+        each.laddr.port for each in opened if each.raddr and each.raddr.port == port and each.status == "ESTABLISHED"
+    }
+
+
+@contextmanager
+def launched(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[int]:
+    """The gRPC port of the launcher's server with ``arguments`` and no model; it is gone afterwards."""
+    models, ports = folder / "models", free_ports()
+    models.mkdir()
+    process = subprocess.Popen(
+        [
+            *[sys.executable, LAUNCHER, f"--model-repository={models}", "--model-control-mode=explicit"],
+            *[f"--{name}-port={port}" for name, port in ports],
+            *arguments,
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert answers(f"http://127.0.0.1:{ports.http}/v2/health/live", process)
+        yield ports.grpc
     finally:
         process.kill()
         process.wait()

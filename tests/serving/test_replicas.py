@@ -351,6 +351,11 @@ def test_a_host_name_stands_for_all_its_addresses() -> None:
         resolved("nothing.invalid", 8001)
 
 
+def test_an_address_of_the_newer_kind_is_written_as_grpc_reads_it() -> None:
+    """In brackets; what stands for both kinds is asked once, at the older one (`localhost`, above)."""
+    assert resolved("::1", 8001) == ["[::1]:8001"]
+
+
 @pytest.mark.parametrize(
     ("variables", "problem"),
     [

@@ -1,0 +1,269 @@
+"""What whoever installs the release may choose, and which choices the chart refuses or warns of."""
+
+import json
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from tests.helm.charts import (
+    Object,
+    component_of,
+    container_of,
+    containers,
+    named,
+    notes,
+    of_kind,
+    pod_of,
+    pods,
+    refusal,
+    rendered,
+)
+
+WHERE_PODS_ARE_MADE = {"triton": ["triton"], "feast": ["feast"], "redis": ["redis"], "features": ["backup", "restore"]}
+"""Part of the values -> components whose pods it speaks of."""
+INTERNAL = 'redis.mode="internal"'
+BUCKET = ('storage.url="s3://bucket"',)
+NODES = "kubeflow.training.nodes=2"
+
+for_each_part = pytest.mark.parametrize("part", WHERE_PODS_ARE_MADE)
+
+
+# --- the feature server
+
+
+def test_a_release_without_the_feature_server_has_nothing_of_it() -> None:
+    """No object speaks of it, and no policy lets it in."""
+    objects = rendered("production", "feast.enabled=false", INTERNAL)
+    assert not [item for item in objects if "feast" in json.dumps(item["metadata"])]
+    selected = json.dumps([policy["spec"] for policy in of_kind(objects, "NetworkPolicy")])
+    assert '"app.kubernetes.io/component": "triton"' in selected
+    assert "feast" not in selected
+
+
+def test_nothing_else_changes_without_the_feature_server() -> None:
+    """Triton, Redis, the jobs and what Airflow and the pipeline are told stay as they were."""
+    kinds = {"Deployment", "StatefulSet", "CronJob", "ConfigMap", "Service", "PodDisruptionBudget"}
+    before, after = (
+        [item for item in rendered("production", INTERNAL, f"feast.enabled={enabled}") if item["kind"] in kinds]
+        for enabled in ("true", "false")
+    )
+    assert after == [item for item in before if not item["metadata"]["name"].endswith("-feast")]
+    assert len(before) == len(after) + 3
+
+
+# --- what pods may ask for
+
+
+EGRESS = ("networkPolicy.egress.enabled=true", 'networkPolicy.egress.to=[{"cidr":"10.1.0.0/16","ports":[6379,443]}]')
+
+
+def test_pods_ask_whom_they_like_unless_told_otherwise() -> None:
+    """A policy that keeps pods in is switched on by whoever knows their addresses; Redis asks nobody in any case."""
+    keeping = [policy for policy in of_kind(rendered("default"), "NetworkPolicy") if "egress" in policy["spec"]]
+    assert [policy["metadata"]["name"] for policy in keeping] == ["freshrank-redis"]
+
+
+def test_pods_that_are_kept_in_reach_names_redis_triton_and_what_is_listed() -> None:
+    """All pods of the release but Redis, those of jobs included."""
+    objects = rendered("production", INTERNAL, *EGRESS)
+    spec = named(objects, "NetworkPolicy", "freshrank-egress")["spec"]
+    (but,) = spec["podSelector"]["matchExpressions"]
+    assert (but["operator"], but["values"]) == ("NotIn", ["redis"])
+    for pod in pods(objects):
+        assert spec["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert but["key"] in pod["metadata"]["labels"]
+    names, redis, triton, listed = spec["egress"]
+    assert {(each["protocol"], each["port"]) for each in names["ports"]} == {("UDP", 53), ("TCP", 53)}
+    for rule, component in ((redis, "redis"), (triton, "triton")):
+        (peer,) = rule["to"]
+        selector = peer["podSelector"]["matchLabels"]
+        assert selector.items() <= pod_of(objects, component)["metadata"]["labels"].items()
+        assert {each["port"] for each in rule["ports"]} <= open_ports(objects, component)
+    assert listed["to"] == [{"ipBlock": {"cidr": "10.1.0.0/16"}}]
+    assert [each["port"] for each in listed["ports"]] == [6379, 443]
+    for policy in of_kind(objects, "NetworkPolicy"):
+        kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+
+
+def open_ports(objects: list[Object], component: str) -> set[int]:
+    return {port["containerPort"] for port in container_of(objects, component)["ports"]}
+
+
+# --- pods as a platform wants them
+
+
+AFFINITY = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [{"key": "pool", "operator": "In", "values": ["ml"]}]}]
+        }
+    }
+}
+EXTRA_ENV: list[Object] = [
+    {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+    {"name": "LICENCE", "valueFrom": {"secretKeyRef": {"name": "licence", "key": "key"}}},
+    {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+]
+
+
+def with_knobs(part: str) -> list[Object]:
+    knobs: dict[str, Any] = {
+        "podLabels": {"team": "ranking"},
+        "podAnnotations": {"sidecar.istio.io/inject": "false"},
+        "affinity": AFFINITY,
+        "priorityClassName": "business",
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "ml", "operator": "Exists"}],
+        "extraEnv": EXTRA_ENV,
+    }
+    return rendered("production", INTERNAL, *(f"{part}.{name}={json.dumps(value)}" for name, value in knobs.items()))
+
+
+@for_each_part
+def test_labels_annotations_and_places_of_pods_are_values(part: str) -> None:
+    """They are added to the pods of that part alone, to what those have anyway."""
+    objects = with_knobs(part)
+    for pod in pods(objects):
+        of_this_part = component_of(pod) in WHERE_PODS_ARE_MADE[part] + ["materialize"] * (part == "features")
+        assert (pod["metadata"]["labels"].get("team") == "ranking") is of_this_part
+        assert ("sidecar.istio.io/inject" in pod["metadata"].get("annotations", {})) is of_this_part
+        assert (pod["spec"].get("affinity") == AFFINITY) is of_this_part
+        assert (pod["spec"].get("priorityClassName") == "business") is of_this_part
+        assert (pod["spec"].get("nodeSelector") == {"disk": "ssd"}) is of_this_part
+        assert ("tolerations" in pod["spec"]) is of_this_part
+    before = pod_of(rendered("production", INTERNAL), WHERE_PODS_ARE_MADE[part][0])["metadata"]["labels"]
+    assert before.items() <= pod_of(objects, WHERE_PODS_ARE_MADE[part][0])["metadata"]["labels"].items()
+
+
+@for_each_part
+def test_variables_of_a_pod_are_values(part: str) -> None:
+    """Each of its containers has them beside its own, by value or by reference."""
+    for container in containers(with_knobs(part)):
+        names = [entry["name"] for entry in container["env"]]
+        assert len(names) == len(set(names))
+        added = [entry for entry in container["env"] if entry in EXTRA_ENV]
+        assert added in ([], EXTRA_ENV)
+    for component in WHERE_PODS_ARE_MADE[part]:
+        spec = pod_of(with_knobs(part), component)["spec"]
+        assert all(EXTRA_ENV[0] in each["env"] for each in spec.get("initContainers", []) + spec["containers"])
+
+
+@for_each_part
+def test_pods_with_all_of_that_are_what_kubernetes_accepts(part: str) -> None:
+    """The objects fit the strict schema."""
+    for item in with_knobs(part):
+        if item["kind"] in ("Deployment", "StatefulSet", "CronJob"):
+            kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'triton.podLabels={"app.kubernetes.io/component":"feast"}',
+        'triton.podLabels={"freshrank/publisher":"true"}',
+        'redis.extraEnv=[{"name":"REDISCLI_AUTH","value":"x"}]',
+        'triton.extraEnv=[{"name":"FRESHRANK_REDIS_URL","value":"x"}]',
+        'feast.extraEnv=[{"name":"BOTH","value":"x","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}}]',
+        'feast.affinity={"podAfinity":{}}',
+        'home.size="5ki"',
+    ],
+)
+def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(override: str) -> None:
+    """Selectors, the publisher's label and variables that are set already stay the chart's."""
+    assert override.split(".")[1].partition("=")[0] in refusal(override)
+
+
+# --- values that fit the schema and are wrong
+
+
+@pytest.mark.parametrize(
+    "overrides, field, received, expected",
+    [
+        (
+            ["triton.autoscaling.enabled=true", "triton.autoscaling.minReplicas=7"],
+            "triton.autoscaling.minReplicas",
+            "7",
+            "triton.autoscaling.maxReplicas, which is 6",
+        ),
+        (['redis.maxMemory="2gb"'], "redis.maxMemory", "2gb", "redis.resources.limits.memory, which is 1Gi"),
+        (['redis.maxMemory="900mb"'], "redis.maxMemory", "900mb", "four fifths"),
+        (["features.memoryGiB=8.5"], "features.memoryGiB", "8.5", "features.resources.limits.memory, which is 8Gi"),
+        (['home.dataset="s3://bucket/shop"'], "home.dataset", "s3://bucket/shop", "a folder below home.path"),
+        ([NODES], "kubeflow.training.nodes", "2", "set kubeflow.host"),
+        ([EGRESS[0], 'redis.mode="external"'], "networkPolicy.egress.to", "[]", "cidr"),
+        ([EGRESS[0], *BUCKET], "networkPolicy.egress.to", "[]", "cidr"),
+        (
+            [NODES, 'kubeflow.host="https://kubeflow.example.com"'],
+            "kubeflow.host",
+            "https://kubeflow.example.com",
+            "http://ml-pipeline-ui.NAMESPACE.svc",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_mends_it(
+    overrides: list[str], field: str, received: str, expected: str
+) -> None:
+    """Field, value received and what was expected are in the message."""
+    message = refusal(*overrides)
+    assert f"{field}: received {received}, expected" in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["triton.autoscaling.enabled=true", "triton.autoscaling.minReplicas=6"],
+        ["triton.autoscaling.minReplicas=7"],
+        ['redis.maxMemory="819mb"'],
+        ['redis.maxMemory="2gb"', 'redis.mode="external"'],
+        ['redis.maxMemory="1600mb"', 'redis.resources.limits.memory="2.1G"'],
+        [EGRESS[0]],
+        ["features.memoryGiB=8"],
+        ["features.memoryGiB=20", 'features.resources.limits.memory="24576Mi"'],
+    ],
+)
+def test_a_value_at_its_bound_is_accepted(overrides: list[str]) -> None:
+    """Equal is not above, units are compared and not numbers, and what is switched off is not judged."""
+    assert rendered("default", *overrides)
+
+
+@pytest.mark.parametrize(
+    "host, profile, namespace",
+    [
+        ("http://ml-pipeline-ui.kubeflow.svc.cluster.local", "", "kubeflow"),
+        ("http://ml-pipeline.pipelines.svc:8888", "", "pipelines"),
+        ("http://ml-pipeline-ui.kubeflow.svc.cluster.local", "ranking-team", "ranking-team"),
+        ("https://kubeflow.example.com", "ranking-team", "ranking-team"),
+    ],
+)
+def test_the_right_to_start_a_trainjob_is_given_where_the_steps_run(host: str, profile: str, namespace: str) -> None:
+    """In the profile; without profiles Kubeflow runs the steps in its own namespace, whatever the release's is."""
+    objects = rendered("default", NODES, f'kubeflow.host="{host}"', f'kubeflow.namespace="{profile}"')
+    assert named(objects, "Role", "freshrank-train")["metadata"]["namespace"] == namespace
+    binding = named(objects, "RoleBinding", "freshrank-train")
+    assert binding["metadata"]["namespace"] == namespace
+    account = "default-editor" if profile else "pipeline-runner"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": namespace}]
+
+
+# --- what may be right, and is said
+
+
+@pytest.mark.parametrize(
+    "scenario, overrides, warning",
+    [
+        ("kind", ["triton.replicas=2"], "ReadWriteOnce"),
+        ("kind", ["triton.autoscaling.enabled=true"], "ReadWriteOnce"),
+        ("kind", [], None),
+        ("kind", ["triton.replicas=2", 'home.existingClaim="mine"'], None),
+        ("production", ["monitoring.serviceMonitor.enabled=false"], "monitoring.alerts.enabled"),
+        ("production", ["monitoring.serviceMonitor.enabled=false"], "targetQueueMilliseconds"),
+        ("production", [], None),
+        ("default", [], None),
+    ],
+)
+def test_a_doubtful_choice_is_said_and_not_refused(scenario: str, overrides: list[str], warning: str | None) -> None:
+    """One node may have all replicas, and someone else may scrape; whoever installs hears what else it would mean."""
+    warnings = [part for part in notes(scenario, *overrides).split("\n\n") if part.startswith("WARNING")]
+    assert [text for text in warnings if warning in text] if warning else not warnings
