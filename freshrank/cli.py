@@ -20,6 +20,8 @@ from freshrank.recipes import DEFAULT_RECIPE, recipe
 from freshrank.terminal import err, out, say
 
 if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
     from freshrank.datasets.contract import Dataset
     from freshrank.datasets.mappings import Texts
     from freshrank.serving.client import Answer
@@ -477,6 +479,24 @@ def _replicas_status(replicas: "Replicas", repository: "ModelRepository") -> int
     lacking = [each.address for each in found if pointer and pointer.version not in each.versions]
     say(served + (f"; not loaded on {', '.join(lacking)}" if lacking else ""))
     return 1 if lacking or any(each.problem for each in found) else 0
+
+
+@app.command("settings")
+def show_settings(
+    cluster: Annotated[bool, typer.Option("--cluster", help="What only a cluster needs, too: FRESHRANK_KFP_*, "
+                                          "FRESHRANK_CLUSTER_*.")] = False,
+) -> None:  # fmt: skip
+    """Every environment variable, what it means and how it is set, as an env file; defaults are commented out."""
+    from freshrank.settings import Settings, as_env_file
+
+    kinds: list[type[BaseSettings]] = [Settings]
+    if cluster:
+        from freshrank.orchestration.cluster import ClusterSettings
+        from freshrank.orchestration.pipelines_api import ApiSettings
+
+        kinds += [ApiSettings, ClusterSettings]
+    for line in (line for kind in kinds for line in as_env_file(kind)):
+        say(line, highlight=False)
 
 
 @app.command()

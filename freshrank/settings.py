@@ -1,8 +1,11 @@
 """Where things are: paths, ports, stores. What is trained lives in config.py, names in schema.py."""
 
+import json
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -44,11 +47,12 @@ def store_endpoint() -> str | None:
 class Settings(BaseSettings):
     """Read from environment variables ``FRESHRANK_<FIELD>``; the defaults run everything on one machine."""
 
-    model_config = SettingsConfigDict(env_prefix="FRESHRANK_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="FRESHRANK_", extra="forbid", use_attribute_docstrings=True)
 
     home: Path = Path(".freshrank")
     """Workspace: datasets, features, frames, runs, the model repository, Airflow's and Feast's state."""
     triton_host: str = "127.0.0.1"
+    """The server that is published to and asked; `freshrank serve` starts one on loopback only."""
     triton_http_port: int = 8000
     triton_grpc_port: int = 8001
     triton_metrics_port: int = 8002
@@ -62,6 +66,7 @@ class Settings(BaseSettings):
     triton_replica_seconds: Annotated[float, Field(gt=0)] = 300
     """How long one of several replicas may take to load, verify and warm up a version."""
     online_store: Literal["sqlite", "redis"] = "sqlite"
+    """Where serving reads features: a file in the workspace, or ``redis_url``."""
     redis_url: SecretStr = SecretStr("127.0.0.1:6379")
     """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""
     online_timeout_seconds: Annotated[float, Field(gt=0)] = 0.25
@@ -79,6 +84,7 @@ class Settings(BaseSettings):
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""
+    """URL of Kubeflow's ``ml-pipeline-ui``, or of the API itself, which has no logs of failed steps."""
     storage_url: Annotated[str, AfterValidator(store_url)] = ""
     """Object store for checkpoints and copies of models and data: ``s3://bucket/prefix`` or ``file:///directory``.
 
@@ -112,6 +118,26 @@ def from_environment(kind: type[S]) -> S:
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"])
                                     for each in error.errors())) from None  # fmt: skip
+
+
+def as_env_file(kind: type[BaseSettings]) -> Iterator[str]:
+    """Lines of an env file: what each variable of ``kind`` means, then as it is set, or commented out with its default.
+
+    Secrets are not shown. ConfigError names each variable that is wrong.
+    """
+    loaded, prefix = from_environment(kind), str(kind.model_config["env_prefix"])
+    for name, field in kind.model_fields.items():
+        yield from (f"# {line}" for line in dedent(field.description or "").splitlines() if line)
+        is_set = name in loaded.model_fields_set
+        yield f"{'' if is_set else '# '}{prefix}{name.upper()}={_shown(getattr(loaded, name), is_set)}"
+
+
+def _shown(value: object, is_set: bool) -> str:
+    if isinstance(value, SecretStr):
+        return "a secret that is not shown" if is_set else value.get_secret_value()
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return "" if value is None else str(value)
 
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:

@@ -1,9 +1,12 @@
 """Settings come from the environment; what cannot be is said in one line, secrets are not."""
 
 import pytest
+from pydantic_settings import BaseSettings
 
 from freshrank.errors import ConfigError
-from freshrank.settings import Settings, settings
+from freshrank.orchestration.cluster import ClusterSettings
+from freshrank.orchestration.pipelines_api import ApiSettings
+from freshrank.settings import Settings, as_env_file, settings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,24 @@ def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the settings themselves nor where another one is wrong."""
     monkeypatch.setenv("FRESHRANK_REDIS_URL", "redis.local:6379,password=hunter2")
     assert "hunter2" not in repr(Settings())
+
+
+def test_settings_are_shown_as_an_env_file_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set stands as it is, what is not is commented out with its default; the line above says what it is."""
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", "redis.local:6379,password=hunter2")
+    monkeypatch.setenv("FRESHRANK_ITEM_CACHE_SECONDS", "5")
+    monkeypatch.delenv("FRESHRANK_ONLINE_STORE", raising=False)
+    lines = list(as_env_file(Settings))
+    place = lines.index("FRESHRANK_ITEM_CACHE_SECONDS=5.0")
+    assert lines[place - 1].startswith("# How long the server answers from an item's features")
+    assert "# FRESHRANK_ONLINE_STORE=sqlite" in lines
+    assert "FRESHRANK_REDIS_URL=a secret that is not shown" in lines
+    assert "hunter2" not in "".join(lines)
+
+
+@pytest.mark.parametrize("kind", [Settings, ClusterSettings, ApiSettings])
+def test_every_setting_is_shown(kind: type[BaseSettings]) -> None:
+    """Once."""
+    shown = [line.lstrip("# ").partition("=")[0] for line in as_env_file(kind) if "=" in line]
+    prefix = str(kind.model_config["env_prefix"])
+    assert [name for name in shown if name.startswith(prefix)] == [prefix + name.upper() for name in kind.model_fields]
