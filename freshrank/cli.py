@@ -394,6 +394,8 @@ def submit(
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(_date(data, day))
     submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
+    for doubt in cluster.doubts(submission):
+        err.print(f"[yellow]warning[/] {escape(doubt)}", highlight=False, soft_wrap=True)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -61,6 +61,8 @@ def in_words(error: BaseException) -> str:
     """What the host did, to follow its name, in a few words."""
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError
 
+    if _is_of_tls(error):
+        return f"could not agree on TLS ({_innermost(_bare(error))})"
     if isinstance(error, api_exception()):
         return f"answered {error.status} {error.reason}{_message(error)}"  # type: ignore[attr-defined]
     bare = _bare(error)
@@ -81,7 +83,7 @@ def explained(what: str, error: Exception, how: "ApiSettings") -> Exception:
     if is_unknown_name(error):
         return ClusterUnreachable(f"{told}; expected a name that this machine can look up")
     if _is_of_tls(error):
-        return PipelineFailed(f"{told}; expected https of an authority that is known here: name your own in "
+        return PipelineFailed(f"{told}; expected a certificate of a known authority: name your own in "
                               "FRESHRANK_KFP_CA_CERT, or write http:// for a host without TLS")  # fmt: skip
     if is_transient(error):
         return ClusterUnreachable(f"{what}: {settings().kfp_host} {in_words(error)}; it is away, or "

@@ -69,11 +69,21 @@ class Submission:
     """What was, or with ``dry_run`` would be, sent; ``run_id`` is None after a dry run."""
 
     run_name: str
+    """Ends in ``key``."""
     version: str
     """Name of the pipeline's version: a fingerprint of what was compiled."""
     arguments: dict[str, str]
     package: Path
-    run_id: str | None
+    namespace: str
+    service_account: str
+    run_id: str | None = None
+    pipeline: str = PIPELINE
+    experiment: str = EXPERIMENT
+
+    @property
+    def key(self) -> str:
+        """The idempotency key: a fingerprint of pipeline and arguments."""
+        return self.run_name.rpartition("-")[2]
 
     @property
     def page(self) -> str | None:
@@ -81,12 +91,19 @@ class Submission:
 
     def facts(self) -> dict[str, Any]:
         """Everything but the compiled pipeline, as JSON can hold it."""
-        return asdict(self) | {"package": str(self.package), "page": self.page}
+        return asdict(self) | {"key": self.key, "package": str(self.package), "page": self.page}
 
     def __str__(self) -> str:
-        if self.run_id is None:
-            return f"# {self.run_name}: not submitted\n{self.package.read_text()}"
-        return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
+        if self.run_id is not None:
+            return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
+        # Comments, so that the whole is still the package.
+        return "\n".join([f"# {self.run_name}: not submitted; this is what would be sent", *self._head(),
+                          self.package.read_text()])  # fmt: skip
+
+    def _head(self) -> list[str]:
+        names = ("run_name", "key", "pipeline", "version", "experiment", "namespace", "service_account")
+        named = [f"# {name}: {value}" for name in names if (value := getattr(self, name))]
+        return [*named, "# arguments:", *(f"#   {name}: {value}" for name, value in self.arguments.items())]
 
 
 def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
@@ -172,17 +189,15 @@ def _place_training(task: Any, cluster: ClusterSettings) -> None:
 
 
 def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
-    """Compile the pipeline of ``run_date`` and name its run, contacting nothing.
-
-    The run's name ends in a fingerprint of pipeline and arguments: it is the idempotency key.
-    """
-    parameters = arguments(data, run_date, config)
-    text = _compiled(from_environment(ClusterSettings))
+    """Compile the pipeline of ``run_date`` and name its run, contacting nothing."""
+    parameters, cluster = arguments(data, run_date, config), from_environment(ClusterSettings)
+    text = _compiled(cluster)
     version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
     package = settings().home / "kfp" / f"{version}.yaml"
     write_text(package, text)
     key = fingerprint({"pipeline": text, "arguments": parameters})
-    return Submission(f"{PIPELINE}-{run_date.isoformat()}-{key}", version, parameters, package, run_id=None)
+    name = f"{PIPELINE}-{run_date.isoformat()}-{key}"
+    return Submission(name, version, parameters, package, cluster.namespace, cluster.service_account)
 
 
 def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False) -> Submission:
@@ -203,22 +218,39 @@ def require_image() -> None:
         raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
 
 
+def doubts(submission: Submission) -> list[str]:
+    """What would keep the steps from running as sent, and can be seen from here."""
+    cluster, found = from_environment(ClusterSettings), []
+    if not cluster.image:
+        found.append("FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it")
+    return [*found, *_doubts_of_home(settings().home, cluster.home_claim, Path(submission.arguments["data"]))]
+
+
+def _doubts_of_home(home: Path, claim: str, data: Path) -> list[str]:
+    # A workspace that is shared with the steps is a volume here too.
+    if home.is_mount():
+        return []
+    volume = f"mount {claim} there" if claim else "have no volume there, as FRESHRANK_CLUSTER_HOME_CLAIM is not set"
+    outside = "" if data.is_relative_to(home) else f"; {data} is outside it, so they do not see it"
+    return [f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}{outside}. "
+            "Expected the path at which both have the same workspace, as in the chart's Airflow"]  # fmt: skip
+
+
 def start(submission: Submission) -> Submission:
     """:func:`submit` for what is prepared already."""
-    cluster = from_environment(ClusterSettings)
-    api = PipelinesApi(cluster.namespace)
+    api = PipelinesApi(submission.namespace)
     known = api.live(submission.run_name)
-    return replace(submission, run_id=known[0] if known else _start(api, cluster, submission))
+    return replace(submission, run_id=known[0] if known else _start(api, submission))
 
 
-def _start(api: PipelinesApi, cluster: ClusterSettings, submission: Submission) -> str:
-    pipeline_id, version_id = api.version(PIPELINE, submission.version, submission.package)
+def _start(api: PipelinesApi, submission: Submission) -> str:
+    pipeline_id, version_id = api.version(submission.pipeline, submission.version, submission.package)
     started = api.start(
         submission.run_name,
-        experiment_id=api.experiment(EXPERIMENT),
+        experiment_id=api.experiment(submission.experiment),
         pipeline_version_reference={"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
         runtime_config={"parameters": submission.arguments},
-        service_account=cluster.service_account or None,
+        service_account=submission.service_account or None,
     )
     # Time for whoever submitted at the same moment: afterwards all see the same runs.
     time.sleep(from_environment(ApiSettings).settle_seconds)

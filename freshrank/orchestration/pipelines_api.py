@@ -232,7 +232,7 @@ class PipelinesApi:
 
         def tell(state: Any) -> None:
             problem, pause = in_words(state.outcome.exception()), state.next_action.sleep
-            log.warning("%s: %s %s; next try in %.1f s", what, settings().kfp_host, problem, pause)
+            log.warning("%s %s; next try in %.1f s", settings().kfp_host, problem, pause)
 
         retrying = Retrying(
             retry=retry_if_exception(self._may_pass),

@@ -63,6 +63,8 @@ class KfpServer(ThreadingHTTPServer):
         self.lock = threading.RLock()
         self.pipelines: list[Any] = []
         self.versions: list[Any] = []
+        self.packages: list[str] = []
+        """What was uploaded, as it came."""
         self.experiments: list[Any] = []
         self.runs: list[Any] = []
         self.terminated: list[str] = []
@@ -242,7 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
         pipeline = _one(each for each in self.server.pipelines if each.pipeline_id == self.query["pipelineid"])
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
         (part,) = message_from_bytes(head + self.body).get_payload()
-        spec, *_ = yaml.safe_load_all(part.get_payload(decode=True))
+        package = part.get_payload(decode=True).decode()
+        self.server.packages.append(package)
+        spec, *_ = yaml.safe_load_all(package)
         version = api.V2beta1PipelineVersion(
             pipeline_id=pipeline.pipeline_id, display_name=self.query["name"], pipeline_spec=spec
         )
