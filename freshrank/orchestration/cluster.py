@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.config import RunConfig
@@ -33,6 +34,22 @@ _DETERMINISTIC_TASK = "validate-data"
 _NOT_FOR_STEPS = {"runner", "kfp_host", "dataset"}
 
 
+def _cores(text: str) -> str:
+    if text and not re.fullmatch(r"\d+(\.\d+)?|\d+m", text):
+        raise ValueError("expected cores as Kubernetes writes them: 2, 0.5 or 500m; empty for none")
+    return text
+
+
+def _bytes(text: str) -> str:
+    if text and not re.fullmatch(r"\d+(\.\d+)?([EPTGM]i?|Ki?)?", text):
+        raise ValueError("expected memory as Kubernetes writes it: 16Gi or 500M; empty for none")
+    return text
+
+
+Cpu = Annotated[str, AfterValidator(_cores)]
+Memory = Annotated[str, AfterValidator(_bytes)]
+
+
 class ClusterSettings(BaseSettings):
     """Where the steps run, from environment variables ``FRESHRANK_CLUSTER_<FIELD>``; mappings are JSON."""
 
@@ -48,9 +65,14 @@ class ClusterSettings(BaseSettings):
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = {}
     """Labels a node must carry for the training step."""
-    cpu: str = ""
-    memory: str = ""
-    """Limit of the training step, as Kubernetes writes it: ``16Gi``."""
+    cpu: Cpu = ""
+    memory: Memory = ""
+    """Requests and limits of the training step; with ``train_nodes``, of each node."""
+    step_cpu_request: Cpu = "500m"
+    step_cpu_limit: Cpu = "2"
+    step_memory_request: Memory = "2Gi"
+    step_memory_limit: Memory = "8Gi"
+    """Of every other step, and of the one that waits for nodes that train."""
     home_claim: str = ""
     """PersistentVolumeClaim mounted at the workspace (``FRESHRANK_HOME``); none when empty."""
     secret_env: dict[str, str] = {}
@@ -137,8 +159,13 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: variable})
         if cluster.home_claim:
             kubernetes.mount_pvc(task, pvc_name=cluster.home_claim, mount_path=str(settings().home))
-        if task.name == _TRAINING_TASK:
+        if task.name == _TRAINING_TASK and not cluster.train_nodes:
             _place_training(task, cluster)
+        else:
+            _ask(task, cluster.step_cpu_request, cluster.step_cpu_limit,
+                 cluster.step_memory_request, cluster.step_memory_limit)  # fmt: skip
+        if task.name == _TRAINING_TASK and cluster.train_nodes:
+            _hand_on(task, cluster)
         if task.name != _DETERMINISTIC_TASK:
             task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0)
 
@@ -169,23 +196,29 @@ def _of_the_store() -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def _ask(task: Any, cpu_request: str, cpu_limit: str, memory_request: str, memory_limit: str) -> None:
+    asked = [(task.set_cpu_request, cpu_request), (task.set_cpu_limit, cpu_limit),
+             (task.set_memory_request, memory_request), (task.set_memory_limit, memory_limit)]  # fmt: skip
+    for ask, quantity in asked:
+        if quantity:
+            ask(quantity)
+
+
 def _place_training(task: Any, cluster: ClusterSettings) -> None:
-    """The node and GPU of the pod that trains; the one that waits for a TrainJob needs neither, but hands them on."""
     from kfp import kubernetes
 
-    if cluster.train_nodes:
-        for name, value in cluster.model_dump().items():
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
-        return
     if cluster.gpus:
         task.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(cluster.gpus)
-    if cluster.cpu:
-        task.set_cpu_limit(cluster.cpu)
-    if cluster.memory:
-        task.set_memory_limit(cluster.memory)
+    _ask(task, cluster.cpu, cluster.cpu, cluster.memory, cluster.memory)
     for label, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
+
+
+def _hand_on(task: Any, cluster: ClusterSettings) -> None:
+    """To the step that starts a TrainJob: what the nodes get."""
+    for name, value in cluster.model_dump().items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
 
 
 def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:

@@ -82,9 +82,26 @@ def test_only_training_asks_for_the_gpu_and_its_node(cluster: ClusterSettings, t
     executors = spec["deploymentSpec"]["executors"]
     resources = {name: executor["container"].get("resources") for name, executor in executors.items()}
     assert resources.pop("exec-train")["accelerator"]["resourceType"] == "nvidia.com/gpu"
-    assert set(resources.values()) == {None}
+    assert not [name for name, asked in resources.items() if "accelerator" in asked]
     selectors = {name: part["nodeSelector"]["labels"] for name, part in platform.items() if "nodeSelector" in part}
     assert selectors == {"exec-train": {"pool": "gpu"}}
+
+
+@pytest.mark.parametrize("nodes", [0, 2])
+def test_every_step_but_training_says_how_much_of_a_node_it_needs(
+    cluster: ClusterSettings, tmp_path: Path, nodes: int
+) -> None:
+    """So does the step that only waits for the nodes that train; what is emptied is not asked for."""
+    changed = {"train_nodes": nodes, "step_cpu_request": "1500m", "step_memory_request": "3Gi", "step_cpu_limit": ""}
+    spec, _ = compiled(tmp_path / "cluster.yaml", cluster.model_copy(update=changed))
+    asked = {
+        name: {key: value for key, value in executor["container"]["resources"].items() if key.startswith("resource")}
+        for name, executor in spec["deploymentSpec"]["executors"].items()
+    }
+    expected = {"resourceCpuRequest": "1500m", "resourceMemoryRequest": "3Gi", "resourceMemoryLimit": "8Gi"}
+    training = {"resourceMemoryRequest": "16Gi", "resourceMemoryLimit": "16Gi"}
+    assert asked.pop("exec-train") == (expected if nodes else training)
+    assert list(asked.values()) == [expected] * 5
 
 
 def test_secrets_travel_by_reference(cluster: ClusterSettings, tmp_path: Path) -> None:
@@ -291,6 +308,8 @@ def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, wo
     [("FRESHRANK_CLUSTER_GPUS", "x", r"^FRESHRANK_CLUSTER_GPUS: received 'x', Input should be a valid integer"),
      ("FRESHRANK_CLUSTER_SECRET_ENV", '{"A": 3}', "^FRESHRANK_CLUSTER_SECRET_ENV: received a value that is not repeat"),
      ("FRESHRANK_CLUSTER_SECRET_ENV", "hunter2", r"^FRESHRANK_CLUSTER_\*: .*secret_env.*; expected JSON$"),
+     ("FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT", "8 GB", "^FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT: received '8 GB', .*16Gi"),
+     ("FRESHRANK_CLUSTER_CPU", "two", "^FRESHRANK_CLUSTER_CPU: received 'two', .*expected cores .*500m"),
      ("FRESHRANK_KFP_RETRY_SECONDS", "-1", "^FRESHRANK_KFP_RETRY_SECONDS: received '-1', ")],
 )  # fmt: skip
 def test_a_wrong_setting_is_named_and_no_secret_repeated(
