@@ -373,15 +373,25 @@ def restore(
 
 @app.command()
 def submit(
-    data: Annotated[Path | None, typer.Option("--data", help="Imported dataset directory.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            parser=_local,
+            metavar="DIR|URL",
+            help=("Imported dataset directory, or the URL of its copy in an object store."),
+        ),
+    ] = None,
     day: Day = None,
     recipe_name: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Compile for the cluster and print; contact nothing.")
+        bool, typer.Option("--dry-run", help="Print package, arguments and names that would be sent; send nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the run; exit code 7 if it does not succeed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print name, id, page and arguments of the run.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print name, key, id, page and arguments of the run.")
+    ] = False,
     cancel: Annotated[str | None, typer.Option("--cancel", help="Cancel the run of this id instead.")] = None,
 ) -> None:
     """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST); the same question twice is one run."""

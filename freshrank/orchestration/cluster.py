@@ -68,7 +68,7 @@ class ClusterSettings(BaseSettings):
     cpu: Cpu = ""
     memory: Memory = ""
     """Requests and limits of the training step; with ``train_nodes``, of each node."""
-    step_cpu_request: Cpu = "500m"
+    step_cpu_request: Cpu = "1"
     step_cpu_limit: Cpu = "2"
     step_memory_request: Memory = "2Gi"
     step_memory_limit: Memory = "8Gi"
@@ -128,12 +128,8 @@ class Submission:
         return [*named, "# arguments:", *(f"#   {name}: {value}" for name, value in self.arguments.items())]
 
 
-def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
-    """Write the pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
-    write_text(path, _compiled(cluster))
-
-
-def _compiled(cluster: ClusterSettings | None) -> str:
+def compiled(cluster: ClusterSettings | None) -> str:
+    """The pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
     from kfp import compiler
 
     place = None if cluster is None else placement(cluster)
@@ -224,7 +220,7 @@ def _hand_on(task: Any, cluster: ClusterSettings) -> None:
 def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
     """Compile the pipeline of ``run_date`` and name its run, contacting nothing."""
     parameters, cluster = arguments(data, run_date, config), from_environment(ClusterSettings)
-    text = _compiled(cluster)
+    text = compiled(cluster)
     version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
     package = settings().home / "kfp" / f"{version}.yaml"
     write_text(package, text)

@@ -14,7 +14,8 @@ from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 
 from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, compile_package, start, submit, wait
+from freshrank.orchestration import cluster as module
+from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, start, submit, wait
 from freshrank.orchestration.pipelines_api import ApiSettings
 from freshrank.recipes import recipe
 from freshrank.settings import from_environment, settings
@@ -41,7 +42,7 @@ def cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterSettings:
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline's specification, and its Kubernetes part (empty where there is none)."""
-    compile_package(path, cluster)
+    path.write_text(module.compiled(cluster))
     spec, *platform = yaml.safe_load_all(path.read_text())
     executors = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
     return spec, executors
@@ -139,11 +140,11 @@ def test_without_an_image_a_dry_run_shows_the_components_own_and_a_submission_is
         submit(world, RUN_DATE, recipe())
 
 
-def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings, tmp_path: Path) -> None:
+def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings) -> None:
     """Whoever put the secret itself there must not find it in a log."""
     wrong = cluster.model_copy(update={"secret_env": {"FRESHRANK_REDIS_URL": "hunter2"}})
     with pytest.raises(ConfigError, match="secret-name:key") as failure:
-        compile_package(tmp_path / "pipeline.yaml", wrong)
+        module.compiled(wrong)
     assert "hunter2" not in str(failure.value)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank.orchestration.cluster import ClusterSettings, compile_package
+from freshrank.orchestration import cluster as module
+from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.pipeline import arguments
 from freshrank.recipes import recipe
 from freshrank.settings import PROJECT_ROOT, Settings, settings
@@ -48,7 +49,7 @@ NOT_IN_THE_CHART = {"gpu_resource", "retries", "train_nodes", "train_runtime", "
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> dict[str, Any]:
     """The specification with the Kubernetes part in it; environment variables by name."""
-    compile_package(path, cluster)
+    path.write_text(module.compiled(cluster))
     whole: dict[str, Any] = {}
     for document in yaml.safe_load_all(path.read_text()):
         whole |= document
