@@ -361,15 +361,25 @@ def restore(
 
 @app.command()
 def submit(
-    data: Annotated[Path | None, typer.Option("--data", help="Imported dataset directory.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            parser=_local,
+            metavar="DIR|URL",
+            help=("Imported dataset directory, or the URL of its copy in an object store."),
+        ),
+    ] = None,
     day: Day = None,
     recipe_name: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Compile for the cluster and print; contact nothing.")
+        bool, typer.Option("--dry-run", help="Print package, arguments and names that would be sent; send nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the run; exit code 7 if it does not succeed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print name, id, page and arguments of the run.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print name, key, id, page and arguments of the run.")
+    ] = False,
     cancel: Annotated[str | None, typer.Option("--cancel", help="Cancel the run of this id instead.")] = None,
 ) -> None:
     """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST); the same question twice is one run."""
@@ -382,6 +392,8 @@ def submit(
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(run_date_of(data, day))
     submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
+    for doubt in cluster.doubts(submission):
+        err.print(f"[yellow]warning[/] {escape(doubt)}", highlight=False, soft_wrap=True)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

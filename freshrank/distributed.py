@@ -10,9 +10,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-_PATIENCE = timedelta(hours=12)
-"""How long ranks wait for the one that makes the files; torchrun ends them should it fail."""
+from freshrank.errors import PipelineFailed
+from freshrank.settings import settings
+
+_FILES = timedelta(hours=12)
+"""How long ranks wait for the one that makes the files; the end of its process ends them at once."""
 
 
 class Share(NamedTuple):
@@ -31,6 +35,8 @@ class Group:
 
     rank: int = 0
     size: int = 1
+    waiting: dist.ProcessGroup | None = None
+    """The same processes with the patience of :meth:`wait`."""
 
     @property
     def leads(self) -> bool:
@@ -52,9 +58,9 @@ class Group:
         return torch.stack(parts)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Until all ranks are here, for hours if need be."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.waiting)
 
 
 ALONE = Group()
@@ -62,16 +68,50 @@ ALONE = Group()
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group of ``torchrun`` that this process was started in (WORLD_SIZE, RANK), else alone."""
+    """The group of ``torchrun`` that this process was started in (WORLD_SIZE, RANK), else alone.
+
+    Raises:
+        PipelineFailed: the others did not come within FRESHRANK_TRAIN_CONNECT_SECONDS, ended, or kept this process
+            waiting in a step for longer than FRESHRANK_TRAIN_EXCHANGE_SECONDS.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Group(dist.get_rank(), size)
+        with _told("did not come within {0.train_connect_seconds:g} s (FRESHRANK_TRAIN_CONNECT_SECONDS)"):
+            waiting = _connected()
+        with _told("ended, or kept it waiting for {0.train_exchange_seconds:g} s (FRESHRANK_TRAIN_EXCHANGE_SECONDS)"):
+            yield Group(dist.get_rank(), size, waiting)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connected() -> dist.ProcessGroup:
+    """Connect all ranks twice: for exchanges, and, returned, for waiting."""
+    connect = timedelta(seconds=settings().train_connect_seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=connect)
+    waiting: dist.ProcessGroup = dist.new_group(timeout=connect, backend="gloo")
+    # A group connects with the timeout that its exchanges have afterwards, unless it is changed in between.
+    _set_pg_timeout(timedelta(seconds=settings().train_exchange_seconds))
+    _set_pg_timeout(_FILES, waiting)
+    return waiting
+
+
+@contextmanager
+def _told(what_others_did: str) -> Iterator[None]:
+    """PipelineFailed in the place of what torch raises about other processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no error of its own.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        rank, others = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
+        raise PipelineFailed(
+            f"rank {rank} of {others}: other processes {what_others_did.format(settings())}; started again, it goes on "
+            f"from the checkpoint ({str(error).splitlines()[0]})"
+        ) from error

@@ -81,6 +81,10 @@ class Settings(BaseSettings):
     """What turns the log into historical features; spark takes the session that is there, else a local one."""
     features_memory_gib: Annotated[float, Field(ge=0)] = 0
     """What DuckDB may hold in memory before it goes to disk; 0 leaves it at its own default, four fifths."""
+    train_connect_seconds: Annotated[float, Field(gt=0)] = 600
+    """How long processes that train together wait for one another to come, also for a node in place of a lost one."""
+    train_exchange_seconds: Annotated[float, Field(gt=0)] = 1800
+    """How long one of them may keep the others waiting in a step of training before they end."""
     runner: Literal["local", "cluster"] = "local"
     """Where the Kubeflow pipeline runs: in this process tree, or on a cluster through its API."""
     kfp_host: str = ""

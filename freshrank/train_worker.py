@@ -1,6 +1,6 @@
 """One process of a training on several nodes, as ``torchrun`` starts it in a TrainJob's pod.
 
-python -m torch.distributed.run ... -m freshrank.train_worker REQUEST
+python -m freshrank.train_agent ... -m freshrank.train_worker REQUEST
 
 REQUEST is a JSON object: the arguments of :func:`freshrank.steps.train` but for ``out``. What is learned stays in the
 step store of the shared workspace, where the step that asked for it finds it.
@@ -10,6 +10,8 @@ import json
 import logging
 import sys
 from tempfile import TemporaryDirectory
+
+from freshrank.errors import FreshrankError
 
 
 def main(request: str) -> None:
@@ -21,4 +23,8 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except FreshrankError as error:
+        # Last of all in the pod's log, which is what the step that waits repeats.
+        sys.exit(f"{type(error).__name__}: {error}")

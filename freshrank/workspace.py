@@ -89,7 +89,7 @@ class Workspace:
 
     @property
     def requests(self) -> Path:
-        """The request log: ``<UTC date>/<process>-<number>.parquet``."""
+        """What servers write: ``recorded.json``, and the request log as ``<UTC date>/<process>-<number>.parquet``."""
         return self.home / "requests" / self.dataset
 
     @property

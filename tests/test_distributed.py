@@ -1,6 +1,7 @@
 """Two processes started by torchrun, over gloo, against one; and nodes that die on the way."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.trainjob import manifest
 from freshrank.recipes import recipe
+from freshrank.settings import settings
 from freshrank.storage import sha256_of
 from freshrank.training import Trained, labels_of, masked_bce, predict
 from tests.homes import Home
@@ -95,30 +97,49 @@ CONFIG = recipe("warmer-for-less", ["training.window_rows=2000", "training.check
 TWO_NODES = ClusterSettings(image="i", home_claim="c", train_nodes=2)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def free_port() -> int:
+    return _free_port()
+
+
 @dataclass
 class Nodes:
     """Agents of torchrun as a TrainJob starts them, two pods that happen to share this machine."""
 
     home: Home
+    connect_seconds: int = 600
     agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = 0
 
     def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = _free_port()
 
     def command(self) -> list[str]:
         """The manifest's own, with what Kubernetes puts in the place of variables."""
         sections = {name: getattr(CONFIG, name).model_dump_json()
                     for name in ("windows", "model", "techniques", "training")}  # fmt: skip
         request = {"data": str(self.home.data), "run_date": "2024-01-07", **sections}
-        trainer = manifest("freshrank-train-x", request, TWO_NODES)["spec"]["trainer"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(settings(), "train_connect_seconds", self.connect_seconds)
+            trainer = manifest("freshrank-train-x", request, TWO_NODES)["spec"]["trainer"]
         known = {"$(PET_MASTER_ADDR)": "127.0.0.1", "$(PET_MASTER_PORT)": str(self.port)}
         arguments = list(trainer["args"])
         for variable, value in known.items():
             arguments = [argument.replace(variable, value) for argument in arguments]
         return [sys.executable, *trainer["command"][1:], *arguments]
+
+    def wait_until_open(self) -> None:
+        """The first agent holds the others together; were it not there yet, the second one on this machine would."""
+        with socket.socket() as probe:
+            while probe.connect_ex(("127.0.0.1", self.port)):
+                time.sleep(0.05)
 
     def start(self, rank: int) -> subprocess.Popen[bytes]:
         of_trainer = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(rank), "OMP_NUM_THREADS": "1",
@@ -139,12 +160,16 @@ class Nodes:
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.home.path.glob("node-*.log")))
 
+    def lose(self, agent: subprocess.Popen[bytes]) -> None:
+        """The node of ``agent``, all at once."""
+        if agent.poll() is None:
+            for process in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
+                process.kill()
+        agent.wait()
+
     def end(self) -> None:
         for agent in self.agents:
-            if agent.poll() is None:
-                for process in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
-                    process.kill()
-            agent.wait()
+            self.lose(agent)
 
     def weights(self) -> str:
         (kept,) = (self.home.path / "home" / "steps").glob("*/train/*/ranker.safetensors")
@@ -200,3 +225,75 @@ def test_a_job_that_lost_a_node_goes_on_when_it_is_started_again(undisturbed: st
         assert [agent.wait(100) for agent in agents] == [0, 0], nodes.log()
     assert "goes on after step" in nodes.log()
     assert nodes.weights() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_for_a_lost_one_is_taken_in_by_the_survivor(undisturbed: str, tmp_path: Path) -> None:
+    """kill -9 on the second node's agent and process in mid-epoch, and a new second node: the job goes on."""
+    nodes = Nodes(_featured(tmp_path))
+    with ExitStack() as stack:
+        stack.callback(nodes.end)
+        first = nodes.start(0)
+        nodes.wait_until_open()
+        lost = nodes.start(1)
+        nodes.wait_until_kept(first)
+        nodes.lose(lost)
+        assert [first.wait(60), nodes.start(1).wait(60)] == [0, 0], nodes.log()
+    assert "goes on after step" in nodes.log()
+    assert nodes.weights() == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "reason"), [(1, "not all nodes were there within join_timeout"), (0, "holds the others together is gone")]
+)
+def test_a_survivor_to_whom_nobody_comes_ends_and_says_why(tmp_path: Path, lost: int, reason: str) -> None:
+    """So that whatever restarts the job does; its last line is the reason."""
+    nodes = Nodes(_featured(tmp_path), connect_seconds=20)
+    with ExitStack() as stack:
+        stack.callback(nodes.end)
+        agents = [nodes.start(0)]
+        nodes.wait_until_open()
+        agents.append(nodes.start(1))
+        nodes.wait_until_kept(agents[0])
+        nodes.lose(agents[lost])
+        assert agents[1 - lost].wait(60) == 1
+    last = (nodes.home.path / f"node-{1 - lost}.log").read_text().splitlines()[-1]
+    assert reason in last
+    assert last.endswith("started again, it goes on from the checkpoint")
+
+
+RANK = """
+import sys, time
+import torch
+from freshrank.distributed import joined
+with joined() as group:
+    time.sleep(2.5 * group.rank)
+    group.wait()
+    print("waited", flush=True)
+    time.sleep(6 * group.rank)
+    group.gathered(torch.zeros(1))
+"""
+
+
+def _rank(rank: int, port: int, **settings: str) -> subprocess.Popen[str]:
+    of_torchrun = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen([sys.executable, "-c", RANK], env=os.environ | of_torchrun | settings, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_a_process_that_is_alone_ends_after_the_time_to_connect(free_port: int) -> None:
+    """And not after the time that files may take."""
+    alone = _rank(0, free_port, FRESHRANK_TRAIN_CONNECT_SECONDS="0.5")
+    _, errors = alone.communicate(timeout=30)
+    assert re.search(r"PipelineFailed: rank 0 of 2: other processes did not come within 0\.5 s .*_CONNECT_", errors)
+
+
+@pytest.mark.slow
+def test_files_may_take_longer_than_a_step_and_a_step_has_its_own_limit(free_port: int) -> None:
+    """The second process comes late twice: waited for the first time, given up in an exchange."""
+    ranks = [_rank(rank, free_port, FRESHRANK_TRAIN_EXCHANGE_SECONDS="1") for rank in (0, 1)]
+    said, errors = ranks[0].communicate(timeout=60)
+    ranks[1].communicate(timeout=60)
+    assert said == "waited\n"
+    assert re.search(r"PipelineFailed: rank 0 of 2: other processes ended, or kept it waiting for 1 s", errors)

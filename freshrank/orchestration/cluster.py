@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from freshrank.config import RunConfig
@@ -33,6 +34,22 @@ _DETERMINISTIC_TASK = "validate-data"
 _NOT_FOR_STEPS = {"runner", "kfp_host", "dataset"}
 
 
+def _cores(text: str) -> str:
+    if text and not re.fullmatch(r"\d+(\.\d+)?|\d+m", text):
+        raise ValueError("expected cores as Kubernetes writes them: 2, 0.5 or 500m; empty for none")
+    return text
+
+
+def _bytes(text: str) -> str:
+    if text and not re.fullmatch(r"\d+(\.\d+)?([EPTGM]i?|Ki?)?", text):
+        raise ValueError("expected memory as Kubernetes writes it: 16Gi or 500M; empty for none")
+    return text
+
+
+Cpu = Annotated[str, AfterValidator(_cores)]
+Memory = Annotated[str, AfterValidator(_bytes)]
+
+
 class ClusterSettings(BaseSettings):
     """Where the steps run, from environment variables ``FRESHRANK_CLUSTER_<FIELD>``; mappings are JSON."""
 
@@ -48,9 +65,14 @@ class ClusterSettings(BaseSettings):
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = {}
     """Labels a node must carry for the training step."""
-    cpu: str = ""
-    memory: str = ""
-    """Limit of the training step, as Kubernetes writes it: ``16Gi``."""
+    cpu: Cpu = ""
+    memory: Memory = ""
+    """Requests and limits of the training step; with ``train_nodes``, of each node."""
+    step_cpu_request: Cpu = "1"
+    step_cpu_limit: Cpu = "2"
+    step_memory_request: Memory = "2Gi"
+    step_memory_limit: Memory = "8Gi"
+    """Of every other step, and of the one that waits for nodes that train."""
     home_claim: str = ""
     """PersistentVolumeClaim mounted at the workspace (``FRESHRANK_HOME``); none when empty."""
     secret_env: dict[str, str] = {}
@@ -69,11 +91,21 @@ class Submission:
     """What was, or with ``dry_run`` would be, sent; ``run_id`` is None after a dry run."""
 
     run_name: str
+    """Ends in ``key``."""
     version: str
     """Name of the pipeline's version: a fingerprint of what was compiled."""
     arguments: dict[str, str]
     package: Path
-    run_id: str | None
+    namespace: str
+    service_account: str
+    run_id: str | None = None
+    pipeline: str = PIPELINE
+    experiment: str = EXPERIMENT
+
+    @property
+    def key(self) -> str:
+        """The idempotency key: a fingerprint of pipeline and arguments."""
+        return self.run_name.rpartition("-")[2]
 
     @property
     def page(self) -> str | None:
@@ -81,20 +113,23 @@ class Submission:
 
     def facts(self) -> dict[str, Any]:
         """Everything but the compiled pipeline, as JSON can hold it."""
-        return asdict(self) | {"package": str(self.package), "page": self.page}
+        return asdict(self) | {"key": self.key, "package": str(self.package), "page": self.page}
 
     def __str__(self) -> str:
-        if self.run_id is None:
-            return f"# {self.run_name}: not submitted\n{self.package.read_text()}"
-        return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
+        if self.run_id is not None:
+            return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
+        # Comments, so that the whole is still the package.
+        return "\n".join([f"# {self.run_name}: not submitted; this is what would be sent", *self._head(),
+                          self.package.read_text()])  # fmt: skip
+
+    def _head(self) -> list[str]:
+        names = ("run_name", "key", "pipeline", "version", "experiment", "namespace", "service_account")
+        named = [f"# {name}: {value}" for name in names if (value := getattr(self, name))]
+        return [*named, "# arguments:", *(f"#   {name}: {value}" for name, value in self.arguments.items())]
 
 
-def compile_package(path: Path, cluster: ClusterSettings | None = None) -> None:
-    """Write the pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
-    write_text(path, _compiled(cluster))
-
-
-def _compiled(cluster: ClusterSettings | None) -> str:
+def compiled(cluster: ClusterSettings | None) -> str:
+    """The pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
     from kfp import compiler
 
     place = None if cluster is None else placement(cluster)
@@ -120,8 +155,13 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={key: variable})
         if cluster.home_claim:
             kubernetes.mount_pvc(task, pvc_name=cluster.home_claim, mount_path=str(settings().home))
-        if task.name == _TRAINING_TASK:
+        if task.name == _TRAINING_TASK and not cluster.train_nodes:
             _place_training(task, cluster)
+        else:
+            _ask(task, cluster.step_cpu_request, cluster.step_cpu_limit,
+                 cluster.step_memory_request, cluster.step_memory_limit)  # fmt: skip
+        if task.name == _TRAINING_TASK and cluster.train_nodes:
+            _hand_on(task, cluster)
         if task.name != _DETERMINISTIC_TASK:
             task.set_retry(cluster.retries, backoff_duration="60s", backoff_factor=2.0)
 
@@ -152,37 +192,41 @@ def _of_the_store() -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def _ask(task: Any, cpu_request: str, cpu_limit: str, memory_request: str, memory_limit: str) -> None:
+    asked = [(task.set_cpu_request, cpu_request), (task.set_cpu_limit, cpu_limit),
+             (task.set_memory_request, memory_request), (task.set_memory_limit, memory_limit)]  # fmt: skip
+    for ask, quantity in asked:
+        if quantity:
+            ask(quantity)
+
+
 def _place_training(task: Any, cluster: ClusterSettings) -> None:
-    """The node and GPU of the pod that trains; the one that waits for a TrainJob needs neither, but hands them on."""
     from kfp import kubernetes
 
-    if cluster.train_nodes:
-        for name, value in cluster.model_dump().items():
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
-        return
     if cluster.gpus:
         task.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(cluster.gpus)
-    if cluster.cpu:
-        task.set_cpu_limit(cluster.cpu)
-    if cluster.memory:
-        task.set_memory_limit(cluster.memory)
+    _ask(task, cluster.cpu, cluster.cpu, cluster.memory, cluster.memory)
     for label, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
 
 
-def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
-    """Compile the pipeline of ``run_date`` and name its run, contacting nothing.
+def _hand_on(task: Any, cluster: ClusterSettings) -> None:
+    """To the step that starts a TrainJob: what the nodes get."""
+    for name, value in cluster.model_dump().items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        task.set_env_variable(f"FRESHRANK_CLUSTER_{name.upper()}", text)
 
-    The run's name ends in a fingerprint of pipeline and arguments: it is the idempotency key.
-    """
-    parameters = arguments(data, run_date, config)
-    text = _compiled(from_environment(ClusterSettings))
+
+def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
+    """Compile the pipeline of ``run_date`` and name its run, contacting nothing."""
+    parameters, cluster = arguments(data, run_date, config), from_environment(ClusterSettings)
+    text = compiled(cluster)
     version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
     package = settings().home / "kfp" / f"{version}.yaml"
     write_text(package, text)
     key = fingerprint({"pipeline": text, "arguments": parameters})
-    return Submission(f"{PIPELINE}-{run_date.isoformat()}-{key}", version, parameters, package, run_id=None)
+    name = f"{PIPELINE}-{run_date.isoformat()}-{key}"
+    return Submission(name, version, parameters, package, cluster.namespace, cluster.service_account)
 
 
 def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False) -> Submission:
@@ -203,22 +247,39 @@ def require_image() -> None:
         raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
 
 
+def doubts(submission: Submission) -> list[str]:
+    """What would keep the steps from running as sent, and can be seen from here."""
+    cluster, found = from_environment(ClusterSettings), []
+    if not cluster.image:
+        found.append("FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it")
+    return [*found, *_doubts_of_home(settings().home, cluster.home_claim, Path(submission.arguments["data"]))]
+
+
+def _doubts_of_home(home: Path, claim: str, data: Path) -> list[str]:
+    # A workspace that is shared with the steps is a volume here too.
+    if home.is_mount():
+        return []
+    volume = f"mount {claim} there" if claim else "have no volume there, as FRESHRANK_CLUSTER_HOME_CLAIM is not set"
+    outside = "" if data.is_relative_to(home) else f"; {data} is outside it, so they do not see it"
+    return [f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}{outside}. "
+            "Expected the path at which both have the same workspace, as in the chart's Airflow"]  # fmt: skip
+
+
 def start(submission: Submission) -> Submission:
     """:func:`submit` for what is prepared already."""
-    cluster = from_environment(ClusterSettings)
-    api = PipelinesApi(cluster.namespace)
+    api = PipelinesApi(submission.namespace)
     known = api.live(submission.run_name)
-    return replace(submission, run_id=known[0] if known else _start(api, cluster, submission))
+    return replace(submission, run_id=known[0] if known else _start(api, submission))
 
 
-def _start(api: PipelinesApi, cluster: ClusterSettings, submission: Submission) -> str:
-    pipeline_id, version_id = api.version(PIPELINE, submission.version, submission.package)
+def _start(api: PipelinesApi, submission: Submission) -> str:
+    pipeline_id, version_id = api.version(submission.pipeline, submission.version, submission.package)
     started = api.start(
         submission.run_name,
-        experiment_id=api.experiment(EXPERIMENT),
+        experiment_id=api.experiment(submission.experiment),
         pipeline_version_reference={"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
         runtime_config={"parameters": submission.arguments},
-        service_account=cluster.service_account or None,
+        service_account=submission.service_account or None,
     )
     # Time for whoever submitted at the same moment: afterwards all see the same runs.
     time.sleep(from_environment(ApiSettings).settle_seconds)

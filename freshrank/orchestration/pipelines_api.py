@@ -15,7 +15,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from freshrank.errors import ClusterUnreachable, ConfigError, FreshrankError, PipelineFailed
+from freshrank.errors import ConfigError, PipelineFailed
+from freshrank.orchestration.api_failures import (
+    api_exception,
+    explained,
+    in_words,
+    is_transient,
+    is_unknown_name,
+    require_json,
+)
 from freshrank.settings import from_environment, settings
 
 FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
@@ -23,7 +31,6 @@ FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 TAIL_LINES = 30
 
 _NOT_TO_BE_JOINED = {"FAILED", "CANCELED", "CANCELING", "SKIPPED"}
-_TRANSIENT = {408, 429, 500, 502, 503, 504}
 _MADE_MEANWHILE = {409, 500}
 """409; the upload of older servers says 500."""
 _LONGEST_WAIT = 20.0
@@ -47,8 +54,10 @@ class ApiSettings(BaseSettings):
     token_path: Path | None = None
     """File with the bearer token, read anew for every request. Default: the one that a pod with a projected
     service-account token for Kubeflow Pipelines has, where it exists."""
+    ca_cert: Path | None = None
+    """File (PEM) with the certificate of the authority that signed the host's. Default: the well-known ones."""
     request_seconds: Annotated[float, Field(gt=0)] = 30
-    """How long one request may take."""
+    """How long one request may take, a third of it to connect."""
     retry_seconds: Annotated[float, Field(ge=0)] = 120
     """How long a request that fails for a passing reason is repeated."""
     settle_seconds: Annotated[float, Field(ge=0)] = 2
@@ -75,11 +84,11 @@ class PipelinesApi:
 
     def __init__(self, namespace: str = "") -> None:
         """Connects at the first call. ``namespace`` is the profile of a multi-user Kubeflow, else empty."""
-        if not settings().kfp_host:
-            raise ConfigError("FRESHRANK_KFP_HOST: not set, expected the URL of the Kubeflow Pipelines API")
+        _require_url(settings().kfp_host)
         self._settings = from_environment(ApiSettings)
         self._namespace = namespace or None
         self._client: Any = None
+        self._has_answered = False
 
     def version(self, pipeline: str, name: str, package: Path) -> tuple[str, str]:
         """Ids of ``pipeline`` and its version ``name``; what does not exist is created, from ``package``."""
@@ -162,7 +171,7 @@ class PipelinesApi:
                 if client.get_run(run_id).state in FINISHED:
                     return False
                 client.terminate_run(run_id)
-            except _api_exception() as error:
+            except api_exception() as error:
                 if error.status == 404:
                     return False
                 raise
@@ -219,34 +228,51 @@ class PipelinesApi:
         return self._client
 
     def _call(self, what: str, call: Callable[[Any], T]) -> T:
-        from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_delay
+        from tenacity import Retrying, retry_if_exception, stop_before_delay
+
+        def tell(state: Any) -> None:
+            problem, pause = in_words(state.outcome.exception()), state.next_action.sleep
+            log.warning("%s %s; next try in %.1f s", settings().kfp_host, problem, pause)
 
         retrying = Retrying(
-            retry=retry_if_exception(is_transient),
-            stop=stop_after_delay(self._settings.retry_seconds),
+            retry=retry_if_exception(self._may_pass),
+            stop=stop_before_delay(self._settings.retry_seconds),
             wait=_pause,
-            before_sleep=before_sleep_log(log, logging.WARNING),
+            before_sleep=tell,
             reraise=True,
         )
         try:
             result: T = retrying(self._authorised, call)
         except Exception as error:
-            raise _explained(what, error, self._settings) from error
+            raise explained(what, error, self._settings) from error
         return result
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """A name that was known a moment ago comes back; one that never was is misspelt."""
+        return is_transient(error) and (self._has_answered or not is_unknown_name(error))
 
     def _authorised(self, call: Callable[[Any], T]) -> T:
         try:
-            return call(self._connected())
-        except _api_exception() as error:
+            result = call(self._connected())
+        except api_exception() as error:
             if error.status != 401:
                 raise
-        # The token may have been renewed between the reading of the file and the answer.
-        self._client = None
-        return call(self._connected())
+            # The token may have been renewed between the reading of the file and the answer.
+            self._client = None
+            result = call(self._connected())
+        self._has_answered = True
+        return result
+
+
+def _require_url(host: str) -> None:
+    if not host:
+        raise ConfigError("FRESHRANK_KFP_HOST: not set, expected the URL of the Kubeflow Pipelines API")
+    if not host.startswith(("http://", "https://")):
+        raise ConfigError(f"FRESHRANK_KFP_HOST: received {host!r}, expected a URL that starts with http:// or https://")
 
 
 def _connect(how: ApiSettings) -> Any:
-    """A ``kfp.Client`` whose requests end after ``request_seconds``, and which repeats none by itself."""
+    """A ``kfp.Client`` whose requests end after ``request_seconds``, which repeats none and reads nothing but JSON."""
     import urllib3
     from kfp import client as kfp_client
     from kfp_server_api import V2beta1GetHealthzResponse
@@ -258,38 +284,37 @@ def _connect(how: ApiSettings) -> Any:
             return V2beta1GetHealthzResponse(multi_user=False)
 
     class Rest(RESTClientObject):  # type: ignore[misc]
-        def request(self, *args: Any, _request_timeout: Any = None, **kwargs: Any) -> Any:
-            limit = _request_timeout or (how.request_seconds, how.request_seconds)
-            return super().request(*args, _request_timeout=limit, **kwargs)
+        def request(self, *args: Any, _preload_content: bool = True, _request_timeout: Any = None, **kw: Any) -> Any:
+            limit = _request_timeout or (how.request_seconds / 3, how.request_seconds * 2 / 3)
+            try:
+                answer = super().request(*args, _preload_content=_preload_content, _request_timeout=limit, **kw)
+            except api_exception() as error:
+                if error.status == 404 or 300 <= error.status < 400:
+                    require_json(error)
+                raise
+            if _preload_content:
+                require_json(answer)
+            return answer
 
     warnings.filterwarnings("ignore", message="This client only works", category=FutureWarning)
     file, token = how.token_file(), how.token.get_secret_value()
     credentials = kfp_client.ServiceAccountTokenVolumeCredentials(str(file)) if file else None
-    connected = Client(host=settings().kfp_host, existing_token=token or None, credentials=credentials)
+    connected = Client(
+        host=settings().kfp_host,
+        existing_token=token or None,
+        credentials=credentials,
+        ssl_ca_cert=_authority(how.ca_cert),
+    )
     api_client = connected._run_api.api_client
     api_client.configuration.retries = urllib3.Retry(0, redirect=3, raise_on_redirect=False)
     api_client.rest_client = Rest(api_client.configuration)
     return connected
 
 
-def _api_exception() -> type[Any]:
-    from kfp_server_api import ApiException
-
-    return ApiException  # type: ignore[no-any-return]
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed in a moment."""
-    import urllib3
-
-    if isinstance(error, _api_exception()):
-        return error.status in _TRANSIENT  # type: ignore[attr-defined]
-    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        error = error.reason
-    final = (urllib3.exceptions.SSLError, urllib3.exceptions.LocationValueError)
-    return isinstance(error, (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)) and not isinstance(
-        error, final
-    )
+def _authority(file: Path | None) -> str | None:
+    if file is not None and not file.is_file():
+        raise ConfigError(f"FRESHRANK_KFP_CA_CERT: received {file}, expected a file with certificates (PEM)")
+    return None if file is None else str(file)
 
 
 def _pause(state: Any) -> float:
@@ -300,44 +325,6 @@ def _pause(state: Any) -> float:
     asked = headers.get("Retry-After", "")
     backoff = float(wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT)(state))
     return min(max(backoff, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT)
-
-
-def _explained(what: str, error: Exception, how: ApiSettings) -> Exception:
-    """``error`` in freshrank's words."""
-    if isinstance(error, FreshrankError):
-        return error
-    host = settings().kfp_host
-    if isinstance(error, _api_exception()):
-        answer = f"{error.status} {error.reason}{_message(error)}"  # type: ignore[attr-defined]
-        if error.status in (401, 403):  # type: ignore[attr-defined]
-            source = how.token_file() or ("FRESHRANK_KFP_TOKEN" if how.token.get_secret_value() else "none was sent")
-            return ConfigError(
-                f"{what}: {host} answered {answer}; the token ({source}) is expired or may not do this: renew it, "
-                f"give its account the rights, or set FRESHRANK_KFP_TOKEN_PATH"
-            )
-        if error.status == 404:  # type: ignore[attr-defined]
-            return PipelineFailed(f"{what}: {host} answered {answer}; it was deleted, or the host is not the API's")
-        kind = ClusterUnreachable if is_transient(error) else PipelineFailed
-        return kind(f"{what}: {host} answered {answer}")
-    if is_transient(error):
-        return ClusterUnreachable(f"{what}: {host} does not answer ({type(error).__name__}: {error})")
-    if isinstance(error, OSError) and how.token_file() is not None:
-        return ConfigError(f"FRESHRANK_KFP_TOKEN_PATH: {how.token_file()} cannot be read ({error.strerror or error})")
-    return PipelineFailed(
-        f"{what}: {host} could not be understood ({type(error).__name__}: {error}); expected the Kubeflow Pipelines "
-        f"API, without a log-in page in front of it"
-    )
-
-
-def _message(error: Any) -> str:
-    """What the server says beside the status, in one line."""
-    try:
-        body = json.loads(error.body or "{}")
-        text = str(body.get("error_message") or body.get("message") or body.get("error") or "")
-    except (ValueError, AttributeError):
-        text = str(error.body)
-    line = " ".join(text.split())[:300]
-    return f" ({line})" if line else ""
 
 
 def _named(name: str) -> str:
@@ -360,7 +347,7 @@ def _found_or_made(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
         return found
     try:
         return make()
-    except _api_exception() as error:
+    except api_exception() as error:
         if error.status in _MADE_MEANWHILE and (found := find()) is not None:
             return found
         raise

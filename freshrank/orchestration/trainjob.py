@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -100,7 +101,7 @@ def _trainer(name: str, request: dict[str, str], cluster: ClusterSettings) -> di
     limits |= {k: v for k, v in {"cpu": cluster.cpu, "memory": cluster.memory}.items() if v}
     trainer = {
         "image": cluster.image,
-        "command": ["python", "-m", "torch.distributed.run"],
+        "command": ["python", "-m", "freshrank.train_agent"],
         "args": [*_rendezvous(name), "-m", "freshrank.train_worker", _literal(json.dumps(request))],
         "env": _environment(cluster),
         "numNodes": cluster.train_nodes,
@@ -114,8 +115,13 @@ def _rendezvous(name: str) -> list[str]:
 
     Kubernetes puts what Trainer sets into the pod in the place of $(..).
     """
-    return ["--rdzv-backend=c10d", "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)", f"--rdzv-id={name}",
-            f"--max-restarts={RESTARTS}"]  # fmt: skip
+    return [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)",
+        f"--rdzv-id={name}",
+        f"--rdzv-conf=join_timeout={ceil(settings().train_connect_seconds)}",
+        f"--max-restarts={RESTARTS}",
+    ]
 
 
 def _literal(text: str) -> str:

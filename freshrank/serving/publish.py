@@ -25,6 +25,7 @@ from freshrank.serving.protocol import MAX_CANDIDATES
 from freshrank.serving.replicas import Fleet, Replica, Replicas, changing
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
 from freshrank.serving.warm_up_requests import requests_from_nobody, warm_up_requests
+from freshrank.workspace import Workspace
 
 TOLERANCE = 1e-5
 RANKER_SIZES = (1, 50, 100, 500, MAX_CANDIDATES)
@@ -60,7 +61,7 @@ def publish(
                         "to serve it again", before.rolled_back_from, before.version)  # fmt: skip
             return before
         fleet.each(partial(_connect, repository=repository), "connect")
-        requests = warm_up_requests(repository.root)
+        requests = warm_up_requests(Workspace.of(repository.project).requests)
         _log_step("install", bundle)
         version = repository.install_version(bundle)
         try:

@@ -19,8 +19,8 @@ class Recorder:
     """Keeps one request a second at most, and writes the last MOST_RECORDED once they are there, then every five
     minutes, in a thread of its own."""
 
-    def __init__(self, root: Path, sample_seconds: float = SAMPLE_SECONDS) -> None:
-        self._root = root
+    def __init__(self, folder: Path, sample_seconds: float = SAMPLE_SECONDS) -> None:
+        self._folder = folder
         self._sample_seconds = sample_seconds
         self._kept: list[Tensors] = []
         self._next_sample = self._next_write = float("-inf")
@@ -40,6 +40,6 @@ class Recorder:
 
     def _write(self, requests: list[Tensors]) -> None:
         try:
-            record(self._root, requests)
+            record(self._folder, requests)
         except OSError as error:
             log.warning("requests for the next publication cannot be recorded: %s", error)

@@ -1,7 +1,8 @@
 """Requests that a version answers through `ranking` before it serves: from nobody, and those that were recorded.
 
-``<model repository>/recorded.json`` is optional: a list of requests, each ``{tensor of protocol.INPUTS: values}``.
-Whoever logs requests may leave some there; they are answered as of now, whatever ``event_time`` they were sent with.
+``recorded.json`` beside the request log (``Workspace.requests``) is optional: a list of requests, each
+``{tensor of protocol.INPUTS: values}``. That folder is all a server may write of a workspace on a cluster. Whoever logs
+requests may leave some there; they are answered as of now, whatever ``event_time`` they were sent with.
 """
 
 from collections.abc import Sequence
@@ -23,23 +24,23 @@ _DTYPES = {spec.name: spec.dtype for spec in INPUTS}
 _NOT_REPLAYED = ("event_time", "version")
 
 
-def recorded_path(root: Path) -> Path:
-    return root / "recorded.json"
+def recorded_path(folder: Path) -> Path:
+    return folder / "recorded.json"
 
 
-def record(root: Path, requests: Sequence[Tensors]) -> None:
+def record(folder: Path, requests: Sequence[Tensors]) -> None:
     """Leave ``requests``, without their leading dimension, for the next publication, in place of those there."""
     kept = [{name: value.tolist() for name, value in request.items()} for request in requests[-MOST_RECORDED:]]
-    write_json(recorded_path(root), kept)
+    write_json(recorded_path(folder), kept)
 
 
-def warm_up_requests(root: Path) -> list[Tensors]:
+def warm_up_requests(folder: Path) -> list[Tensors]:
     """The recorded requests, after one of each of SIZES for a user and items that nobody knows.
 
     Raises:
         ServingError: recorded.json is not what this module writes.
     """
-    path = recorded_path(root)
+    path = recorded_path(folder)
     recorded = read_json(path) if path.exists() else []
     try:
         return [*requests_from_nobody(), *map(_tensors, recorded[-MOST_RECORDED:])]

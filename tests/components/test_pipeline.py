@@ -1,23 +1,20 @@
 """The compiled pipeline: its order, its gate, and components that hold no logic of their own."""
 
 import ast
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from freshrank.config import RunConfig, Section
-from freshrank.orchestration.cluster import compile_package
+from freshrank.orchestration.cluster import compiled
 
 STEPS = {"calibrate", "deploy", "evaluate", "stop", "train", "validate-data"}
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("pipeline") / "pipeline.yaml"
-    compile_package(path)
-    return dict(yaml.safe_load(path.read_text()))
+def spec() -> dict[str, Any]:
+    return dict(yaml.safe_load(compiled(None)))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +126,6 @@ def test_a_step_installs_nothing_and_streams_its_output(containers: dict[str, An
     assert {"name": "PYTHONUNBUFFERED", "value": "1"} in container["env"]
 
 
-def test_compiling_twice_gives_the_same_package(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_compiling_twice_gives_the_same_package(spec: dict[str, Any]) -> None:
     """The idempotency key of a submission hashes the package."""
-    compile_package(tmp_path / "again.yaml")
-    assert yaml.safe_load((tmp_path / "again.yaml").read_text()) == spec
+    assert yaml.safe_load(compiled(None)) == spec

@@ -6,6 +6,7 @@ the API does not have is refused, as its own server refuses it. It also has what
 
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -60,6 +63,8 @@ class KfpServer(ThreadingHTTPServer):
         self.lock = threading.RLock()
         self.pipelines: list[Any] = []
         self.versions: list[Any] = []
+        self.packages: list[str] = []
+        """What was uploaded, as it came."""
         self.experiments: list[Any] = []
         self.runs: list[Any] = []
         self.terminated: list[str] = []
@@ -239,7 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
         pipeline = _one(each for each in self.server.pipelines if each.pipeline_id == self.query["pipelineid"])
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
         (part,) = message_from_bytes(head + self.body).get_payload()
-        spec, *_ = yaml.safe_load_all(part.get_payload(decode=True))
+        package = part.get_payload(decode=True).decode()
+        self.server.packages.append(package)
+        spec, *_ = yaml.safe_load_all(package)
         version = api.V2beta1PipelineVersion(
             pipeline_id=pipeline.pipeline_id, display_name=self.query["name"], pipeline_spec=spec
         )
@@ -316,3 +323,27 @@ def serving() -> Iterator[KfpServer]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
+
+
+def speaking_tls(server: KfpServer, folder: Path) -> Path:
+    """Let ``server`` speak TLS for 127.0.0.1, by a certificate that it signed itself: the file with it."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    alternative = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    certificate = builder.add_extension(alternative, critical=True).sign(key, hashes.SHA256())
+    pem, whole = folder / "authority.pem", folder / "server.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    whole.write_bytes(pem.read_bytes() + private)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(whole)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return pem

@@ -14,7 +14,8 @@ from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 
 from components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, compile_package, start, submit, wait
+from freshrank.orchestration import cluster as module
+from freshrank.orchestration.cluster import ClusterSettings, Submission, cancel, start, submit, wait
 from freshrank.orchestration.pipelines_api import ApiSettings
 from freshrank.recipes import recipe
 from freshrank.settings import from_environment, settings
@@ -41,7 +42,7 @@ def cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterSettings:
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline's specification, and its Kubernetes part (empty where there is none)."""
-    compile_package(path, cluster)
+    path.write_text(module.compiled(cluster))
     spec, *platform = yaml.safe_load_all(path.read_text())
     executors = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
     return spec, executors
@@ -82,9 +83,26 @@ def test_only_training_asks_for_the_gpu_and_its_node(cluster: ClusterSettings, t
     executors = spec["deploymentSpec"]["executors"]
     resources = {name: executor["container"].get("resources") for name, executor in executors.items()}
     assert resources.pop("exec-train")["accelerator"]["resourceType"] == "nvidia.com/gpu"
-    assert set(resources.values()) == {None}
+    assert not [name for name, asked in resources.items() if "accelerator" in asked]
     selectors = {name: part["nodeSelector"]["labels"] for name, part in platform.items() if "nodeSelector" in part}
     assert selectors == {"exec-train": {"pool": "gpu"}}
+
+
+@pytest.mark.parametrize("nodes", [0, 2])
+def test_every_step_but_training_says_how_much_of_a_node_it_needs(
+    cluster: ClusterSettings, tmp_path: Path, nodes: int
+) -> None:
+    """So does the step that only waits for the nodes that train; what is emptied is not asked for."""
+    changed = {"train_nodes": nodes, "step_cpu_request": "1500m", "step_memory_request": "3Gi", "step_cpu_limit": ""}
+    spec, _ = compiled(tmp_path / "cluster.yaml", cluster.model_copy(update=changed))
+    asked = {
+        name: {key: value for key, value in executor["container"]["resources"].items() if key.startswith("resource")}
+        for name, executor in spec["deploymentSpec"]["executors"].items()
+    }
+    expected = {"resourceCpuRequest": "1500m", "resourceMemoryRequest": "3Gi", "resourceMemoryLimit": "8Gi"}
+    training = {"resourceMemoryRequest": "16Gi", "resourceMemoryLimit": "16Gi"}
+    assert asked.pop("exec-train") == (expected if nodes else training)
+    assert list(asked.values()) == [expected] * 5
 
 
 def test_secrets_travel_by_reference(cluster: ClusterSettings, tmp_path: Path) -> None:
@@ -122,11 +140,11 @@ def test_without_an_image_a_dry_run_shows_the_components_own_and_a_submission_is
         submit(world, RUN_DATE, recipe())
 
 
-def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings, tmp_path: Path) -> None:
+def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings) -> None:
     """Whoever put the secret itself there must not find it in a log."""
     wrong = cluster.model_copy(update={"secret_env": {"FRESHRANK_REDIS_URL": "hunter2"}})
     with pytest.raises(ConfigError, match="secret-name:key") as failure:
-        compile_package(tmp_path / "pipeline.yaml", wrong)
+        module.compiled(wrong)
     assert "hunter2" not in str(failure.value)
 
 
@@ -291,6 +309,8 @@ def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, wo
     [("FRESHRANK_CLUSTER_GPUS", "x", r"^FRESHRANK_CLUSTER_GPUS: received 'x', Input should be a valid integer"),
      ("FRESHRANK_CLUSTER_SECRET_ENV", '{"A": 3}', "^FRESHRANK_CLUSTER_SECRET_ENV: received a value that is not repeat"),
      ("FRESHRANK_CLUSTER_SECRET_ENV", "hunter2", r"^FRESHRANK_CLUSTER_\*: .*secret_env.*; expected JSON$"),
+     ("FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT", "8 GB", "^FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT: received '8 GB', .*16Gi"),
+     ("FRESHRANK_CLUSTER_CPU", "two", "^FRESHRANK_CLUSTER_CPU: received 'two', .*expected cores .*500m"),
      ("FRESHRANK_KFP_RETRY_SECONDS", "-1", "^FRESHRANK_KFP_RETRY_SECONDS: received '-1', ")],
 )  # fmt: skip
 def test_a_wrong_setting_is_named_and_no_secret_repeated(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank.orchestration.cluster import ClusterSettings, compile_package
+from freshrank.orchestration import cluster as module
+from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.pipeline import arguments
 from freshrank.recipes import recipe
 from freshrank.settings import PROJECT_ROOT, Settings, settings
@@ -19,7 +20,8 @@ EVERYTHING = ClusterSettings(
     image="registry.example/freshrank:2", namespace="ranking", service_account="pipeline", gpus=2,
     gpu_resource="amd.com/gpu", node_selector={"pool": "gpu"}, cpu="8", memory="16Gi", home_claim="freshrank-home",
     secret_env={"FRESHRANK_REDIS_URL": "freshrank-redis:url"}, retries=3,
-    train_runtime="ours", train_hours=3,
+    train_runtime="ours", train_hours=3, step_cpu_request="1", step_cpu_limit="3", step_memory_request="3Gi",
+    step_memory_limit="5Gi",
 )  # fmt: skip
 """Every setting of the cluster away from its default, but for training on several nodes."""
 NODES = EVERYTHING.model_copy(update={"train_nodes": 4})
@@ -30,6 +32,8 @@ OWNED = {
     rf"{CONTAINER}/image": "image",
     rf"{CONTAINER}/env/(FRESHRANK_\w+|AWS_ENDPOINT_URL|AWS_DEFAULT_REGION)": "settings",
     r"deploymentSpec/executors/exec-train/container/resources": "gpus, gpu_resource, cpu, memory",
+    rf"{CONTAINER}/resources/(resourceC|c)pu(Request|Limit)": "step_cpu_request, step_cpu_limit",
+    rf"{CONTAINER}/resources/(resourceM|m)emory(Request|Limit)": "step_memory_request, step_memory_limit",
     r"(root|components/comp-condition[\w-]*)/dag/tasks/[\w-]+/retryPolicy": "retries",
     rf"{PLATFORM}/secretAsEnv": "secret_env",
     rf"{PLATFORM}/pvcMount": "home_claim",
@@ -38,13 +42,14 @@ OWNED = {
 }
 """Where the two may differ -> which of the chart's settings says so."""
 KFP_ENV = {"PYTHONUNBUFFERED"}
-NOT_IN_THE_CHART = {"gpu_resource", "retries", "train_nodes", "train_runtime", "train_hours"}
+NOT_IN_THE_CHART = {"gpu_resource", "retries", "train_nodes", "train_runtime", "train_hours",
+                    "step_cpu_request", "step_cpu_limit", "step_memory_request", "step_memory_limit"}  # fmt: skip
 """Their defaults do for most; set in the environment otherwise."""
 
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> dict[str, Any]:
     """The specification with the Kubernetes part in it; environment variables by name."""
-    compile_package(path, cluster)
+    path.write_text(module.compiled(cluster))
     whole: dict[str, Any] = {}
     for document in yaml.safe_load_all(path.read_text()):
         whole |= document
@@ -86,11 +91,12 @@ def test_laptop_and_cluster_differ_only_in_what_the_chart_owns(pair: tuple[dict[
 def test_training_on_several_nodes_is_placement_too(
     pair: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The step that waits for the nodes asks for none of what they get, and is told to hand it on."""
+    """The step that waits for the nodes asks for what other steps do and not for what they get, which it hands on."""
     nodes = compiled(tmp_path / "nodes.yaml", NODES)
     assert [path for path in differences(pair[0], nodes) if not _owned(path)] == []
-    container = nodes["deploymentSpec"]["executors"]["exec-train"]["container"]
-    assert "resources" not in container
+    executors = nodes["deploymentSpec"]["executors"]
+    container = executors["exec-train"]["container"]
+    assert container["resources"] == executors["exec-evaluate"]["container"]["resources"]
     given = {name.removeprefix("FRESHRANK_CLUSTER_"): value for name, value in container["env"].items()}
     assert {name.lower() for name in given} >= set(ClusterSettings.model_fields)
     assert given["NODE_SELECTOR"] == '{"pool": "gpu"}'
@@ -115,7 +121,7 @@ def _cached_verdict(spec: dict[str, Any]) -> None:
 
 
 def _resources_elsewhere(spec: dict[str, Any]) -> None:
-    spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]["resources"] = {"cpuLimit": 1}
+    spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]["resources"]["accelerator"] = {"count": "1"}
 
 
 def _foreign_variable(spec: dict[str, Any]) -> None:

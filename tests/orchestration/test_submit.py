@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from freshrank import cli
 from freshrank.orchestration import cluster
+from freshrank.settings import settings
 from tests.orchestration.kfp_server import KfpServer
 
 
@@ -37,6 +40,66 @@ def test_the_run_is_told_as_json(submitted: KfpServer, world: Path, capsys: pyte
     told = json.loads(capsys.readouterr().out)
     assert (told["run_id"], told["page"]) == ("run-0", f"{submitted.url}/#/runs/details/run-0")
     assert told["arguments"]["run_date"] == "2024-01-07"
+
+
+def test_a_dry_run_prints_what_the_same_command_then_sends(
+    kfp: KfpServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Package, arguments, names and key, placed by the cluster's settings; as a whole it is still a package."""
+    for name, value in {"IMAGE": "registry.example/freshrank:2", "HOME_CLAIM": "a-claim", "SERVICE_ACCOUNT": "steps",
+                        "NAMESPACE": "ranking", "GPUS": "2"}.items():  # fmt: skip
+        monkeypatch.setenv(f"FRESHRANK_CLUSTER_{name}", value)
+    command = ("--data", str(world), "--date", "2024-01-06", "--set", "windows.train_days=2")
+    assert run(*command, "--dry-run") == 0
+    assert kfp.requests == []
+    printed = capsys.readouterr().out
+    assert run(*command) == 0
+    (sent,), (package,) = kfp.runs, kfp.packages
+    assert printed.endswith(f"{package}\n")
+    said = _said(printed.removesuffix(f"{package}\n"))
+    assert said.pop("arguments") == sent.runtime_config.parameters
+    assert said == {
+        "run_name": sent.display_name,
+        "key": sent.display_name.rpartition("-")[2],
+        "pipeline": kfp.pipelines[0].display_name,
+        "version": kfp.versions[0].display_name,
+        "experiment": kfp.experiments[0].display_name,
+        "namespace": kfp.pipelines[0].namespace,
+        "service_account": sent.service_account,
+    }
+    assert list(yaml.safe_load_all(printed)) == list(yaml.safe_load_all(package))
+
+
+def _said(head: str) -> dict[str, Any]:
+    """The comments before the package."""
+    title, *lines = head.splitlines()
+    assert title.endswith("not submitted; this is what would be sent")
+    where = lines.index("# arguments:")
+    pairs = (line.removeprefix("#").strip().split(": ", 1) for line in (*lines[:where], *lines[where + 1 :]))
+    found = [(name, value) for name, value in pairs]
+    return dict(found[:where]) | {"arguments": dict(found[where:])}
+
+
+def test_whoever_submits_from_a_workspace_of_his_own_is_told(
+    kfp: KfpServer, home: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr: steps would look for it in their volume; and that an image is missing."""
+    monkeypatch.setenv("FRESHRANK_CLUSTER_HOME_CLAIM", "a-claim")
+    assert run("--data", str(world), "--dry-run") == 0
+    told = capsys.readouterr().err
+    assert f"FRESHRANK_HOME: {settings().home} is a directory of this machine" in told
+    assert f"mount a-claim there; {world} is outside it" in told
+    assert "FRESHRANK_CLUSTER_IMAGE: not set" in told
+
+
+def test_a_workspace_that_is_a_volume_is_no_doubt(
+    prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the pods of the chart; here the volume is one that every Linux has."""
+    monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:2")
+    monkeypatch.setenv("FRESHRANK_HOME", "/dev/shm")
+    settings.cache_clear()
+    assert cluster.doubts(prepared) == []
 
 
 def test_waiting_ends_well_with_a_run_that_succeeds(submitted: KfpServer, world: Path) -> None:

@@ -92,7 +92,8 @@ def test_every_node_runs_torchrun_on_all_its_gpus(job: dict[str, Any]) -> None:
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 2)
     assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "2", "memory": "64Gi"}
-    assert trainer["command"] == ["python", "-m", "torch.distributed.run"]
+    assert trainer["command"] == ["python", "-m", "freshrank.train_agent"]
+    assert "--rdzv-conf=join_timeout=600" in trainer["args"]
     assert "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)" in trainer["args"]
 
 

@@ -26,7 +26,7 @@ def unseen(world: RankingWorld, name: str) -> Path:
 
 @pytest.fixture
 def recorded(world: RankingWorld) -> Iterator[Path]:
-    path = recorded_path(world.repository.root)
+    path = recorded_path(world.workspace.requests)
     yield path
     path.unlink(missing_ok=True)
 
@@ -65,7 +65,7 @@ def test_a_recording_that_is_something_else_is_named(tmp_path: Path, content: ob
 
 def test_a_version_has_ranked_before_it_serves(world: RankingWorld, recorded: Path) -> None:
     """A recorded request is answered by the new version while the old one still serves; then it serves at once."""
-    record(world.repository.root, [{"user_id": np.array([1]), "item_ids": np.array([1, 2, 3])}])
+    record(world.workspace.requests, [{"user_id": np.array([1]), "item_ids": np.array([1, 2, 3])}])
     pointer = publish(unseen(world, "warm"), settings().triton_grpc_url, world.repository)
     with Client.for_dataset(world.data) as client:
         assert client.rank_ids(1, [1, 2, 3]).model_version == pointer.version
@@ -89,7 +89,7 @@ def test_a_version_that_refuses_what_clients_send_never_serves(world: RankingWor
     """Here a context column that its schema does not have."""
     before = world.repository.served()
     request = {"user_id": np.array([1]), "item_ids": np.array([1]), "context_numeric": np.zeros(99, np.float32)}
-    record(world.repository.root, [request])
+    record(world.workspace.requests, [request])
     with pytest.raises(ServingError, match="context_numeric: received 99 values"):
         publish(unseen(world, "other context"), settings().triton_grpc_url, world.repository)
     assert world.repository.served() == before

@@ -38,8 +38,8 @@ class TritonPythonModel:
         refuse_wrong_conversions()
         self.metrics = RankingMetrics(_counters)
         repository = ModelRepository(Path(parameters["repository"]["string_value"]))
-        self.recorder = Recorder(repository.root)
-        self.log = _request_log(parameters["project"]["string_value"])
+        kept = Workspace.of(parameters["project"]["string_value"]).requests
+        self.recorder, self.log = Recorder(kept), _request_log(kept)
         self.service = RankingService(repository, settings().home, call_ranker, Counted(self.metrics))
         self.service.warm_up()
 
@@ -95,9 +95,9 @@ def _counters(name: str, description: str) -> Any:
     return pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER)
 
 
-def _request_log(project: str) -> RequestLog | None:
+def _request_log(folder: Path) -> RequestLog | None:
     share = settings().request_log_share
-    return RequestLog(Workspace.of(project).requests, share) if share else None
+    return RequestLog(folder, share) if share else None
 
 
 # By name: Triton adds its errors to the module only after it has imported this one.
