@@ -15,7 +15,7 @@ from rich.markup import escape
 from freshrank import __version__
 from freshrank.bench.commands import bench
 from freshrank.errors import ConfigError, FreshrankError
-from freshrank.options import Data, Day, Overrides, Protocol, Recipe, run_date_of
+from freshrank.options import Data, Day, Overrides, Protocol, Recipe, local_data, run_date_of
 from freshrank.recipes import DEFAULT_RECIPE, recipe
 from freshrank.terminal import err, out, say
 
@@ -365,7 +365,7 @@ def submit(
         Path | None,
         typer.Option(
             "--data",
-            parser=_local,
+            parser=local_data,
             metavar="DIR|URL",
             help=("Imported dataset directory, or the URL of its copy in an object store."),
         ),

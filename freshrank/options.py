@@ -9,13 +9,14 @@ import typer
 from freshrank.recipes import RECIPES
 
 
-def _local(data: str) -> Path:
+def local_data(data: str) -> Path:
+    """The directory that ``data`` names or, for a URL, where a copy of it is kept and brought up to date."""
     from freshrank.objects import local_dataset
 
     return local_dataset(data)
 
 
-Data = Annotated[Path, typer.Option("--data", parser=_local, metavar="DIR|URL", help=(
+Data = Annotated[Path, typer.Option("--data", parser=local_data, metavar="DIR|URL", help=(
     "Imported dataset directory (see `freshrank import`), or the URL of its copy in an object store (see `freshrank "
     "backup`)."))]  # fmt: skip
 Day = Annotated[str | None, typer.Option("--date", help="Run date D, YYYY-MM-DD: data up to D-1 is used. Default: the "

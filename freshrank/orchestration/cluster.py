@@ -53,7 +53,7 @@ Memory = Annotated[str, AfterValidator(_bytes)]
 class ClusterSettings(BaseSettings):
     """Where the steps run, from environment variables ``FRESHRANK_CLUSTER_<FIELD>``; mappings are JSON."""
 
-    model_config = SettingsConfigDict(env_prefix="FRESHRANK_CLUSTER_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="FRESHRANK_CLUSTER_", extra="forbid", use_attribute_docstrings=True)
 
     image: str = ""
     """The image with freshrank that the steps run in; a dry run without it shows the components' own name for it."""

@@ -45,7 +45,9 @@ T = TypeVar("T")
 class ApiSettings(BaseSettings):
     """How the API at ``FRESHRANK_KFP_HOST`` is spoken to, from environment variables ``FRESHRANK_KFP_<FIELD>``."""
 
-    model_config = SettingsConfigDict(env_prefix="FRESHRANK_KFP_", extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FRESHRANK_KFP_", extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
     ui_host: str = ""
     """URL of Kubeflow's pages as people's browsers reach it, for links; ``FRESHRANK_KFP_HOST`` when empty."""

@@ -143,7 +143,7 @@ NOT_BY_VALUES = {
 
 def test_every_setting_can_be_set_by_values() -> None:
     """A setting that is new must get a value of the chart, or a reason here."""
-    objects = rendered("production", 'kubeflow.tokenPath="/var/run/token"')
+    objects = rendered("production", 'kubeflow.tokenPath="/var/run/token"', 'kubeflow.caCert="/etc/team.pem"')
     given = {key.removeprefix("FRESHRANK_").lower() for item in of_kind(objects, "ConfigMap") for key in item["data"]}
     fields = set(Settings.model_fields) | {f"cluster_{name}" for name in ClusterSettings.model_fields}
     fields |= {f"kfp_{name}" for name in ApiSettings.model_fields}
@@ -162,6 +162,9 @@ def test_every_setting_can_be_set_by_values() -> None:
         ('storage.endpoint="https://objects.example.com"', "AWS_ENDPOINT_URL", "https://objects.example.com"),
         ("features.memoryGiB=1.5", "FRESHRANK_FEATURES_MEMORY_GIB", "1.5"),
         ("kubeflow.retries=0", "FRESHRANK_CLUSTER_RETRIES", "0"),
+        ('kubeflow.steps.resources.limits.memory="32Gi"', "FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT", "32Gi"),
+        ("kubeflow.training.connectSeconds=60", "FRESHRANK_TRAIN_CONNECT_SECONDS", "60"),
+        ('kubeflow.caCert="/etc/ssl/team.pem"', "FRESHRANK_KFP_CA_CERT", "/etc/ssl/team.pem"),
     ],
 )
 def test_a_value_becomes_its_setting(override: str, variable: str, expected: str) -> None:
@@ -219,6 +222,10 @@ def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkey
         "train_nodes": 0,
         "train_runtime": "torch-distributed",
         "train_hours": 12,
+        "step_cpu_request": "1",
+        "step_cpu_limit": "2",
+        "step_memory_request": "2Gi",
+        "step_memory_limit": "8Gi",
     }
 
 
