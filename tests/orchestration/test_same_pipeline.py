@@ -20,7 +20,7 @@ EVERYTHING = ClusterSettings(
     image="registry.example/freshrank:2", namespace="ranking", service_account="pipeline", gpus=2,
     gpu_resource="amd.com/gpu", node_selector={"pool": "gpu"}, cpu="8", memory="16Gi", home_claim="freshrank-home",
     secret_env={"FRESHRANK_REDIS_URL": "freshrank-redis:url"}, retries=3,
-    train_runtime="ours", train_hours=3, step_cpu_request="1", step_cpu_limit="3", step_memory_request="3Gi",
+    train_runtime="ours", train_hours=3, step_cpu_request="1500m", step_cpu_limit="3", step_memory_request="3Gi",
     step_memory_limit="5Gi",
 )  # fmt: skip
 """Every setting of the cluster away from its default, but for training on several nodes."""
