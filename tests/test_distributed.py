@@ -238,7 +238,8 @@ def test_a_node_that_comes_for_a_lost_one_is_taken_in_by_the_survivor(undisturbe
         lost = nodes.start(1)
         nodes.wait_until_kept(first)
         nodes.lose(lost)
-        assert [first.wait(60), nodes.start(1).wait(60)] == [0, 0], nodes.log()
+        agents = [first, nodes.start(1)]
+        assert [agent.wait(100) for agent in agents] == [0, 0], nodes.log()
     assert "goes on after step" in nodes.log()
     assert nodes.weights() == undisturbed
 
