@@ -54,8 +54,11 @@ class Settings(BaseSettings):
     triton_host: str = "127.0.0.1"
     """The server that is published to and asked; `freshrank serve` starts one on loopback only."""
     triton_http_port: int = 8000
+    """Of requests over HTTP."""
     triton_grpc_port: int = 8001
+    """Of publishing, and of requests over gRPC."""
     triton_metrics_port: int = 8002
+    """Of Prometheus; only of the server that `freshrank serve` starts."""
     triton_control_token: SecretStr = SecretStr("")
     """Sent with every call that lists, loads or unloads models; needed where the server restricts them."""
     triton_replicas: str = ""

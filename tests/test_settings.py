@@ -55,7 +55,8 @@ def test_settings_are_shown_as_an_env_file_without_secrets(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", [Settings, ClusterSettings, ApiSettings])
 def test_every_setting_is_shown(kind: type[BaseSettings]) -> None:
-    """Once."""
+    """Once, and none without a word on what it means."""
     shown = [line.lstrip("# ").partition("=")[0] for line in as_env_file(kind) if "=" in line]
     prefix = str(kind.model_config["env_prefix"])
     assert [name for name in shown if name.startswith(prefix)] == [prefix + name.upper() for name in kind.model_fields]
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []

@@ -60,24 +60,31 @@ class ClusterSettings(BaseSettings):
     namespace: str = ""
     """Profile on a multi-user installation of Kubeflow, empty on a single-user one."""
     service_account: str = ""
+    """Of the steps; Kubeflow's own when empty."""
     gpus: Annotated[int, Field(ge=0)] = 0
     """Accelerators of the training step; with ``train_nodes``, of each node."""
     gpu_resource: str = "nvidia.com/gpu"
+    """What Kubernetes calls such an accelerator."""
     node_selector: dict[str, str] = {}
     """Labels a node must carry for the training step."""
     cpu: Cpu = ""
+    """Cores of the training step, request and limit; with ``train_nodes``, of each node. Empty: none."""
     memory: Memory = ""
-    """Requests and limits of the training step; with ``train_nodes``, of each node."""
+    """Memory of the training step, in the same way."""
     step_cpu_request: Cpu = "1"
+    """Of every other step, and of the one that waits for nodes that train; empty for none."""
     step_cpu_limit: Cpu = "2"
+    """In the same way."""
     step_memory_request: Memory = "2Gi"
+    """In the same way."""
     step_memory_limit: Memory = "8Gi"
-    """Of every other step, and of the one that waits for nodes that train."""
+    """In the same way."""
     home_claim: str = ""
     """PersistentVolumeClaim mounted at the workspace (``FRESHRANK_HOME``); none when empty."""
     secret_env: dict[str, str] = {}
     """Environment variable -> ``secret:key`` for every step; the value itself never enters the pipeline."""
     retries: Annotated[int, Field(ge=0)] = 2
+    """How often Kubeflow starts a failed step again, but for validation, which would say the same."""
     train_nodes: Annotated[int, Field(ge=0)] = 0
     """Nodes that train together in a TrainJob of Kubeflow Trainer; 0 trains in the step's own pod, in one process."""
     train_runtime: str = "torch-distributed"
