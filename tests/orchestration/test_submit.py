@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank import cli
+from freshrank import backup, cli
+from freshrank.datasets.contract import Dataset
 from freshrank.orchestration import cluster
 from freshrank.settings import settings
 from tests.orchestration.kfp_server import KfpServer
@@ -43,13 +44,20 @@ def test_the_run_is_told_as_json(submitted: KfpServer, world: Path, capsys: pyte
 
 
 def test_a_dry_run_prints_what_the_same_command_then_sends(
-    kfp: KfpServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kfp: KfpServer, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Package, arguments, names and key, placed by the cluster's settings; as a whole it is still a package."""
+    """Package, arguments, names and key, placed by the cluster's settings; as a whole it is still a package.
+
+    The data is named by its URL in a store: what is sent is where the workspace has its copy.
+    """
+    (tmp_path / "store").mkdir()
+    monkeypatch.setenv("FRESHRANK_STORAGE_URL", f"file://{tmp_path}/store")
+    settings.cache_clear()
+    url = backup.back_up_dataset(Dataset.open(world), backup.store())
     for name, value in {"IMAGE": "registry.example/freshrank:2", "HOME_CLAIM": "a-claim", "SERVICE_ACCOUNT": "steps",
                         "NAMESPACE": "ranking", "GPUS": "2"}.items():  # fmt: skip
         monkeypatch.setenv(f"FRESHRANK_CLUSTER_{name}", value)
-    command = ("--data", str(world), "--date", "2024-01-06", "--set", "windows.train_days=2")
+    command = ("--data", url, "--date", "2024-01-06", "--set", "windows.train_days=2")
     assert run(*command, "--dry-run") == 0
     assert kfp.requests == []
     printed = capsys.readouterr().out
@@ -57,6 +65,7 @@ def test_a_dry_run_prints_what_the_same_command_then_sends(
     (sent,), (package,) = kfp.runs, kfp.packages
     assert printed.endswith(f"{package}\n")
     said = _said(printed.removesuffix(f"{package}\n"))
+    assert said["arguments"]["data"] == str(settings().home / "data" / url.rpartition("/")[2])
     assert said.pop("arguments") == sent.runtime_config.parameters
     assert said == {
         "run_name": sent.display_name,
