@@ -587,14 +587,13 @@ def test_a_publication_reaches_every_replica() -> None:
     assert int(data["FRESHRANK_TRITON_GRPC_PORT"]) in [port["port"] for port in control["spec"]["ports"]]
 
 
-def test_a_server_writes_its_request_log_and_nothing_else_of_the_workspace() -> None:
-    """Only where requests are kept, their folder is writable."""
-    written = [m for m in triton_mounts("triton.ranking.requestLogShare=0.5") if not m.get("readOnly")]
+def test_a_server_writes_requests_and_nothing_else_of_the_workspace() -> None:
+    """Those for warm-up, and the request log: one folder, which the init container makes."""
+    written = [m for m in triton_mounts() if not m.get("readOnly")]
     assert {m["mountPath"] for m in written} == {"/tmp", "/dev/shm", "/var/lib/freshrank/requests/my_log"}
     assert Workspace(Path("/var/lib/freshrank"), "my_log").requests == Path("/var/lib/freshrank/requests/my_log")
     (log,) = [m for m in written if "subPath" in m]
     assert log["subPath"] == "requests/my_log"
-    assert not [m for m in triton_mounts() if "subPath" in m]
 
 
 def triton_mounts(*overrides: str) -> list[Object]:
