@@ -413,9 +413,11 @@ def test_what_a_pod_can_write_is_bounded(scenario: str) -> None:
 
 @pytest.mark.parametrize("component", ["triton", "feast"])
 def test_a_server_cannot_change_what_it_serves(component: str) -> None:
-    """Both servers mount the workspace read-only."""
-    mounts = {mount["name"]: mount for mount in container_of(rendered("default"), component)["volumeMounts"]}
-    assert mounts["home"]["readOnly"] is True
+    """Both servers mount the workspace read-only, but for the folder of requests, which nothing is served from."""
+    mounts = [m for m in container_of(rendered("default"), component)["volumeMounts"] if m["name"] == "home"]
+    assert "/var/lib/freshrank" in [m["mountPath"] for m in mounts if m.get("readOnly")]
+    writable = [m["mountPath"] for m in mounts if not m.get("readOnly")]
+    assert writable == (["/var/lib/freshrank/requests/my_log"] if component == "triton" else [])
 
 
 @in_every_scenario
