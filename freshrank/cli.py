@@ -80,11 +80,15 @@ def import_parquet(
     add: Annotated[bool, typer.Option("--add", help=(
         "Keep the days that --out holds and SOURCE does not; a day in both is SOURCE's. Items and users are replaced "
         "as ever, so bring both whole."))] = False,
+    replace_days: Annotated[bool, typer.Option("--replace-days", help=(
+        "With --add: also replace a day of which SOURCE holds fewer rows than --out."))] = False,
 ) -> None:  # fmt: skip
     """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
     from freshrank.datasets import parquet
+    from freshrank.datasets.contract import existing
 
-    _report_import(parquet.import_parquet(source, target, allow_unknown_items, add))
+    before = existing(target) if add else None
+    _report_import(parquet.import_parquet(source, target, allow_unknown_items, add, replace_days), before)
 
 
 @app.command()
@@ -103,7 +107,8 @@ def simulate(
     _report_import(simulator.simulate(target, world))
 
 
-def _report_import(dataset: "Dataset") -> None:
+def _report_import(dataset: "Dataset", before: "Dataset | None" = None) -> None:
+    """``before`` is what an import with ``--add`` found there."""
     rows = sum(day["rows"] for day in dataset.manifest["days"].values())
     actions = ", ".join(dataset.schema.actions)
     missing, shown = dataset.missing_days, 10
@@ -112,6 +117,10 @@ def _report_import(dataset: "Dataset") -> None:
     say(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
               f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
               + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
+    if before:
+        then, now = before.manifest["days"], dataset.manifest["days"]
+        added, replaced = now.keys() - then.keys(), [day for day in now if day in then and now[day] != then[day]]
+        say(f"added: {', '.join(sorted(added)) or 'no day'}; replaced: {', '.join(replaced) or 'no day'}")
 
 
 # ---------------------------------------------------------------- features
@@ -140,8 +149,7 @@ def features_get(
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
     from freshrank.clock import parse_instant
-    from freshrank.datasets.contract import MAPPINGS
-    from freshrank.datasets.mappings import Texts
+    from freshrank.datasets.mappings import MAPPINGS, Texts
     from freshrank.feature_store import FeatureStore
     from freshrank.schema import ITEM_ID, USER_ID
     from freshrank.serving.client import Codes
@@ -342,15 +350,21 @@ def backup(data: Data) -> None:
 def restore(
     data: Annotated[Path, typer.Option("--data", help="Where the dataset is, or is to be put back.")],
     name: Annotated[str | None, typer.Option(help="Its name in schema.yaml. Default: the directory's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also where something serves already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what serves by what was kept.")] = False,
 ) -> None:
-    """Put a lost workspace back from the object store: dataset, models, what serves; then features, online store."""
+    """Put what a workspace lost back from the object store: dataset, models, what serves; then features, online store.
+
+    What is there stays, so it may be repeated.
+    """
     from freshrank import backup, steps
     from freshrank.workspace import Workspace
 
     keeper = backup.store()
     dataset = backup.restore_dataset(data, keeper, name)
+    err.print(f"dataset {data}: {dataset.days[0]} .. {dataset.days[-1]}", highlight=False, soft_wrap=True)
     pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
+    if pointer:
+        err.print(f"models: version {pointer.version} of run {pointer.run_date}", highlight=False, soft_wrap=True)
     run_date = run_date_of(data, None)
     steps.build_features(data, run_date)
     steps.materialize(data, run_date)
