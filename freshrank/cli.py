@@ -405,9 +405,10 @@ def submit(
     if data is None:
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(run_date_of(data, day))
-    submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
+    submission = cluster.prepare(data, run_date, recipe(recipe_name, overrides))
     for doubt in cluster.doubts(submission):
         err.print(f"[yellow]warning[/] {escape(doubt)}", highlight=False, soft_wrap=True)
+    submission = submission if dry_run else cluster.start(submission)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ from freshrank.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
+_REDIS_OPTIONS = {"client_name", "db", "health_check_interval", "max_connections", "password", "protocol", "ssl",
+                  "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout",
+                  "username"}  # fmt: skip
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -33,6 +37,19 @@ def store_url(url: str) -> str:
     if url and not known.get(parts.scheme, False):
         raise ValueError("expected file:///directory or s3://bucket/prefix")
     return url.rstrip("/")
+
+
+def redis_address(url: SecretStr) -> SecretStr:
+    """``url`` as Feast reads it; ValueError, which repeats none of it but an option's name, where it could not."""
+    parts = url.get_secret_value().split(",")
+    nodes, options = [part for part in parts if "=" not in part], [part for part in parts if "=" in part]
+    if len(nodes) != 1 or not re.fullmatch(r"[^\s:/@]+:\d{1,5}", nodes[0]):
+        raise ValueError("expected host:port and options with commas between, such as cache:6379,db=0,ssl=true,"
+                         "password=…; neither redis://… nor a comma in a password")  # fmt: skip
+    for name in (option.partition("=")[0] for option in options):
+        if name not in _REDIS_OPTIONS and not name.startswith("ssl_"):
+            raise ValueError(f"expected options among {sorted(_REDIS_OPTIONS)} and ssl_*, there is one named {name!r}")
+    return url
 
 
 def store_endpoint() -> str | None:
@@ -70,7 +87,7 @@ class Settings(BaseSettings):
     """How long one of several replicas may take to load, verify and warm up a version."""
     online_store: Literal["sqlite", "redis"] = "sqlite"
     """Where serving reads features: a file in the workspace, or ``redis_url``."""
-    redis_url: SecretStr = SecretStr("127.0.0.1:6379")
+    redis_url: Annotated[SecretStr, AfterValidator(redis_address)] = SecretStr("127.0.0.1:6379")
     """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""
     online_timeout_seconds: Annotated[float, Field(gt=0)] = 0.25
     """How long a request waits for the online store before it is answered without it."""

@@ -6,7 +6,7 @@ from pydantic_settings import BaseSettings
 from freshrank.errors import ConfigError
 from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.pipelines_api import ApiSettings
-from freshrank.settings import Settings, as_env_file, settings
+from freshrank.settings import Settings, as_env_file, from_environment, settings
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,34 @@ def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the settings themselves nor where another one is wrong."""
     monkeypatch.setenv("FRESHRANK_REDIS_URL", "redis.local:6379,password=hunter2")
     assert "hunter2" not in repr(Settings())
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://cache:6379/0", "expected host:port and options"),
+        ("cache", "expected host:port and options"),
+        ("cache:6379,password=hun,ter2", "nor a comma in a password"),
+        ("cache:6379,passwort=hunter2", "there is one named 'passwort'"),
+    ],
+)
+def test_an_address_of_redis_that_feast_cannot_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, url: str, expected: str
+) -> None:
+    """Before anything is computed, and without repeating it."""
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", url)
+    with pytest.raises(ConfigError) as refused:
+        from_environment(Settings)
+    assert str(refused.value).startswith("FRESHRANK_REDIS_URL: received a secret, ")
+    assert expected in str(refused.value)
+    assert "ter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["cache:6379", "10.0.0.1:6380,db=1,ssl=true,ssl_ca_certs=/etc/ca.pem,password=a=b"])
+def test_an_address_of_redis_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """A password may hold an equals sign."""
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", url)
+    assert Settings().redis_url.get_secret_value() == url
 
 
 def test_settings_are_shown_as_an_env_file_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
