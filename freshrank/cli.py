@@ -20,8 +20,6 @@ from freshrank.recipes import DEFAULT_RECIPE, recipe
 from freshrank.terminal import err, out, say
 
 if TYPE_CHECKING:
-    from pydantic_settings import BaseSettings
-
     from freshrank.datasets.contract import Dataset
     from freshrank.datasets.mappings import Texts
     from freshrank.serving.client import Answer
@@ -305,6 +303,7 @@ def publish(
         if version is not None:
             say(f"served version: {version}")
             return
+        steps.require_kept(data, run_date_of(data, day))
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, run_date_of(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
@@ -514,16 +513,14 @@ def show_settings(
                                           "FRESHRANK_CLUSTER_*.")] = False,
 ) -> None:  # fmt: skip
     """Every environment variable, what it means and how it is set, as an env file; defaults are commented out."""
-    from freshrank.settings import Settings, as_env_file
+    from freshrank.orchestration.cluster import ALL_SETTINGS
+    from freshrank.settings import as_env_file, unknown_variables
 
-    kinds: list[type[BaseSettings]] = [Settings]
-    if cluster:
-        from freshrank.orchestration.cluster import ClusterSettings
-        from freshrank.orchestration.pipelines_api import ApiSettings
-
-        kinds += [ApiSettings, ClusterSettings]
-    for line in (line for kind in kinds for line in as_env_file(kind)):
-        say(line, highlight=False)
+    for kind in ALL_SETTINGS if cluster else ALL_SETTINGS[:1]:
+        for line in as_env_file(kind):
+            say(line, highlight=False)
+    for problem in unknown_variables(*ALL_SETTINGS):
+        err.print(f"[yellow]warning[/] {escape(problem)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

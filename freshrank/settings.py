@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -138,7 +139,7 @@ def from_environment(kind: type[S]) -> S:
     try:
         return kind()
     except SettingsError as error:
-        raise ConfigError(f"{kind.model_config['env_prefix']}*: {error}; expected JSON") from None
+        raise ConfigError(_not_json(kind, error)) from None
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"])
                                     for each in error.errors())) from None  # fmt: skip
@@ -162,6 +163,23 @@ def _shown(value: object, is_set: bool) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     return "" if value is None else str(value)
+
+
+def _not_json(kind: type[BaseSettings], error: SettingsError) -> str:
+    named = re.search(r'field "(\w+)"', str(error))
+    if named is None:
+        return f"{kind.model_config['env_prefix']}*: {error}"
+    received = os.environ.get(f"{kind.model_config['env_prefix']}{named[1].upper()}")
+    return _problem(kind, named[1], received, 'expected JSON such as {"name": "value"}')
+
+
+def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
+    """FRESHRANK_ variables of the environment that no field of ``kinds`` reads, each with the nearest one that is."""
+    known = {f"{kind.model_config['env_prefix']}{name.upper()}" for kind in kinds for name in kind.model_fields}
+    found = sorted(name for name in os.environ if name.startswith("FRESHRANK_") and name not in known)
+    nearest = {name: get_close_matches(name, known, 1) for name in found}
+    return [f"{name}: no setting reads it" + "".join(f"; did you mean {other}?" for other in nearest[name])
+            for name in found]  # fmt: skip
 
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:

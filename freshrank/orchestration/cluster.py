@@ -19,7 +19,7 @@ from freshrank.config import RunConfig
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
 from freshrank.orchestration.pipeline import arguments, load_pipeline
 from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, progress_of, run_page
-from freshrank.settings import Settings, from_environment, settings, store_endpoint
+from freshrank.settings import Settings, from_environment, settings, store_endpoint, unknown_variables
 from freshrank.storage import fingerprint, write_text
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ class ClusterSettings(BaseSettings):
     """The ClusterTrainingRuntime of that TrainJob."""
     train_hours: Annotated[float, Field(gt=0)] = 12
     """After which Kubernetes ends it."""
+
+
+ALL_SETTINGS: tuple[type[BaseSettings], ...] = (Settings, ApiSettings, ClusterSettings)
+"""Whatever reads ``FRESHRANK_`` variables."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +246,9 @@ def doubts(submission: Submission) -> list[str]:
     found = [] if cluster.image else ["FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it"]
     found += _doubts_of_home(here.home, cluster.home_claim, Path(submission.arguments["data"]))
     if here.triton_host == "127.0.0.1" and not here.triton_replicas and not here.triton_replicas_host:
-        found.append("FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the service "
-                     "of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST")  # fmt: skip
-    return found + _doubts_of_secrets(here, cluster)
+        found.append("FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the "
+                     "service of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST")  # fmt: skip
+    return found + _doubts_of_secrets(here, cluster) + unknown_variables(*ALL_SETTINGS)
 
 
 def _doubts_of_secrets(here: Settings, cluster: ClusterSettings) -> list[str]:
