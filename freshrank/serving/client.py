@@ -47,6 +47,9 @@ _UNREACHABLE = (
     "failed to connect to all addresses", "errors resolving", "DNS resolution failed", "Connection refused",
     "Connection reset", "Socket closed",
 )  # fmt: skip
+_HUNG = "timed out before receiving SETTINGS"
+"""Something took the connection and said nothing."""
+_REFUSED_CONTROL = "restricted, expecting header"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Id = str | int
@@ -109,7 +112,13 @@ class TritonClient:
             return False
 
     def require_ready(self) -> None:
-        if not self.is_ready():
+        try:
+            ready = self._client.is_server_ready(client_timeout=self.timeout)
+        except InferenceServerException as error:
+            if _HUNG in error.message() or error.status() == "StatusCode.DEADLINE_EXCEEDED":
+                raise ServerUnreachable(_hangs(self.url)) from error
+            ready = False
+        if not ready:
             raise ServerUnreachable(f"no Triton is ready at {self.url}; start one with `freshrank serve`")
 
     def require_project(self, project: str) -> None:
@@ -181,13 +190,21 @@ def _refusals(url: str, what: str) -> Iterator[None]:
         yield
     except InferenceServerException as error:
         if _is_unreachable(error):
-            raise ServerUnreachable(
-                f"no Triton answers at {url}; start it with `freshrank serve --data PATH`"
-            ) from error
+            absent = f"no Triton answers at {url}; start it with `freshrank serve --data PATH`"
+            raise ServerUnreachable(_hangs(url) if _HUNG in error.message() else absent) from error
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
+        if _REFUSED_CONTROL in message:
+            message += ("; expected that server's control token: set FRESHRANK_TRITON_CONTROL_TOKEN to it, or unset it "
+                        "where `freshrank serve` runs, which leaves its own in control.token")  # fmt: skip
         kind = NoAnswerInTime if error.status() == "StatusCode.DEADLINE_EXCEEDED" else ServingError
         raise kind(f"{what}: Triton says: {message}") from error
+
+
+def _hangs(url: str) -> str:
+    return (
+        f"what listens at {url} does not answer in time; it hangs, is stopped or overloaded: look at it or restart it"
+    )
 
 
 def _is_unreachable(error: InferenceServerException) -> bool:

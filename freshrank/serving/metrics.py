@@ -49,6 +49,7 @@ FAMILIES = {
     "stage_seconds_total": "Time spent by stage (features, encode, ranker, shadow) and version",
     "shadow_batches_total": "Batches of requests that a shadow scored, or failed to, by version and outcome",
     "fallbacks_total": "Batches that a challenger could not answer, by its version; the champion did",
+    "pointer_failures_total": "Batches of requests answered by what the pointer said last, as it could not be read",
     "log_requests_total": "Requests that the request log kept or had to drop",
 }  # fmt: skip
 """Name and description of each; the names are prefixed with ``freshrank_ranking_``."""

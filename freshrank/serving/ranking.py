@@ -1,6 +1,7 @@
 """Ids in, calibrated scores out: what the Triton model ``ranking`` does, without Triton.
 
-A request is answered by the version the pointer names when it arrives. Whatever the online store does not know, or
+A request is answered by the version the pointer names when it arrives; where the pointer cannot be read, by the one it
+named last. Whatever the online store does not know, or
 cannot say in time, is a missing feature: the answer is finite and says that it is cold or degraded.
 """
 
@@ -24,10 +25,11 @@ from freshrank.feature_store import FeatureStore
 from freshrank.hourly import only_standing
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Kind, Schema
 from freshrank.serving.bundle import TensorSpec
-from freshrank.serving.experiment import CHAMPION, Assignment, ExperimentFile
+from freshrank.serving.experiment import CHAMPION, Assignment, Experiment, ExperimentFile
 from freshrank.serving.feast_import import import_feast
 from freshrank.serving.features import Known, OnlineFeatures
 from freshrank.serving.golden import Tensors
+from freshrank.serving.latest import Latest
 from freshrank.serving.online import Held, Online, online_rows
 from freshrank.serving.protocol import INPUTS, MAX_CANDIDATES, REQUIRED, context_columns
 from freshrank.serving.ranked import Ranked
@@ -242,12 +244,23 @@ class Watch:
         """A challenger could not answer, and the champion answers for it."""
         log.warning("version %d cannot answer, the champion does: %s", version, str(error).partition("\n")[0])
 
+    def pointer_lost(self, error: Exception) -> None:
+        """Requests are answered by what the pointer said last, as it cannot be read; whoever reads it logs that."""
+
 
 @dataclass(frozen=True)
 class _Version:
     number: int
     encoder: Encoder
     features: OnlineFeatures
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What the model repository says, both read at the same time."""
+
+    pointer: Pointer
+    experiment: Experiment | None
 
 
 @dataclass(frozen=True)
@@ -277,9 +290,9 @@ class RankingService:
         self._home = home
         self._call_ranker = call_ranker
         self._watch = watch or Watch()
-        self._experiment = ExperimentFile(repository.root)
-        self._seen: tuple[int, int, int] | None = None
-        self._pointer: Pointer | None = None
+        self._look = _Look(repository, self._known)
+        self._latest = Latest(self._look, f"the pointer in {repository.root}")
+        self._served_now: _Served | Exception = NothingPublished()
         self._versions: dict[int, _Version] = {}
         self._readable = True
 
@@ -287,8 +300,9 @@ class RankingService:
         """Import Feast, and where a version is served load it and open its store, so that no request waits for it."""
         import_feast()
         try:
+            self._look_again()
             nobody = np.zeros(1, np.int64)
-            self._note(self._version(self._served().version).features.read(nobody, nobody, nobody).problem)
+            self._note(self._version(self._served().pointer.version).features.read(nobody, nobody, nobody).problem)
         except NothingPublished as error:
             log.info("%s", error)
         except Exception as error:
@@ -300,6 +314,7 @@ class RankingService:
         A request that is not what the protocol says gets BadRequest, one that no version can answer
         NothingPublished, one whose version fails whatever it raised; the others are answered all the same.
         """
+        self._look_again()
         names = request_ids or [""] * len(requests)
         found = [self._assigned(*request) for request in zip(requests, names, strict=True)]
         answers: dict[int, Ranked | Exception] = {i: a for i, a in enumerate(found) if isinstance(a, Exception)}
@@ -321,10 +336,11 @@ class RankingService:
         """The version the request names, else the one of the user's arm, else the served one."""
         if "version" in request and (named := int(request["version"][0])):
             return self._named(named), Assignment()
-        served, experiment = self._served().version, self._experiment.read()
-        if experiment is None:
+        found = self._served()
+        served = found.pointer.version
+        if found.experiment is None:
             return self._version(served), Assignment()
-        assignment = experiment.assign(int(request["user_id"][0]))
+        assignment = found.experiment.assign(int(request["user_id"][0]))
         try:
             return self._version(assignment.version or served), assignment
         except Exception as error:
@@ -346,7 +362,7 @@ class RankingService:
                 return [error] * len(assigned)
             # A challenger that cannot answer must not cost its users an answer.
             self._watch.fell_back(assigned[0].version.number, error)
-            champion = self._version(self._served().version)
+            champion = self._version(self._served().pointer.version)
             return self._together([replace(each, version=champion, assignment=replace(each.assignment, arm=CHAMPION))
                                    for each in assigned])  # fmt: skip
 
@@ -407,27 +423,37 @@ class RankingService:
             log.warning("the online store can be read again")
         self._readable = error is None
 
-    def _served(self) -> Pointer:
-        """The pointer, read again only when its file is another one."""
+    def _look_again(self) -> None:
+        """Once for all requests that are answered together."""
         try:
-            state = self._repository.pointer_path.stat()
-        except FileNotFoundError:
-            raise NothingPublished("nothing is published yet; publish a bundle with `freshrank publish`") from None
-        seen = (state.st_mtime_ns, state.st_size, state.st_ino)
-        if self._pointer is None or seen != self._seen:
-            self._pointer, self._seen = self._repository.served(), seen
-        assert self._pointer
-        return self._pointer
+            self._served_now, problem = self._latest.value()
+        except Exception as error:
+            self._served_now = error
+        else:
+            if problem:
+                self._watch.pointer_lost(problem)
+
+    def _served(self) -> _Served:
+        if isinstance(self._served_now, Exception):
+            raise self._served_now
+        return self._served_now
 
     def _version(self, number: int) -> _Version:
         if number not in self._versions:
-            encoder = Encoder.load(self._repository.version_directory(number))
-            experiment = self._experiment.read()
-            live = [*(self._pointer.live if self._pointer else []), *(experiment.versions if experiment else [])]
-            spare = [each for each in self._versions if each not in live][:-KEPT_ENCODERS]
+            encoder = self._look.encoder(number)
+            spare = [each for each in self._versions if each not in self._live()][:-KEPT_ENCODERS]
             self._versions = {n: version for n, version in self._versions.items() if n not in spare}
             self._versions[number] = _Version(number, encoder, self._features(encoder.schema))
         return self._versions[number]
+
+    def _known(self, number: int) -> Encoder | None:
+        found = self._versions.get(number)
+        return found.encoder if found else None
+
+    def _live(self) -> list[int]:
+        if isinstance(found := self._served_now, Exception):
+            return []
+        return [*found.pointer.live, *(found.experiment.versions if found.experiment else [])]
 
     def encoder(self, number: int) -> Encoder:
         """That of a version that has answered."""
@@ -437,6 +463,49 @@ class RankingService:
         """Those of a version of the same schema, where there is one: a new version then finds its items in memory."""
         opened = [version.features for version in self._versions.values() if version.encoder.schema == schema]
         return opened[0] if opened else online_features(schema, Workspace.of(schema.name, self._home))
+
+
+class _Look:
+    """Reads what serves, each file again only when it is another one.
+
+    A pointer counts once its version's encoder is in memory, too: nobody is sent to a version that cannot be used.
+    """
+
+    def __init__(self, repository: ModelRepository, known: Callable[[int], Encoder | None]) -> None:
+        self._repository = repository
+        self._known = known
+        self._experiment = ExperimentFile(repository.root)
+        self._seen: tuple[int, int, int] | None = None
+        self._pointer: Pointer | None = None
+        self._newest: tuple[int, Encoder] | None = None
+
+    def __call__(self) -> _Served:
+        # Before the pointer: an experiment that is gone has been stopped only where the pointer is still there.
+        experiment = self._experiment.read()
+        return _Served(self._pointed(), experiment)
+
+    def _pointed(self) -> Pointer:
+        path = self._repository.pointer_path
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            if self._pointer is None:
+                raise NothingPublished("nothing is published yet; publish a bundle with `freshrank publish`") from None
+            raise
+        seen = (state.st_mtime_ns, state.st_size, state.st_ino)
+        if self._pointer is None or seen != self._seen:
+            pointer = self._repository.served()
+            if pointer is None:
+                raise FileNotFoundError(f"{path} is gone")
+            self._newest = pointer.version, self.encoder(pointer.version)
+            self._pointer, self._seen = pointer, seen
+        return self._pointer
+
+    def encoder(self, number: int) -> Encoder:
+        """Of an installed version; the served one's is in memory."""
+        if self._newest and self._newest[0] == number:
+            return self._newest[1]
+        return self._known(number) or Encoder.load(self._repository.version_directory(number))
 
 
 def _groups(assigned: list[tuple[int, _Assigned]]) -> list[list[tuple[int, _Assigned]]]:

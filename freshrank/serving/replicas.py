@@ -60,7 +60,7 @@ class Replicas:
         """Those the settings name: a list, a host name that resolves to all, or else the one server.
 
         Raises:
-            ConfigError: both are set, or an entry of the list is not ``host:port``.
+            ConfigError: both are set, or an entry of the list is not ``host:port`` or is there twice.
         """
         chosen = settings()
         listed, host = chosen.triton_replicas, chosen.triton_replicas_host
@@ -70,7 +70,7 @@ class Replicas:
         if host:
             return cls(lambda: resolved(host, chosen.triton_grpc_port), True, chosen.triton_replica_seconds)
         if listed:
-            return cls.fixed([_address(entry.strip()) for entry in listed.split(",")], chosen.triton_replica_seconds)
+            return cls.fixed(_addresses(listed), chosen.triton_replica_seconds)
         return cls.fixed([chosen.triton_grpc_url])
 
     @property
@@ -82,6 +82,14 @@ class Replicas:
         """Those that must answer: all of a fixed list; of others, those that are up."""
         named = self.resolve()
         return [address for address in named if _listens(address)] if self.may_change else named
+
+
+def _addresses(listed: str) -> list[str]:
+    found = [_address(entry.strip()) for entry in listed.split(",")]
+    if repeated := sorted({address for address in found if found.count(address) > 1}):
+        raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {', '.join(repeated)} more than once, expected each "
+                          "replica once")  # fmt: skip
+    return found
 
 
 def _address(text: str) -> str:

@@ -132,10 +132,15 @@ class ModelRepository:
         return doomed
 
     def served(self) -> Pointer | None:
-        """The pointer, None before the first publication."""
-        if not self.pointer_path.exists():
+        """The pointer, None before the first publication; ServingError where it cannot be read."""
+        try:
+            return Pointer.model_validate(read_json(self.pointer_path))
+        except FileNotFoundError:
             return None
-        return Pointer.model_validate(read_json(self.pointer_path))
+        except (OSError, ValueError) as error:
+            reason = str(error).replace("\n", " ")
+            raise ServingError(f"{self.pointer_path} cannot be read: {reason}; mend or restore it, or remove it and "
+                               "publish again: servers that run go on with what it said last") from error  # fmt: skip
 
     def live(self) -> list[int]:
         """Versions that stay loaded and installed: those of the pointer, and of the experiment that runs.

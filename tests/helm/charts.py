@@ -102,9 +102,17 @@ def containers(objects: list[Object]) -> list[Object]:
 
 
 def is_ready(home: Path, port: int) -> bool:
-    """The answer of the readiness probe of a Triton with this workspace, whose HTTP port is `port`."""
+    """The answer of the readiness probe of a Triton with this workspace, whose HTTP port is `port`.
+
+    What the probe keeps in the pod's `/tmp` is in a folder beside the workspace.
+    """
     probe = container_of(rendered("default", f'home.path="{home}"'), "triton")["readinessProbe"]
     interpreter, *options, script = probe["exec"]["command"]
     assert interpreter == "python3"
-    command = [sys.executable, *options, script.replace('"127.0.0.1", 8000', f'"127.0.0.1", {port}')]
+    scratch = home.with_name(f"{home.name}-scratch")
+    scratch.mkdir(exist_ok=True)
+    for there, here in (('"127.0.0.1", 8000', f'"127.0.0.1", {port}'), ('"/tmp/served', f'"{scratch}/served')):
+        assert script.count(there) == 1
+        script = script.replace(there, here)
+    command = [sys.executable, *options, script]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -476,15 +476,18 @@ def triton_with(loaded: set[str]) -> Iterator[int]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def point_to(home: Path, version: int) -> None:
+def point_to(home: Path, version: int) -> Path:
     repository = ModelRepository(Workspace(home, "my_log").triton)
     repository.root.mkdir(parents=True)
     repository.pointer_path.write_text(json.dumps({"version": version}))
+    return repository.pointer_path
 
 
 @pytest.mark.parametrize(
@@ -508,6 +511,24 @@ def test_before_the_first_publication_no_replica_is_ready(tmp_path: Path) -> Non
     """Without a pointer there is nothing to rank with, whatever is loaded."""
     with triton_with({"ranker/versions/1", "ranking"}) as port:
         assert not is_ready(tmp_path, port)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"version": null}', "[]"], ids=["gone", "torn", "no version", "a list"])
+def test_a_workspace_that_is_lost_leaves_a_replica_ready_while_its_version_is_loaded(
+    damage: str, tmp_path: Path
+) -> None:
+    """The probe stands by the last version it saw; a pointer that is back counts at once."""
+    home = tmp_path / "home"
+    pointer = point_to(home, version=2)
+    with triton_with({"ranker/versions/2", "ranking"}) as port:
+        assert is_ready(home, port)
+        pointer.write_text(damage) if damage else home.rename(tmp_path / "away")
+        assert is_ready(home, port)
+        with triton_with({"ranker/versions/1", "ranking"}) as other:
+            assert not is_ready(home, other)
+        if damage:
+            pointer.write_text('{"version": 3}')
+            assert not is_ready(home, port)
 
 
 def test_a_replica_without_a_server_is_not_ready(tmp_path: Path) -> None:

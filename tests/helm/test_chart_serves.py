@@ -102,7 +102,8 @@ def test_a_release_starts_empty_serves_what_is_published_and_finds_it_again(
 ) -> None:
     """An empty volume gives a live server for a publisher with the token; a restart loads what the pointer names.
 
-    Between a publication that did not reach this replica and its restart it takes no requests.
+    Between a publication that did not reach this replica and its restart it takes no requests; a workspace that is gone
+    or hangs costs it none.
     """
     pod.prepare()
     assert [entry.name for entry in pod.repository.models.iterdir()] == [RANKING]
@@ -127,4 +128,12 @@ def test_a_release_starts_empty_serves_what_is_published_and_finds_it_again(
 
     pod.restart()
     assert pod.loaded() == {RANKER: [1, 2], RANKING: [1]}
+    assert pod.can_rank()
+
+    away = pod.repository.root.with_name("away")
+    pod.repository.root.rename(away)
+    assert pod.can_rank()
+    away.rename(pod.repository.root)
+    os.mkfifo(away)
+    away.replace(pod.repository.pointer_path)  # whoever opens it waits for ever
     assert pod.can_rank()

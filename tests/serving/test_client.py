@@ -1,6 +1,7 @@
 """Clients speak the log's own ids, times and values."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from ranking_world import RUN_DATE, RankingWorld, noon
 from served import Served
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from freshrank.errors import ConfigError, ServingError
+from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import Schema
 from freshrank.serving.client import (
     UNKNOWN_ID,
@@ -21,6 +22,7 @@ from freshrank.serving.client import (
     AsyncClient,
     Client,
     Codes,
+    TritonClient,
     _context,
     _microseconds,
     _require_project,
@@ -173,6 +175,17 @@ def test_without_a_server_the_error_names_the_address_and_the_mend(asked: Callab
     """Asking nobody is an error, not a wait."""
     with pytest.raises(ServingError, match=f"^no Triton answers at {url}; start it with `freshrank serve --data PATH`"):
         asked(url, tiny_schema())
+
+
+@both_clients
+def test_a_server_that_takes_a_connection_and_says_nothing_is_not_called_absent(asked: Callable[..., None]) -> None:
+    """One that is stopped or hangs: nobody should start a second one beside it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServerUnreachable, match=f"^what listens at {url} does not answer in time"):
+            asked(url, tiny_schema())
+        with TritonClient(url) as client, pytest.raises(ServerUnreachable, match=f"^what listens at {url} does not"):
+            client.require_ready()
 
 
 @both_clients

@@ -47,11 +47,12 @@ def test_the_token_is_readable_by_its_own_user_only(running: Served) -> None:
 
 
 def test_without_the_token_models_can_be_asked_but_not_controlled(running: Served) -> None:
-    """Load, unload and the index are refused; an answer is an answer, and the model stays loaded."""
+    """Load, unload and the index are refused, and told what is missing; an answer is an answer, and the model stays
+    loaded."""
     version = running.publish(1.0).version
     with TritonClient(running.url) as stranger:
         for forbidden in (lambda: stranger.load("ranker"), lambda: stranger.unload("ranker"), stranger.ready_versions):
-            with pytest.raises(ServingError, match=REFUSED):
+            with pytest.raises(ServingError, match=f"{REFUSED}.*set FRESHRANK_TRITON_CONTROL_TOKEN"):
                 forbidden()
         score = stranger.infer("ranker", request(), OUTPUTS, version)["score"]
     assert abs(score - expected(request(), 1.0)["score"]).max() < 1e-6

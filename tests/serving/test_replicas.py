@@ -360,6 +360,7 @@ def test_an_address_of_the_newer_kind_is_written_as_grpc_reads_it() -> None:
     ("variables", "problem"),
     [
         ({"REPLICAS": "a:1,b"}, "FRESHRANK_TRITON_REPLICAS: received 'b', expected host:port,host:port"),
+        ({"REPLICAS": "a:1,b:1, a:1"}, "FRESHRANK_TRITON_REPLICAS: received a:1 more than once"),
         ({"REPLICAS": "a:1", "REPLICAS_HOST": "b"}, "expected one of the two"),
         ({"REPLICA_SECONDS": "0"}, "FRESHRANK_TRITON_REPLICA_SECONDS: received '0'"),
     ],

@@ -90,6 +90,9 @@ class Counted(Watch):
         super().fell_back(version, error)
         self.metrics.add("fallbacks_total", 1, version=version)
 
+    def pointer_lost(self, error: Exception) -> None:
+        self.metrics.add("pointer_failures_total", 1)
+
 
 def _counters(name: str, description: str) -> Any:
     return pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER)
