@@ -178,6 +178,11 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
 {{- mulf (trimSuffix $unit . | float64) (get $units $unit) -}}
 {{- end -}}
 
+{{/* "yes" where the first of two quantities is above the second, else nothing. Call with (list "1500m" "1"). */}}
+{{- define "freshrank.exceeds" -}}
+{{- if gt (include "freshrank.bytes" (first .) | float64) (include "freshrank.bytes" (last .) | float64) }}yes{{ end -}}
+{{- end -}}
+
 {{/* Where Kubeflow runs the steps; empty where nothing says so. Without profiles that is where Kubeflow itself is. */}}
 {{- define "freshrank.stepsNamespace" -}}
 {{- $service := "^https?://[^./:]+[.]([^./:]+)[.]svc([.:].*)?$" -}}

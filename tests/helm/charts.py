@@ -1,5 +1,6 @@
 """The chart, rendered by the real helm."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def rendered(scenario: str, *overrides: str) -> list[Object]:
     return [document for document in yaml.safe_load_all(run.stdout) if document]
 
 
+def rendered_at(home: Path) -> list[Object]:
+    """The default release with its workspace at a folder of this machine; the chart refuses one below /tmp."""
+    at_default = json.dumps(rendered("default"))
+    return list(json.loads(at_default.replace("/var/lib/freshrank", str(home))))
+
+
 def of_kind(objects: list[Object], kind: str) -> list[Object]:
     return [item for item in objects if item["kind"] == kind]
 
@@ -103,7 +110,7 @@ def containers(objects: list[Object]) -> list[Object]:
 
 def is_ready(home: Path, port: int) -> bool:
     """The answer of the readiness probe of a Triton with this workspace, whose HTTP port is `port`."""
-    probe = container_of(rendered("default", f'home.path="{home}"'), "triton")["readinessProbe"]
+    probe = container_of(rendered_at(home), "triton")["readinessProbe"]
     interpreter, *options, script = probe["exec"]["command"]
     assert interpreter == "python3"
     command = [sys.executable, *options, script.replace('"127.0.0.1", 8000', f'"127.0.0.1", {port}')]

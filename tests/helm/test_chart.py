@@ -37,6 +37,7 @@ from tests.helm.charts import (
     pods,
     refusal,
     rendered,
+    rendered_at,
     values_of,
 )
 from tests.tiny_log import log_schema
@@ -176,7 +177,8 @@ def test_a_value_becomes_its_setting(override: str, variable: str, expected: str
 @pytest.mark.parametrize("limit, instances", [("500m", "1"), ("4", "2"), ("7500m", "3"), ("16", "8")])
 def test_processes_that_rank_are_counted_from_the_limit_of_the_pod(limit: str, instances: str) -> None:
     """Inside a pod Python sees the cores of the node; one process per two cores means those the pod may use."""
-    data = named(rendered("default", f'triton.resources.limits.cpu="{limit}"'), "ConfigMap", "freshrank-settings")
+    cores = [f'triton.resources.{amount}.cpu="{limit}"' for amount in ("requests", "limits")]
+    data = named(rendered("default", *cores), "ConfigMap", "freshrank-settings")
     assert data["data"]["FRESHRANK_RANKING_INSTANCES"] == instances
 
 
@@ -245,7 +247,7 @@ def test_a_changed_setting_restarts_the_pods_that_read_it() -> None:
 
 def test_where_training_runs_does_not_restart_what_serves() -> None:
     """The settings of the pipeline are not in the pods of the chart."""
-    changed = rendered("default", "kubeflow.training.gpus=2")
+    changed = rendered("gpu", "kubeflow.training.gpus=2")
     for component in COMPONENTS:
         assert pod_of(changed, component) == pod_of(rendered("default"), component)
 
@@ -729,7 +731,7 @@ def store_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def test_feast_serves_the_store_that_the_daily_run_writes(store_yaml: Path, tmp_path: Path) -> None:
     """It starts in the folder of feature_store.yaml, whose address of Redis is a reference to its environment."""
-    container = container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")
+    container = container_of(rendered_at(tmp_path), "feast")
     assert container["command"][:4] == ["feast", "-c", str(store_yaml.parent), "serve"]
     reference = yaml.safe_load(store_yaml.read_text())["online_store"]["connection_string"]
     assert reference.rpartition(",")[2] in [f"${{{entry['name']}}}" for entry in container["env"]]
@@ -737,7 +739,7 @@ def test_feast_serves_the_store_that_the_daily_run_writes(store_yaml: Path, tmp_
 
 def test_feast_waits_for_the_registry_of_the_first_daily_run(store_yaml: Path, tmp_path: Path) -> None:
     """Feast would end at once without it; it is the file that feature_store.yaml names."""
-    command = init_container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")["command"]
+    command = init_container_of(rendered_at(tmp_path), "feast")["command"]
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(command, timeout=0.3, check=True)
     registry = Path(yaml.safe_load(store_yaml.read_text())["registry"]["path"].removeprefix("sqlite:///"))

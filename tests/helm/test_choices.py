@@ -191,6 +191,19 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
         (["features.memoryGiB=8.5"], "features.memoryGiB", "8.5", "features.resources.limits.memory, which is 8Gi"),
         (['home.dataset="s3://bucket/shop"'], "home.dataset", "s3://bucket/shop", "a folder below home.path"),
         ([NODES], "kubeflow.training.nodes", "2", "set kubeflow.host"),
+        (["kubeflow.training.gpus=1"], "kubeflow.training.gpus", "1", "set kubeflow.host"),
+        (['kubeflow.namespace="team"'], "kubeflow.namespace", "team", "set kubeflow.host"),
+        (['triton.sharedMemory="9Gi"'], "triton.sharedMemory", "9Gi", "triton.resources.limits.memory, which is 8Gi"),
+        (['home.path="/tmp"'], "home.path", "/tmp", "neither above nor below /tmp"),
+        (['home.path="/dev"'], "home.path", "/dev", "/dev/shm"),
+        (['home.path="/opt/freshrank/home/"'], "home.path", "/opt/freshrank/home/", "/opt/freshrank"),
+        (['storage.url="file:///mnt/copies"'], "storage.url", "file:///mnt/copies", "s3://bucket/prefix"),
+        (
+            ['storage.url="file:///var/lib/freshrank/../x"'],
+            "storage.url",
+            "file:///var/lib/freshrank/../x",
+            "home.path",
+        ),
         ([EGRESS[0], 'redis.mode="external"'], "networkPolicy.egress.to", "[]", "cidr"),
         ([EGRESS[0], *BUCKET], "networkPolicy.egress.to", "[]", "cidr"),
         (
@@ -211,8 +224,32 @@ def test_a_wrong_value_is_refused_with_what_mends_it(
 
 
 @pytest.mark.parametrize(
+    "part, amount, asked, limit",
+    [
+        ("triton", "cpu", "4500m", "4"),
+        ("feast", "memory", "2049Mi", "2Gi"),
+        ("redis", "cpu", "2", "1"),
+        ("features", "memory", "9G", "8Gi"),
+        ("kubeflow.steps", "memory", "8.5Gi", "8Gi"),
+    ],
+)
+def test_nothing_asks_for_more_than_it_may_take(part: str, amount: str, asked: str, limit: str) -> None:
+    """Kubernetes would refuse such a pod after the installation, or the pipeline its steps the next night."""
+    message = refusal(f'{part}.resources.requests.{amount}="{asked}"', scenario="gpu")
+    assert f"{part}.resources.requests.{amount}: received {asked}, expected at most" in message
+    assert f"which is {limit}" in message
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
+        ['triton.resources.requests.cpu="4000m"', 'triton.resources.requests.memory="8192Mi"'],
+        ['feast.resources.requests.cpu="3"', "feast.enabled=false"],
+        ['redis.resources.requests.cpu="3"', 'redis.mode="external"'],
+        ['triton.sharedMemory="8Gi"'],
+        ['home.path="/tmpdata"'],
+        ['home.path="/opt/freshrank-home"'],
+        ['storage.url="file:///var/lib/freshrank/copies"'],
         ["triton.autoscaling.enabled=true", "triton.autoscaling.minReplicas=6"],
         ["triton.autoscaling.minReplicas=7"],
         ['redis.maxMemory="819mb"'],
