@@ -204,6 +204,12 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
             "file:///var/lib/freshrank/../x",
             "home.path",
         ),
+        (
+            ['kubeflow.host="http://ml-pipeline-ui.kubeflow.svc"', 'networkPolicy.publisherNamespaces=["team"]'],
+            "networkPolicy.publisherNamespaces",
+            '["team"]',
+            "kubeflow among them",
+        ),
         ([EGRESS[0], 'redis.mode="external"'], "networkPolicy.egress.to", "[]", "cidr"),
         ([EGRESS[0], *BUCKET], "networkPolicy.egress.to", "[]", "cidr"),
         (
@@ -255,6 +261,8 @@ def test_nothing_asks_for_more_than_it_may_take(part: str, amount: str, asked: s
         ['redis.maxMemory="819mb"'],
         ['redis.maxMemory="2gb"', 'redis.mode="external"'],
         ['redis.maxMemory="1600mb"', 'redis.resources.limits.memory="2.1G"'],
+        ['kubeflow.host="http://ml-pipeline-ui.kubeflow.svc"', "networkPolicy.enabled=false"],
+        ['kubeflow.host="http://ml-pipeline-ui.default.svc"'],
         [EGRESS[0]],
         ["features.memoryGiB=8"],
         ["features.memoryGiB=20", 'features.resources.limits.memory="24576Mi"'],
@@ -276,7 +284,8 @@ def test_a_value_at_its_bound_is_accepted(overrides: list[str]) -> None:
 )
 def test_the_right_to_start_a_trainjob_is_given_where_the_steps_run(host: str, profile: str, namespace: str) -> None:
     """In the profile; without profiles Kubeflow runs the steps in its own namespace, whatever the release's is."""
-    objects = rendered("default", NODES, f'kubeflow.host="{host}"', f'kubeflow.namespace="{profile}"')
+    admitted = f'networkPolicy.publisherNamespaces=["{namespace}"]'
+    objects = rendered("default", NODES, admitted, f'kubeflow.host="{host}"', f'kubeflow.namespace="{profile}"')
     assert named(objects, "Role", "freshrank-train")["metadata"]["namespace"] == namespace
     binding = named(objects, "RoleBinding", "freshrank-train")
     assert binding["metadata"]["namespace"] == namespace
@@ -304,3 +313,18 @@ def test_a_doubtful_choice_is_said_and_not_refused(scenario: str, overrides: lis
     """One node may have all replicas, and someone else may scrape; whoever installs hears what else it would mean."""
     warnings = [part for part in notes(scenario, *overrides).split("\n\n") if part.startswith("WARNING")]
     assert [text for text in warnings if warning in text] if warning else not warnings
+
+
+@pytest.mark.parametrize(
+    "overrides, there",
+    [
+        ([], True),
+        (['kubeflow.host="https://pipelines.example.com"'], True),
+        (['kubeflow.host="http://ml-pipeline-ui.default.svc"'], False),
+    ],
+)
+def test_what_the_steps_need_in_another_namespace_is_said_by_name(overrides: list[str], there: bool) -> None:
+    """Claim and Secrets belong to a namespace; whoever installs the release makes them where the steps run."""
+    said = notes("gpu", *overrides).partition("where there must be as well:")[2].partition("Clients")[0].split()
+    for name in ("freshrank-home,", "freshrank-triton-control", "freshrank-redis"):
+        assert (name in said) is there
