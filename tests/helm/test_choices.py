@@ -7,6 +7,7 @@ import kubernetes_validate
 import pytest
 
 from tests.helm.charts import (
+    CHART,
     Object,
     component_of,
     container_of,
@@ -328,3 +329,13 @@ def test_what_the_steps_need_in_another_namespace_is_said_by_name(overrides: lis
     said = notes("gpu", *overrides).partition("where there must be as well:")[2].partition("Clients")[0].split()
     for name in ("freshrank-home,", "freshrank-triton-control", "freshrank-redis"):
         assert (name in said) is there
+
+
+def test_who_changes_a_setting_hears_that_airflow_must_be_restarted() -> None:
+    """The same command stands in the notes and in the procedures: no checksum of this chart restarts Airflow's pods."""
+    command = "rollout restart deployment,statefulset --selector 'release=airflow,component in (scheduler,triggerer)'"
+    assert f"kubectl -n default {command}" in notes("default")
+    page = (CHART.parent / "docs/cluster.md").read_text()
+    assert f"kubectl {command}" in page
+    for section in ("Lose the bucket", "Lose the workspace", "Rotate a secret"):
+        assert "](#restart-airflow)" in page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
