@@ -90,9 +90,13 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{- define "freshrank.jobsAccount" -}}
+{{ .Values.serviceAccount.name | default (printf "%s-jobs" (include "freshrank.name" .)) }}
+{{- end -}}
+
 {{/* enableServiceLinks: Kubernetes would inject FRESHRANK_TRITON_PORT=tcp://… for a Service of that name. */}}
 {{- define "freshrank.pod" -}}
-serviceAccountName: {{ include "freshrank.name" .root }}
+serviceAccountName: {{ .account | default (include "freshrank.name" .root) }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}

@@ -23,6 +23,7 @@ from tests.helm.charts import (
 
 WHERE_PODS_ARE_MADE = {"triton": ["triton"], "feast": ["feast"], "redis": ["redis"], "features": ["backup", "restore"]}
 """Part of the values -> components whose pods it speaks of."""
+OTHER_JOBS = ["materialize", "daily", "import"]
 INTERNAL = 'redis.mode="internal"'
 BUCKET = ('storage.url="s3://bucket"',)
 NODES = "kubeflow.training.nodes=2"
@@ -126,7 +127,7 @@ def test_labels_annotations_and_places_of_pods_are_values(part: str) -> None:
     """They are added to the pods of that part alone, to what those have anyway."""
     objects = with_knobs(part)
     for pod in pods(objects):
-        of_this_part = component_of(pod) in WHERE_PODS_ARE_MADE[part] + ["materialize"] * (part == "features")
+        of_this_part = component_of(pod) in WHERE_PODS_ARE_MADE[part] + OTHER_JOBS * (part == "features")
         assert (pod["metadata"]["labels"].get("team") == "ranking") is of_this_part
         assert ("sidecar.istio.io/inject" in pod["metadata"].get("annotations", {})) is of_this_part
         assert (pod["spec"].get("affinity") == AFFINITY) is of_this_part
@@ -210,6 +211,17 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
             "networkPolicy.publisherNamespaces",
             '["team"]',
             "kubeflow among them",
+        ),
+        (['storage.backupSchedule="0 2 * * *"', *BUCKET], "storage.backupSchedule", "0 2 * * *", "home.dataset"),
+        (['import.schedule="0 2 * * *"'], "import.schedule", "0 2 * * *", "import.source"),
+        (['import.source="incoming"'], "import.source", "incoming", "home.dataset"),
+        (['import.existingClaim="export"'], "import.existingClaim", "export", "home.dataset"),
+        (['import.source="shop/"', 'home.dataset="shop"'], "import.source", "shop/", "another folder"),
+        (
+            ['serviceAccount.name="team"', 'serviceAccount.annotations={"a":"b"}'],
+            "serviceAccount.annotations",
+            '{"a":"b"}',
+            "annotate it yourself",
         ),
         ([EGRESS[0], 'redis.mode="external"'], "networkPolicy.egress.to", "[]", "cidr"),
         ([EGRESS[0], *BUCKET], "networkPolicy.egress.to", "[]", "cidr"),
