@@ -276,7 +276,7 @@ def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkey
     """Its pods get image, claim, GPU and both secrets; the secrets by reference."""
     in_environment(monkeypatch, "pipeline")
     assert ClusterSettings().model_dump(exclude_unset=True) == {
-        "image": "freshrank/freshrank:0.1.0",
+        "image": "registry.example.com/team/freshrank:0.1.0",
         "namespace": "ranking-team",
         "service_account": "default-editor",
         "gpus": 1,

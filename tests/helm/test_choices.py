@@ -1,6 +1,7 @@
 """What whoever installs the release may choose, and which choices the chart refuses or warns of."""
 
 import json
+import re
 from typing import Any
 
 import kubernetes_validate
@@ -319,7 +320,14 @@ def test_the_right_to_start_a_trainjob_is_given_where_the_steps_run(host: str, p
         ("production", ["monitoring.serviceMonitor.enabled=false"], "monitoring.alerts.enabled"),
         ("production", ["monitoring.serviceMonitor.enabled=false"], "targetQueueMilliseconds"),
         ("production", [], None),
-        ("default", [], None),
+        (
+            "default",
+            [],
+            "images.freshrank.repository=freshrank/freshrank and images.triton.repository=freshrank/triton",
+        ),
+        ("production", ['images.triton.repository="triton"'], "images.triton.repository=triton:"),
+        ("production", ['images.triton.repository="localhost/triton"'], None),
+        ("production", ['images.triton.repository="registry:5000/triton"'], None),
     ],
 )
 def test_a_doubtful_choice_is_said_and_not_refused(scenario: str, overrides: list[str], warning: str | None) -> None:
@@ -351,3 +359,19 @@ def test_who_changes_a_setting_hears_that_airflow_must_be_restarted() -> None:
     assert f"kubectl {command}" in page
     for section in ("Lose the bucket", "Lose the workspace", "Rotate a secret"):
         assert "](#restart-airflow)" in page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+
+
+# --- the quick start
+
+
+def test_the_quick_start_names_images_jobs_and_values_that_there_are() -> None:
+    """Images given to kind are those of the pods; jobs have a mould in that very release, whose pods may publish."""
+    text = (CHART / "README.md").read_text().partition("\n## ")[0]
+    (install,) = re.findall(r"^helm install .*$", text, re.MULTILINE)
+    overrides = [f'{name}="{value}"' for name, value in re.findall(r"--set ([\w.]+)=(\S+)", install)]
+    objects = rendered("kind", *overrides)
+    (loaded,) = re.findall(r"^kind load docker-image (.*)$", text, re.MULTILINE)
+    assert set(loaded.split()) == {c["image"] for c in containers(objects) if c["imagePullPolicy"] == "Never"}
+    moulds = {job["metadata"]["name"] for job in of_kind(objects, "CronJob")}
+    assert set(re.findall(r"--from=cronjob/(\S+)", text)) == {"freshrank-daily"} <= moulds
+    assert pod_of(objects, "daily")["metadata"]["labels"]["freshrank/publisher"] == "true"
