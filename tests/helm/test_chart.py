@@ -316,9 +316,12 @@ def test_a_changed_setting_restarts_the_pods_that_read_it() -> None:
         assert pod_of(changed, component)["metadata"]["annotations"] != before
 
 
-def test_where_training_runs_does_not_restart_what_serves() -> None:
-    """The settings of the pipeline are not in the pods of the chart."""
-    changed = rendered("gpu", "kubeflow.training.gpus=2")
+@pytest.mark.parametrize(
+    "override", ["kubeflow.training.gpus=2", 'storage.url="s3://other"', 'storage.endpoint="https://objects.other"']
+)
+def test_where_training_runs_and_copies_lie_does_not_restart_what_serves(override: str) -> None:
+    """The settings of the pipeline and of the bucket are not in the pods that serve."""
+    changed = rendered("gpu", override)
     for component in COMPONENTS:
         assert pod_of(changed, component) == pod_of(rendered("default"), component)
 

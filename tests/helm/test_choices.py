@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from typing import Any
 
 import kubernetes_validate
@@ -359,6 +360,17 @@ def test_who_changes_a_setting_hears_that_airflow_must_be_restarted() -> None:
     assert f"kubectl {command}" in page
     for section in ("Lose the bucket", "Lose the workspace", "Rotate a secret"):
         assert "](#restart-airflow)" in page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize(
+    "conditions, ends",
+    [("SuccessCriteriaMet Complete", True), ("FailureTarget Failed", True), ("FailureTarget", False)],
+)
+def test_waiting_for_a_workspace_put_back_ends_when_its_job_fails_too(conditions: str, ends: bool) -> None:
+    """The very line of docs/cluster.md, in a shell whose kubectl reports these conditions of a Job."""
+    (line,) = re.findall(r"^until kubectl get job .*$", (CHART.parent / "docs/cluster.md").read_text(), re.MULTILINE)
+    script = f"kubectl() {{ echo {conditions}; }}; sleep() {{ exit 9; }}; {line}"
+    assert subprocess.run(["sh", "-c", script], check=False, timeout=10).returncode == (0 if ends else 9)
 
 
 # --- the quick start
