@@ -187,10 +187,13 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
 {{- if gt (include "freshrank.bytes" (first .) | float64) (include "freshrank.bytes" (last .) | float64) }}yes{{ end -}}
 {{- end -}}
 
+{{- define "freshrank.kubeflowHost" -}}
+{{ .Values.kubeflow.host | trimSuffix "/" }}
+{{- end -}}
+
 {{/* Where Kubeflow runs the steps; empty where nothing says so. Without profiles that is where Kubeflow itself is. */}}
 {{- define "freshrank.stepsNamespace" -}}
 {{- $service := "^https?://[^./:]+[.]([^./:]+)[.]svc([.:].*)?$" -}}
-{{- with .Values.kubeflow -}}
-{{- .namespace | default (regexMatch $service .host | ternary (regexReplaceAll $service .host "$1") "") -}}
-{{- end -}}
+{{- $host := include "freshrank.kubeflowHost" . -}}
+{{- .Values.kubeflow.namespace | default (regexMatch $service $host | ternary (regexReplaceAll $service $host "$1") "") -}}
 {{- end -}}

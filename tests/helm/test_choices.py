@@ -194,6 +194,12 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
         (['redis.maxMemory="900mb"'], "redis.maxMemory", "900mb", "four fifths"),
         (["features.memoryGiB=8.5"], "features.memoryGiB", "8.5", "features.resources.limits.memory, which is 8Gi"),
         (['home.dataset="s3://bucket/shop"'], "home.dataset", "s3://bucket/shop", "a folder below home.path"),
+        (['home.dataset="/data/shop"'], "home.dataset", "/data/shop", "below /var/lib/freshrank"),
+        (['home.dataset="/var/lib/freshrank/shop"'], "home.dataset", "/var/lib/freshrank/shop", "such as shop"),
+        (['home.dataset="data/../../x"'], "home.dataset", "data/../../x", "lead upwards"),
+        (['import.source="s3://bucket/shop"'], "import.source", "s3://bucket/shop", "import.existingClaim"),
+        (['kubeflow.host="ml-pipeline-ui"'], "kubeflow.host", "ml-pipeline-ui", "http://ml-pipeline-ui.kubeflow.svc"),
+        (['kubeflow.host="http://kfp/pipeline"'], "kubeflow.host", "http://kfp/pipeline", "kubeflow.uiHost"),
         ([NODES], "kubeflow.training.nodes", "2", "set kubeflow.host"),
         (["kubeflow.training.gpus=1"], "kubeflow.training.gpus", "1", "set kubeflow.host"),
         (['kubeflow.namespace="team"'], "kubeflow.namespace", "team", "set kubeflow.host"),
@@ -286,6 +292,12 @@ def test_nothing_asks_for_more_than_it_may_take(part: str, amount: str, asked: s
 def test_a_value_at_its_bound_is_accepted(overrides: list[str]) -> None:
     """Equal is not above, units are compared and not numbers, and what is switched off is not judged."""
     assert rendered("default", *overrides)
+
+
+def test_a_slash_behind_the_host_of_kubeflow_does_no_harm() -> None:
+    """As browsers copy it; everything is rendered as without it."""
+    host = "http://ml-pipeline-ui.kubeflow.svc.cluster.local"
+    assert rendered("gpu", f'kubeflow.host="{host}/"') == rendered("gpu", f'kubeflow.host="{host}"')
 
 
 @pytest.mark.parametrize(
