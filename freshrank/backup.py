@@ -6,18 +6,21 @@ models/<name>     installed versions, the pointer, the experiment, notes on reje
 Features, checkpoints and the online store are computed from these.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from freshrank.datasets.contract import MANIFEST, Dataset
-from freshrank.errors import ConfigError, MissingArtifact, ServingError
+from freshrank.errors import ConfigError, MissingArtifact
 from freshrank.objects import FETCHED, ObjectStore, configured
 from freshrank.serving.experiment import FILE as EXPERIMENT
 from freshrank.serving.repository import RANKER, ModelRepository, Pointer
 from freshrank.storage import read_json, write_json
 from freshrank.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 KEPT = 3
 """Versions of a copy that the store holds: a broken newest one is not the end."""
@@ -93,17 +96,20 @@ def _fetch_dataset(keeper: ObjectStore, name: str, data: Path) -> None:
 def restore_models(workspace: Workspace, keeper: ObjectStore, force: bool = False) -> Pointer | None:
     """Put the kept versions and the pointer back; the pointer moves last. None where nothing served.
 
+    Where something serves already it stays, so that a restoration that broke off afterwards can be repeated; with
+    ``force`` it is replaced, and so are versions of the same number.
+
     Raises:
-        ServingError: something serves already, unless ``force``, which replaces versions of the same number.
         MissingArtifact: the store has no models of this dataset.
     """
     repository, name = ModelRepository(workspace.triton), f"models/{workspace.dataset}"
-    with repository.lock(), _unpacked(keeper, name, workspace.home) as kept:
+    with repository.lock():
         served = repository.served()
         if served and not force:
-            raise ServingError(f"{repository.pointer_path}: version {served.version} of run {served.run_date} serves; "
-                               "expected an empty model repository. --force replaces it by the kept one")  # fmt: skip
-        return _put_back(kept / repository.root.relative_to(workspace.home.resolve()), repository, kept, workspace)
+            log.info("%s: version %s of run %s serves and stays", repository.root, served.version, served.run_date)
+            return served
+        with _unpacked(keeper, name, workspace.home) as kept:
+            return _put_back(kept / repository.root.relative_to(workspace.home.resolve()), repository, kept, workspace)
 
 
 @contextmanager

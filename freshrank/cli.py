@@ -20,8 +20,6 @@ from freshrank.recipes import DEFAULT_RECIPE, recipe
 from freshrank.terminal import err, out, say
 
 if TYPE_CHECKING:
-    from pydantic_settings import BaseSettings
-
     from freshrank.datasets.contract import Dataset
     from freshrank.datasets.mappings import Texts
     from freshrank.serving.client import Answer
@@ -80,11 +78,15 @@ def import_parquet(
     add: Annotated[bool, typer.Option("--add", help=(
         "Keep the days that --out holds and SOURCE does not; a day in both is SOURCE's. Items and users are replaced "
         "as ever, so bring both whole."))] = False,
+    replace_days: Annotated[bool, typer.Option("--replace-days", help=(
+        "With --add: also replace a day of which SOURCE holds fewer rows than --out."))] = False,
 ) -> None:  # fmt: skip
     """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
     from freshrank.datasets import parquet
+    from freshrank.datasets.contract import existing
 
-    _report_import(parquet.import_parquet(source, target, allow_unknown_items, add))
+    before = existing(target) if add else None
+    _report_import(parquet.import_parquet(source, target, allow_unknown_items, add, replace_days), before)
 
 
 @app.command()
@@ -103,7 +105,8 @@ def simulate(
     _report_import(simulator.simulate(target, world))
 
 
-def _report_import(dataset: "Dataset") -> None:
+def _report_import(dataset: "Dataset", before: "Dataset | None" = None) -> None:
+    """``before`` is what an import with ``--add`` found there."""
     rows = sum(day["rows"] for day in dataset.manifest["days"].values())
     actions = ", ".join(dataset.schema.actions)
     missing, shown = dataset.missing_days, 10
@@ -112,6 +115,10 @@ def _report_import(dataset: "Dataset") -> None:
     say(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
               f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
               + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
+    if before:
+        then, now = before.manifest["days"], dataset.manifest["days"]
+        added, replaced = now.keys() - then.keys(), [day for day in now if day in then and now[day] != then[day]]
+        say(f"added: {', '.join(sorted(added)) or 'no day'}; replaced: {', '.join(replaced) or 'no day'}")
 
 
 # ---------------------------------------------------------------- features
@@ -140,8 +147,7 @@ def features_get(
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
     from freshrank.clock import parse_instant
-    from freshrank.datasets.contract import MAPPINGS
-    from freshrank.datasets.mappings import Texts
+    from freshrank.datasets.mappings import MAPPINGS, Texts
     from freshrank.feature_store import FeatureStore
     from freshrank.schema import ITEM_ID, USER_ID
     from freshrank.serving.client import Codes
@@ -297,6 +303,7 @@ def publish(
         if version is not None:
             say(f"served version: {version}")
             return
+        steps.require_kept(data, run_date_of(data, day))
     judged = evaluation or _folder(data, day, "evaluation")
     result = steps.deploy(data, run_date_of(data, day), bundle or _folder(data, day, "bundle"), judged,
                           _folder(data, day, "published"), force)  # fmt: skip
@@ -342,15 +349,21 @@ def backup(data: Data) -> None:
 def restore(
     data: Annotated[Path, typer.Option("--data", help="Where the dataset is, or is to be put back.")],
     name: Annotated[str | None, typer.Option(help="Its name in schema.yaml. Default: the directory's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also where something serves already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what serves by what was kept.")] = False,
 ) -> None:
-    """Put a lost workspace back from the object store: dataset, models, what serves; then features, online store."""
+    """Put what a workspace lost back from the object store: dataset, models, what serves; then features, online store.
+
+    What is there stays, so it may be repeated.
+    """
     from freshrank import backup, steps
     from freshrank.workspace import Workspace
 
     keeper = backup.store()
     dataset = backup.restore_dataset(data, keeper, name)
+    err.print(f"dataset {data}: {dataset.days[0]} .. {dataset.days[-1]}", highlight=False, soft_wrap=True)
     pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
+    if pointer:
+        err.print(f"models: version {pointer.version} of run {pointer.run_date}", highlight=False, soft_wrap=True)
     run_date = run_date_of(data, None)
     steps.build_features(data, run_date)
     steps.materialize(data, run_date)
@@ -391,9 +404,10 @@ def submit(
     if data is None:
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(run_date_of(data, day))
-    submission = cluster.submit(data, run_date, recipe(recipe_name, overrides), dry_run=dry_run)
+    submission = cluster.prepare(data, run_date, recipe(recipe_name, overrides))
     for doubt in cluster.doubts(submission):
         err.print(f"[yellow]warning[/] {escape(doubt)}", highlight=False, soft_wrap=True)
+    submission = submission if dry_run else cluster.start(submission)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
@@ -499,16 +513,14 @@ def show_settings(
                                           "FRESHRANK_CLUSTER_*.")] = False,
 ) -> None:  # fmt: skip
     """Every environment variable, what it means and how it is set, as an env file; defaults are commented out."""
-    from freshrank.settings import Settings, as_env_file
+    from freshrank.orchestration.cluster import ALL_SETTINGS
+    from freshrank.settings import as_env_file, unknown_variables
 
-    kinds: list[type[BaseSettings]] = [Settings]
-    if cluster:
-        from freshrank.orchestration.cluster import ClusterSettings
-        from freshrank.orchestration.pipelines_api import ApiSettings
-
-        kinds += [ApiSettings, ClusterSettings]
-    for line in (line for kind in kinds for line in as_env_file(kind)):
-        say(line, highlight=False)
+    for kind in ALL_SETTINGS if cluster else ALL_SETTINGS[:1]:
+        for line in as_env_file(kind):
+            say(line, highlight=False)
+    for problem in unknown_variables(*ALL_SETTINGS):
+        err.print(f"[yellow]warning[/] {escape(problem)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

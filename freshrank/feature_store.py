@@ -50,9 +50,11 @@ SNAPSHOT_LIFE = timedelta(days=1) - timedelta(microseconds=1)
 """A snapshot stands for its day alone; a day without one reads as missing, not as the day before."""
 _REGISTRY_SECONDS = 60
 """How long an open store may answer from what it last read of the registry."""
-_REDIS_LIMITS = "socket_connect_timeout=10,socket_timeout=60"
-"""Seconds, since Feast's client would wait for ever for a Redis that hangs. Those in ``FRESHRANK_REDIS_URL`` come later
-and win; requests have a far shorter limit of their own (``FRESHRANK_ONLINE_TIMEOUT_SECONDS``)."""
+_REDIS_LIMITS = "socket_connect_timeout=5,socket_timeout=15"
+"""Seconds, since Feast's client would wait for ever for a Redis that hangs; it tries four times.
+
+Those in ``FRESHRANK_REDIS_URL`` come later and win; requests have a far shorter limit of their own
+(``FRESHRANK_ONLINE_TIMEOUT_SECONDS``)."""
 _ROW = "freshrank_row"
 _DTYPES: dict[Kind, pl.DataType] = {
     Kind.CATEGORICAL: pl.Int64(),

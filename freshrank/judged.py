@@ -126,7 +126,7 @@ class Judgement:
 
     @property
     def baseline_name(self) -> str:
-        return str(self.champion or "popularity (nothing served yet)")
+        return str(self.champion or "popularity (nothing served before)")
 
     def write(self, directory: Path, run: "Run") -> None:
         """``report.html``, and as JSON ``challenger``, ``baseline``, ``comparison``, ``verdict`` and ``headline``."""
@@ -186,6 +186,7 @@ def summarise(directory: Path) -> RunSummary:
         baseline_name=headline["baseline"],
         parameter_increase=headline["parameter_increase"],
         served_version=record["served_version"],
+        served_run_date=record.get("served_run_date"),
         deployed=record["deployed"] and verdict.verdict is Decision.BLESSED,
         report=directory / "report.html",
     )

@@ -64,7 +64,7 @@ class ReportInput(BaseModel):
     challenger: Evaluation
     baseline: Evaluation
     baseline_name: str
-    """What the challenger was compared with: ``version 4 of 2026-01-06``, ``popularity (nothing served yet)``."""
+    """What the challenger was compared with: ``version 4 of 2026-01-06``, ``popularity (nothing served before)``."""
     parameters: int | None = None
     parameter_increase: float | None = None
     """Share, 0.05 = 5%, against the same model without the techniques."""
@@ -92,9 +92,22 @@ class RunSummary(BaseModel):
     parameter_increase: float | None = None
     served_version: int | None = None
     """What serves after the run; None while nothing does."""
+    served_run_date: date | None = None
     deployed: bool = False
     """Whether this run put it there."""
     report: Path | None = None
+
+    @property
+    def serving(self) -> str:
+        """What serves, and why that is not this run's model where it was blessed."""
+        if self.served_version is None:
+            return "nothing yet"
+        served = f"version {self.served_version}"
+        if self.deployed:
+            return f"{served} (put there by this run)"
+        if self.served_run_date is not None and self.served_run_date > self.run_date:
+            return f"{served} of {self.served_run_date} (a later day than this run's, so it stays)"
+        return served
 
 
 def library_versions() -> dict[str, str]:
@@ -202,7 +215,6 @@ def _threshold_rows(threshold: Threshold) -> list[Difference]:
 
 def summary_lines(summary: RunSummary) -> list[str]:
     """The same as :func:`print_summary` in plain sentences, for logs."""
-    served = "nothing serves yet" if summary.served_version is None else f"version {summary.served_version} serves"
     return [
         f"{summary.dataset} {summary.run_date}: {HEADLINES[summary.verdict.verdict]}.",
         *(f"{MARKS[reason.passed][0]} {reason.sentence}" for reason in summary.verdict.obstacles),
@@ -211,7 +223,7 @@ def summary_lines(summary: RunSummary) -> list[str]:
             f"difference {_signed(row.difference)}"
             for name, row in _headline_rows(summary.comparison)
         ),
-        f"{served}{', put there by this run' if summary.deployed else ''}; report: {summary.report or 'none'}",
+        f"serving: {summary.serving}; report: {summary.report or 'none'}",
     ]
 
 
@@ -269,11 +281,10 @@ def ranking_table(answer: "Answer", top: int) -> Table:
 
 
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:
-    served = "nothing yet" if summary.served_version is None else f"version {summary.served_version}"
     increase = summary.parameter_increase
     return [
         ("baseline", summary.baseline_name),
         ("parameters", "unknown" if increase is None else f"{increase:+.2%} against the model without techniques"),
-        ("serving", f"{served}{' (put there by this run)' if summary.deployed else ''}"),
+        ("serving", summary.serving),
         ("report", str(summary.report or "none")),
     ]

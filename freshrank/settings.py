@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -17,6 +19,9 @@ from freshrank.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
+_REDIS_OPTIONS = {"client_name", "db", "health_check_interval", "max_connections", "password", "protocol", "ssl",
+                  "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout",
+                  "username"}  # fmt: skip
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -33,6 +38,19 @@ def store_url(url: str) -> str:
     if url and not known.get(parts.scheme, False):
         raise ValueError("expected file:///directory or s3://bucket/prefix")
     return url.rstrip("/")
+
+
+def redis_address(url: SecretStr) -> SecretStr:
+    """``url`` as Feast reads it; ValueError, which repeats none of it but an option's name, where it could not."""
+    parts = url.get_secret_value().split(",")
+    nodes, options = [part for part in parts if "=" not in part], [part for part in parts if "=" in part]
+    if len(nodes) != 1 or not re.fullmatch(r"[^\s:/@]+:\d{1,5}", nodes[0]):
+        raise ValueError("expected host:port and options with commas between, such as cache:6379,db=0,ssl=true,"
+                         "password=…; neither redis://… nor a comma in a password")  # fmt: skip
+    for name in (option.partition("=")[0] for option in options):
+        if name not in _REDIS_OPTIONS and not name.startswith("ssl_"):
+            raise ValueError(f"expected options among {sorted(_REDIS_OPTIONS)} and ssl_*, there is one named {name!r}")
+    return url
 
 
 def store_endpoint() -> str | None:
@@ -70,7 +88,7 @@ class Settings(BaseSettings):
     """How long one of several replicas may take to load, verify and warm up a version."""
     online_store: Literal["sqlite", "redis"] = "sqlite"
     """Where serving reads features: a file in the workspace, or ``redis_url``."""
-    redis_url: SecretStr = SecretStr("127.0.0.1:6379")
+    redis_url: Annotated[SecretStr, AfterValidator(redis_address)] = SecretStr("127.0.0.1:6379")
     """``host:port,db=0,password=…`` as Feast wants it; on a cluster it comes from a Secret."""
     online_timeout_seconds: Annotated[float, Field(gt=0)] = 0.25
     """How long a request waits for the online store before it is answered without it."""
@@ -121,7 +139,7 @@ def from_environment(kind: type[S]) -> S:
     try:
         return kind()
     except SettingsError as error:
-        raise ConfigError(f"{kind.model_config['env_prefix']}*: {error}; expected JSON") from None
+        raise ConfigError(_not_json(kind, error)) from None
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"])
                                     for each in error.errors())) from None  # fmt: skip
@@ -145,6 +163,23 @@ def _shown(value: object, is_set: bool) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     return "" if value is None else str(value)
+
+
+def _not_json(kind: type[BaseSettings], error: SettingsError) -> str:
+    named = re.search(r'field "(\w+)"', str(error))
+    if named is None:
+        return f"{kind.model_config['env_prefix']}*: {error}"
+    received = os.environ.get(f"{kind.model_config['env_prefix']}{named[1].upper()}")
+    return _problem(kind, named[1], received, 'expected JSON such as {"name": "value"}')
+
+
+def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
+    """FRESHRANK_ variables of the environment that no field of ``kinds`` reads, each with the nearest one that is."""
+    known = {f"{kind.model_config['env_prefix']}{name.upper()}" for kind in kinds for name in kind.model_fields}
+    found = sorted(name for name in os.environ if name.startswith("FRESHRANK_") and name not in known)
+    nearest = {name: get_close_matches(name, known, 1) for name in found}
+    return [f"{name}: no setting reads it" + "".join(f"; did you mean {other}?" for other in nearest[name])
+            for name in found]  # fmt: skip
 
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:

@@ -386,6 +386,7 @@ def _record(run: Run) -> None:
             "run_date": run.date,
             "verdict": read_json(run.directory / "verdict.json")["verdict"],
             "served_version": pointer.version if pointer else None,
+            "served_run_date": pointer.run_date if pointer else None,
             "deployed": pointer is not None and pointer.fingerprint == ours,
         },
     )
@@ -457,6 +458,16 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
         return served.version
     bundle = repository.version_directory(of_day[-1])
     return publish(bundle, Replicas.configured(), repository, force=force).version
+
+
+def require_kept(data: FreshrankPath, run_date: str) -> None:
+    """MissingArtifact where the pipeline judged ``run_date`` and did not deploy it: it leaves no bundle behind."""
+    run = Run(data, run_date)
+    if (run.directory / "run.json").exists() and not (run.directory / "bundle").exists():
+        raise MissingArtifact(
+            f"{run.directory}: the run of {run_date} left its report and no bundle, as it was not deployed; to serve "
+            f"that day run train, calibrate and evaluate for it, then publish --force, each with --date {run_date}"
+        )
 
 
 def _newer(repository: "ModelRepository", run_date: str, force: bool) -> "Pointer | None":

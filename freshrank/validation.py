@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from freshrank.clock import days, midnight
 from freshrank.config import Severity, ValidationConfig
-from freshrank.datasets.contract import MAPPINGS, Dataset
-from freshrank.datasets.mappings import Texts
+from freshrank.datasets.contract import Dataset
+from freshrank.datasets.mappings import MAPPINGS, Texts
 from freshrank.datasets.tables import IMPRESSION_KEY
 from freshrank.errors import ValidationFailed
 from freshrank.expectations import (

@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def test_day_one_is_compared_with_popularity_and_day_two_with_the_model_of_day_one(home: Home) -> None:
     """There is no champion before the first day."""
     baselines = [read_json(home.folder(day) / "headline.json")["baseline"] for day in (DAY_1, DAY_2)]
-    assert baselines == ["popularity (nothing served yet)", f"version 1 of {DAY_1}"]
+    assert baselines == ["popularity (nothing served before)", f"version 1 of {DAY_1}"]
 
 
 def test_a_blessed_day_is_served_and_says_so(home: Home) -> None:

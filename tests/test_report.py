@@ -6,6 +6,7 @@ from datetime import date
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,24 @@ def test_the_terminal_shows_verdict_hits_parameters_version_and_report() -> None
     text = console.export_text()
     wanted = ("Blessed", "fresh Hits@3", "all Hits@3", "+4.96%", "version 5", "runs/report.html")
     assert all(part in text for part in wanted), text
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, "version 5 (put there by this run)"),
+        ({"deployed": False}, "version 5"),
+        ({"deployed": False, "served_version": None}, "nothing yet"),
+        (
+            {"deployed": False, "served_run_date": date(2026, 1, 9)},
+            "version 5 of 2026-01-09 (a later day than this run's, so it stays)",
+        ),
+        ({"deployed": False, "served_run_date": date(2026, 1, 6)}, "version 5"),
+    ],
+)
+def test_what_serves_is_told_with_the_reason_why_it_stays(change: dict[str, Any], sentence: str) -> None:
+    """The run is of 2026-01-07."""
+    assert summary_of(report_of()).model_copy(update=change).serving == sentence
 
 
 def test_the_terminal_names_what_stood_in_the_way() -> None:

@@ -6,7 +6,7 @@ from pydantic_settings import BaseSettings
 from freshrank.errors import ConfigError
 from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.pipelines_api import ApiSettings
-from freshrank.settings import Settings, as_env_file, settings
+from freshrank.settings import Settings, as_env_file, from_environment, settings, unknown_variables
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,53 @@ def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the settings themselves nor where another one is wrong."""
     monkeypatch.setenv("FRESHRANK_REDIS_URL", "redis.local:6379,password=hunter2")
     assert "hunter2" not in repr(Settings())
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://cache:6379/0", "expected host:port and options"),
+        ("cache", "expected host:port and options"),
+        ("cache:6379,password=hun,ter2", "nor a comma in a password"),
+        ("cache:6379,passwort=hunter2", "there is one named 'passwort'"),
+    ],
+)
+def test_an_address_of_redis_that_feast_cannot_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, url: str, expected: str
+) -> None:
+    """Before anything is computed, and without repeating it."""
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", url)
+    with pytest.raises(ConfigError) as refused:
+        from_environment(Settings)
+    assert str(refused.value).startswith("FRESHRANK_REDIS_URL: received a secret, ")
+    assert expected in str(refused.value)
+    assert "ter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["cache:6379", "10.0.0.1:6380,db=1,ssl=true,ssl_ca_certs=/etc/ca.pem,password=a=b"])
+def test_an_address_of_redis_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """A password may hold an equals sign."""
+    monkeypatch.setenv("FRESHRANK_REDIS_URL", url)
+    assert Settings().redis_url.get_secret_value() == url
+
+
+def test_a_mapping_that_is_no_json_is_named_with_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret's reference, which may be the secret itself by mistake, is not repeated."""
+    monkeypatch.setenv("FRESHRANK_CLUSTER_NODE_SELECTOR", "gpu=true")
+    with pytest.raises(ConfigError, match=r"CLUSTER_NODE_SELECTOR: received 'gpu=true', expected JSON such as \{"):
+        from_environment(ClusterSettings)
+    monkeypatch.delenv("FRESHRANK_CLUSTER_NODE_SELECTOR")
+    monkeypatch.setenv("FRESHRANK_CLUSTER_SECRET_ENV", "hunter2")
+    with pytest.raises(ConfigError, match="CLUSTER_SECRET_ENV: received a value that is not repeated here"):
+        from_environment(ClusterSettings)
+
+
+def test_a_variable_that_nothing_reads_is_told_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most likely a misspelling."""
+    monkeypatch.setenv("FRESHRANK_CLUSTER_GPU", "1")
+    told = unknown_variables(Settings, ClusterSettings)
+    assert "FRESHRANK_CLUSTER_GPU: no setting reads it; did you mean FRESHRANK_CLUSTER_GPUS?" in told
+    assert not [each for each in told if each.startswith("FRESHRANK_HOME")]
 
 
 def test_settings_are_shown_as_an_env_file_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from freshrank.datasets.contract import MAPPINGS, Dataset
+from freshrank.datasets.contract import Dataset
+from freshrank.datasets.mappings import MAPPINGS
 from freshrank.errors import FreshrankError
 from freshrank.schema import ITEM_ID, USER_ID
 from freshrank.serving.client import Answer, AsyncClient, Client

@@ -22,8 +22,8 @@ from typing import Any
 import polars as pl
 
 from freshrank.clock import day_of, days, midnight
-from freshrank.datasets.kept import check_kept, note_numbers, refuse_another_log, take_over
-from freshrank.datasets.mappings import Mappings, mapping_of
+from freshrank.datasets.kept import check_kept, note_numbers, refuse_another_log, refuse_shrunken_days, take_over
+from freshrank.datasets.mappings import MAPPINGS, Mappings, mapping_of
 from freshrank.datasets.tables import (
     IMPRESSION_KEY,
     Findings,
@@ -57,7 +57,6 @@ from freshrank.storage import atomic_directory, fingerprint, read_json, sha256_o
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-MAPPINGS = "mappings"
 Frame = pl.DataFrame | pl.LazyFrame
 
 
@@ -172,10 +171,12 @@ def write_dataset(
     source: dict[str, Any],
     allow_unknown_items: bool = False,
     add: bool = False,
+    replace_days: bool = False,
 ) -> Dataset:
     """Validate the three tables and make them the dataset at ``out``, replacing the one that stood there.
 
-    With ``add`` the days of that one which ``impressions`` does not hold stay, as they are, in the new one.
+    With ``add`` the days of that one which ``impressions`` does not hold stay, as they are, in the new one; a day of
+    which it holds fewer rows is refused unless ``replace_days``.
 
     The tables carry the contract's column names (``Column.source`` is not applied) and more columns than the
     schema's are left out, but for the optional ``usage`` and ``judged_created_at``. The log may be one frame or one
@@ -184,12 +185,12 @@ def write_dataset(
     previous dataset stays as it was.
     """
     _refuse_foreign(out)
-    earlier = _at(out)
+    earlier = existing(out)
     parts = [impressions] if isinstance(impressions, pl.DataFrame | pl.LazyFrame) else impressions
     try:
         with atomic_directory(out) as directory:
-            kept = earlier if add else None
-            writer = _Writer(directory, schema, Mappings(out / MAPPINGS), Findings(), allow_unknown_items, kept)
+            kept, mappings = earlier if add else None, Mappings(out / MAPPINGS)
+            writer = _Writer(directory, schema, mappings, Findings(), allow_unknown_items, kept, replace_days)
             writer.write(parts, items, users, source)
     except (OSError, pl.exceptions.ComputeError) as error:
         if _is_disk_full(error):
@@ -213,7 +214,7 @@ def _warn_of_losses(earlier: Dataset, dataset: Dataset) -> None:
                     dataset.path, day, f"{earlier.rows(day):,}", f"{dataset.rows(day):,}")  # fmt: skip
 
 
-def _at(out: Path) -> Dataset | None:
+def existing(out: Path) -> Dataset | None:
     """The dataset that stands there; a broken one counts as none, and is replaced."""
     try:
         found = Dataset.open(out)
@@ -244,6 +245,7 @@ class _Writer:
     allow_unknown_items: bool
     earlier: Dataset | None
     """Whose days stay where the log lacks them."""
+    replace_days: bool
 
     def write(self, parts: Iterable[Frame], items: Frame, users: Frame, source: dict[str, Any]) -> None:
         for name in self.mappings.names:
@@ -310,10 +312,13 @@ class _Writer:
     def _with_kept(self, written: dict[str, Any]) -> dict[str, Any]:
         if not self.earlier or not self.findings.sound:
             return written
+        if not self.replace_days:
+            refuse_shrunken_days(self.earlier, written, self.findings)
         kept = {day: facts for day, facts in self.earlier.manifest["days"].items() if day not in written}
         files = {day: self.earlier.partition(date.fromisoformat(day)) for day in kept}
         items = pl.read_parquet(self.directory / "items.parquet", columns=[ITEM_ID, CREATED_AT])
-        check_kept(self.earlier, list(files.values()), items, self.allow_unknown_items, self.findings)
+        users = pl.read_parquet(self.directory / "users.parquet", columns=[USER_ID])
+        check_kept(self.earlier, list(files.values()), items, users, self.allow_unknown_items, self.findings)
         for source in files.values():
             take_over(source, self.directory / source.relative_to(self.earlier.path))
         return dict(sorted((kept | written).items()))

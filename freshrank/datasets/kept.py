@@ -1,35 +1,51 @@
 """Days of an earlier import that a new one keeps: their files as they are, their rows held against the new items."""
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from freshrank.datasets.mappings import mapping_of
+from freshrank.datasets.mappings import MAPPINGS, mapping_of
 from freshrank.datasets.tables import Findings
 from freshrank.errors import DataError
-from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, ITEM_ID, Kind, Role, Schema
+from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, ITEM_ID, USER_ID, Kind, Role, Schema
 
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
+
+log = logging.getLogger(__name__)
 
 _MAPPED = (Kind.CATEGORICAL, Kind.MULTI_VALUED)
 
 
 def refuse_another_log(earlier: Schema, schema: Schema, out: Path) -> None:
-    """DataError where the days at ``out`` were written for other columns, or cut at another hour."""
+    """DataError where the days at ``out`` are of another log, have other columns, or were cut at another hour."""
     if _shape(earlier) != _shape(schema):
         raise DataError(
-            f"{out}: received a schema.yaml whose impressions or utc_offset_hours differ from those of the days that "
-            "are there, expected the same; import the whole log without --add"
+            f"{out}: received a schema.yaml whose name, impressions or utc_offset_hours differ from those of the days "
+            f"that are there ('{earlier.name}'), expected the same; import the whole log without --add"
         )
 
 
 def _shape(schema: Schema) -> tuple[object, ...]:
-    return schema.utc_offset_hours, {name: (column.role, column.kind) for name, column in schema.impressions.items()}
+    columns = {name: (column.role, column.kind) for name, column in schema.impressions.items()}
+    return schema.name, schema.utc_offset_hours, columns
+
+
+def refuse_shrunken_days(earlier: "Dataset", written: dict[str, Any], findings: Findings) -> None:
+    """A day of which the log brings fewer rows than are there is most likely a few late rows of it."""
+    for day, facts in written.items():
+        before = earlier.manifest["days"].get(day, facts)["rows"]
+        if facts["rows"] < before:
+            findings.refuse(
+                "impressions",
+                f"holds {facts['rows']:,} rows of {day}, of which {before:,} are there",
+                "bring the whole day, leave these rows out, or replace it with --replace-days",
+            )
 
 
 def note_numbers(earlier: "Dataset", findings: Findings) -> None:
@@ -46,9 +62,16 @@ def _ids(schema: Schema) -> list[str]:
     return [name for name in keys if name in schema.users or name in schema.items]
 
 
-def check_kept(earlier: "Dataset", kept: Sequence[Path], items: pl.DataFrame, allow_unknown_items: bool,
-               findings: Findings) -> None:  # fmt: skip
+def check_kept(
+    earlier: "Dataset",
+    kept: Sequence[Path],
+    items: pl.DataFrame,
+    users: pl.DataFrame,
+    allow_unknown_items: bool,
+    findings: Findings,
+) -> None:
     """Hold kept days against ``items`` as written now; only items that vanished or became younger are looked for."""
+    _warn_of_lost_users(earlier, users)
     changed = (
         earlier.items()
         .select(ITEM_ID, pl.col(CREATED_AT).alias("before"))
@@ -58,6 +81,7 @@ def check_kept(earlier: "Dataset", kept: Sequence[Path], items: pl.DataFrame, al
     if changed.is_empty() or not kept:
         return
     shown = pl.scan_parquet(list(kept)).select(ITEM_ID, EVENT_TIMESTAMP).join(changed.lazy(), on=ITEM_ID).collect()
+    shown = shown.with_columns(_as_in_the_log(shown[ITEM_ID], earlier))
     _refuse_vanished(shown.filter(pl.col(CREATED_AT).is_null()), allow_unknown_items, findings)
     early = shown.filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
     findings.refuse_rows(
@@ -65,6 +89,21 @@ def check_kept(earlier: "Dataset", kept: Sequence[Path], items: pl.DataFrame, al
         "correct created_at, or import the whole log without --add",
         early.select(pl.struct(ITEM_ID, EVENT_TIMESTAMP, CREATED_AT)).to_series(),
     )  # fmt: skip
+
+
+def _as_in_the_log(codes: pl.Series, earlier: "Dataset") -> pl.Series:
+    path = earlier.path / MAPPINGS / f"{codes.name}.parquet"
+    if not path.exists():
+        return codes
+    known = pl.read_parquet(path)
+    return codes.replace_strict(known["code"], known["value"], default=None)
+
+
+def _warn_of_lost_users(earlier: "Dataset", users: pl.DataFrame) -> None:
+    before = earlier.users().select(USER_ID)
+    if gone := len(before.join(users, on=USER_ID, how="anti")):
+        log.warning("%s: %s of the %s users that were there are not in this table: they count as unknown from now on; "
+                    "bring the whole table", earlier.path, f"{gone:,}", f"{len(before):,}")  # fmt: skip
 
 
 def _refuse_vanished(shown: pl.DataFrame, allow_unknown_items: bool, findings: Findings) -> None:

@@ -8,6 +8,8 @@ import polars as pl
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, Schema
 from freshrank.storage import sha256_of
 
+MAPPINGS = "mappings"
+"""Their folder in a dataset."""
 _EMPTY = pl.Series("value", [], dtype=pl.String)
 
 

@@ -14,11 +14,14 @@ from freshrank.schema import TABLES, Schema, load_schema
 log = logging.getLogger(__name__)
 
 
-def import_parquet(src: Path, out: Path, allow_unknown_items: bool = False, add: bool = False) -> Dataset:
+def import_parquet(
+    src: Path, out: Path, allow_unknown_items: bool = False, add: bool = False, replace_days: bool = False
+) -> Dataset:
     """Import ``src``: schema.yaml and, per table, ``<table>.parquet`` or a directory ``<table>/`` of Parquet files.
 
     Directories may be nested (``date=2022-05-08/...``); a row's day is that of its event_timestamp, whatever the
-    directory is called. With ``add`` the days at ``out`` that ``src`` does not hold stay. ``Column.source`` names a
+    directory is called. With ``add`` the days at ``out`` that ``src`` does not hold stay, and one of which it
+    holds fewer rows is refused unless ``replace_days``. ``Column.source`` names a
     column in these files where it differs from the contract's. Raises a :class:`DataError` that lists every problem,
     and names the file where one cannot be read.
     """
@@ -30,7 +33,7 @@ def import_parquet(src: Path, out: Path, allow_unknown_items: bool = False, add:
     impressions = _renamed(files["impressions"], schema, "impressions")
     source = {"adapter": "parquet", "files": {table: len(paths) for table, paths in files.items()}}
     try:
-        dataset = write_dataset(out, schema, impressions, items, users, source, allow_unknown_items, add)
+        dataset = write_dataset(out, schema, impressions, items, users, source, allow_unknown_items, add, replace_days)
     except pl.exceptions.PolarsError as error:
         _blame(files)
         raise DataError(f"{src}: cannot be imported: {error}") from error

@@ -19,7 +19,7 @@ from freshrank.config import RunConfig
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
 from freshrank.orchestration.pipeline import arguments, load_pipeline
 from freshrank.orchestration.pipelines_api import FINISHED, ApiSettings, PipelinesApi, progress_of, run_page
-from freshrank.settings import from_environment, settings, store_endpoint
+from freshrank.settings import Settings, from_environment, settings, store_endpoint, unknown_variables
 from freshrank.storage import fingerprint, write_text
 
 log = logging.getLogger(__name__)
@@ -70,15 +70,15 @@ class ClusterSettings(BaseSettings):
     cpu: Cpu = ""
     """Cores of the training step, request and limit; with ``train_nodes``, of each node. Empty: none."""
     memory: Memory = ""
-    """Memory of the training step, in the same way."""
+    """Memory of the training step, request and limit; with ``train_nodes``, of each node. Empty: none."""
     step_cpu_request: Cpu = "1"
-    """Of every other step, and of the one that waits for nodes that train; empty for none."""
+    """Cores of every other step, and of the one that waits for nodes that train; empty for none."""
     step_cpu_limit: Cpu = "2"
-    """In the same way."""
+    """What one of them may use of a node's cores; empty for no limit."""
     step_memory_request: Memory = "2Gi"
-    """In the same way."""
+    """Memory of every other step; empty for none."""
     step_memory_limit: Memory = "8Gi"
-    """In the same way."""
+    """What one of them may hold before it is ended; empty for no limit."""
     home_claim: str = ""
     """PersistentVolumeClaim mounted at the workspace (``FRESHRANK_HOME``); none when empty."""
     secret_env: dict[str, str] = {}
@@ -91,6 +91,10 @@ class ClusterSettings(BaseSettings):
     """The ClusterTrainingRuntime of that TrainJob."""
     train_hours: Annotated[float, Field(gt=0)] = 12
     """After which Kubernetes ends it."""
+
+
+ALL_SETTINGS: tuple[type[BaseSettings], ...] = (Settings, ApiSettings, ClusterSettings)
+"""Whatever reads ``FRESHRANK_`` variables."""
 
 
 @dataclass(frozen=True)
@@ -236,44 +240,48 @@ def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
     return Submission(name, version, parameters, package, cluster.namespace, cluster.service_account)
 
 
-def submit(data: Path, run_date: date, config: RunConfig, dry_run: bool = False) -> Submission:
-    """Start the pipeline of ``run_date`` on the cluster at ``FRESHRANK_KFP_HOST``, or find the run already started.
-
-    A run of the same name that is not failed or canceled is returned instead of starting a second, and of several
-    that were started at the same moment one is left; ``dry_run`` only compiles and contacts nothing.
-    """
-    if not dry_run:
-        require_image()
-    submission = prepare(data, run_date, config)
-    return submission if dry_run else start(submission)
-
-
-def require_image() -> None:
-    """ConfigError where no image is set: the components' own name for it is in no registry."""
-    if not from_environment(ClusterSettings).image:
-        raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
-
-
 def doubts(submission: Submission) -> list[str]:
     """What would keep the steps from running as sent, and can be seen from here."""
-    cluster, found = from_environment(ClusterSettings), []
-    if not cluster.image:
-        found.append("FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it")
-    return [*found, *_doubts_of_home(settings().home, cluster.home_claim, Path(submission.arguments["data"]))]
+    cluster, here = from_environment(ClusterSettings), settings()
+    found = [] if cluster.image else ["FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it"]
+    found += _doubts_of_home(here.home, cluster.home_claim, Path(submission.arguments["data"]))
+    if here.triton_host == "127.0.0.1" and not here.triton_replicas and not here.triton_replicas_host:
+        found.append("FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the "
+                     "service of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST")  # fmt: skip
+    return found + _doubts_of_secrets(here, cluster) + unknown_variables(*ALL_SETTINGS)
+
+
+def _doubts_of_secrets(here: Settings, cluster: ClusterSettings) -> list[str]:
+    names = ["redis_url"] if here.online_store == "redis" else []
+    names += ["triton_control_token"] if here.triton_control_token.get_secret_value() else []
+    variables = [f"FRESHRANK_{name.upper()}" for name in names]
+    return [f"{name}: a secret, which does not travel with the pipeline; expected its Secret in "
+            f'FRESHRANK_CLUSTER_SECRET_ENV, as {{"{name}": "secret:key"}}'
+            for name in variables if name not in cluster.secret_env]  # fmt: skip
 
 
 def _doubts_of_home(home: Path, claim: str, data: Path) -> list[str]:
+    outside = [] if data.is_relative_to(home) else [f"--data: {data} is outside FRESHRANK_HOME, {home}; the steps see "
+                                                    "nothing else"]  # fmt: skip
     # A workspace that is shared with the steps is a volume here too.
     if home.is_mount():
-        return []
+        return outside
     volume = f"mount {claim} there" if claim else "have no volume there, as FRESHRANK_CLUSTER_HOME_CLAIM is not set"
-    outside = "" if data.is_relative_to(home) else f"; {data} is outside it, so they do not see it"
-    return [f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}{outside}. "
-            "Expected the path at which both have the same workspace, as in the chart's Airflow"]  # fmt: skip
+    return [f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}. Expected the "
+            "path at which both have the same workspace, as in the chart's Airflow", *outside]  # fmt: skip
 
 
 def start(submission: Submission) -> Submission:
-    """:func:`submit` for what is prepared already."""
+    """Start what is prepared on the cluster at ``FRESHRANK_KFP_HOST``, or find the run already started.
+
+    A run of the same name that is not failed or canceled is returned instead of starting a second, and of several
+    that were started at the same moment one is left.
+
+    Raises:
+        ConfigError: no image is set; the components' own name for it is in no registry.
+    """
+    if not from_environment(ClusterSettings).image:
+        raise ConfigError("FRESHRANK_CLUSTER_IMAGE: not set, expected the image with freshrank that the steps run in")
     api = PipelinesApi(submission.namespace)
     known = api.live(submission.run_name)
     return replace(submission, run_id=known[0] if known else _start(api, submission))

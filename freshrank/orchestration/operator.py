@@ -154,7 +154,6 @@ class KubeflowPipelineOperator(BaseOperator):
     def _submit(self, data: Path, run_date: date, config: "RunConfig") -> str:
         from freshrank.orchestration import cluster
 
-        cluster.require_image()
         submission = cluster.prepare(data, run_date, config)
         self._submitting = submission.run_name
         run_id = cluster.start(submission).run_id

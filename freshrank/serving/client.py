@@ -20,8 +20,8 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from freshrank.datasets.contract import MAPPINGS, Dataset
-from freshrank.datasets.mappings import mapping_of
+from freshrank.datasets.contract import Dataset
+from freshrank.datasets.mappings import MAPPINGS, mapping_of
 from freshrank.errors import ConfigError, NoAnswerInTime, ServerUnreachable, ServingError
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, USER_ID, Kind, Schema
 from freshrank.serving import control

@@ -15,6 +15,7 @@ from freshrank.feature_store import FeatureStore
 from freshrank.history import build_history
 from freshrank.schema import dump_schema
 from freshrank.steps import Run, materialize
+from freshrank.storage import write_json
 from freshrank.validation import validate_day
 
 
@@ -226,3 +227,13 @@ def test_validation_prints_its_warnings_and_what_it_did_not_ask(
     assert "so nothing was compared" in said
     assert "expectations about features were not asked" in said
     assert "run `freshrank features build` first" in said
+
+
+def test_a_day_that_was_judged_and_not_deployed_is_published_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pipeline leaves no bundle of it, but a report in the run's folder: 'evaluate first' would be no help."""
+    shop().write(tmp_path / "data")
+    write_json(Run(tmp_path / "data", "2024-03-03").directory / "run.json", {})
+    assert freshrank(monkeypatch, "publish", "--data", tmp_path / "data", "--date", "2024-03-03", "--force") == 6
+    assert "left its report and no bundle" in capsys.readouterr().err

@@ -48,14 +48,21 @@ def test_the_files_of_kept_days_are_the_same_files(started: Path) -> None:
     assert add(of_day(shop(), 2), started).partition(FIRST).stat().st_ino == before
 
 
-def test_a_day_that_comes_again_is_replaced_and_said_where_it_shrank(
-    started: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_few_late_rows_do_not_replace_their_day_unasked(started: Path) -> None:
     """1 March had three impressions; the new tables have one of it."""
-    again = Tables(shop().impressions.filter(pl.col("request_id").is_in(["r2", "r3"])), shop().items, shop().users)
-    added = add(again, started)
+    late = replace(shop(), impressions=shop().impressions.filter(pl.col("request_id").is_in(["r2", "r3"])))
+    before = digests(started)
+    with pytest.raises(DataError, match=r"holds 1 rows of 2024-03-01, of which 3 are there; .*--replace-days"):
+        add(late, started)
+    assert digests(started) == before
+    added = late.write(started, add=True, replace_days=True)
     assert (added.rows(FIRST), added.rows(SECOND)) == (1, 1)
-    assert "2024-03-01 had 3 impressions and has 1 now" in caplog.text
+
+
+def test_a_whole_day_that_comes_again_is_replaced(started: Path) -> None:
+    """As many rows, another label: the day is the new one."""
+    again = of_day(shop(), 1).breaking("impressions", click=[0, 0, 0])
+    assert add(again, started).impressions().select("click").collect()["click"].to_list() == [0, 0, 0]
 
 
 def test_into_an_empty_place_it_is_an_import_like_any_other(tmp_path: Path) -> None:
@@ -70,7 +77,7 @@ def test_an_item_that_kept_days_show_must_not_vanish(started: Path) -> None:
     lost = Tables(lost.impressions.with_columns(pl.lit("cup").alias("query_item_id")),
                   lost.items.filter(pl.col("item_id") != "pan"), lost.users)  # fmt: skip
     before = digests(started)
-    with pytest.raises(DataError, match="an item that a kept day shows is absent from items; bring the whole table"):
+    with pytest.raises(DataError, match="pan: an item that a kept day shows is absent from items; bring the whole"):
         add(lost, started)
     assert digests(started) == before
     assert add(lost, started, allow_unknown_items=True).days == [FIRST, SECOND]
@@ -79,13 +86,14 @@ def test_an_item_that_kept_days_show_must_not_vanish(started: Path) -> None:
 def test_an_item_must_not_be_created_after_it_was_shown_on_a_kept_day(started: Path) -> None:
     """Cup was shown on 1 March at 9:00, and is said now to be of 2 March."""
     moved = of_day(shop(), 2).breaking("items", created_at=[at(2, 0), at(1, 0), at(1, 1)])
-    with pytest.raises(DataError, match="it is later than an impression of the item on a day that is kept"):
+    with pytest.raises(DataError, match=r"item_id=cup, .*: it is later than an impression of the item on a day"):
         add(moved, started)
 
 
-def test_another_shape_of_the_log_is_refused(started: Path) -> None:
-    """The kept days were cut at another hour: a day would hold parts of two."""
-    other = SCHEMA.model_copy(update={"utc_offset_hours": 8})
+@pytest.mark.parametrize("change", [{"utc_offset_hours": 8}, {"name": "other"}])
+def test_another_log_is_refused(started: Path, change: dict[str, object]) -> None:
+    """Days cut at another hour would hold parts of two; another name has features and models of its own."""
+    other = SCHEMA.model_copy(update=change)
     with pytest.raises(DataError, match="expected the same; import the whole log without --add"):
         of_day(shop(), 2).write(started, other, add=True)
 
@@ -96,3 +104,10 @@ def test_numbers_must_not_become_text(tmp_path: Path) -> None:
     numbers.write(tmp_path / "out")
     with pytest.raises(DataError, match="holds text, but the log of the days that are kept holds numbers"):
         add(of_day(shop(), 2), tmp_path / "out")
+
+
+def test_users_that_are_gone_are_counted_aloud(started: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Unknown users are let pass everywhere, so a table that is not whole is no refusal."""
+    tables = of_day(shop(), 2)
+    add(replace(tables, users=tables.users.filter(pl.col("user_id") == "ann")), started)
+    assert "1 of the 2 users that were there are not in this table" in caplog.text

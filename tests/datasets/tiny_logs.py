@@ -53,10 +53,15 @@ class Tables:
         return replace(self, **{table: getattr(self, table).with_columns(*expressions, *series)})
 
     def write(
-        self, out: Path, schema: Schema = SCHEMA, allow_unknown_items: bool = False, add: bool = False
+        self,
+        out: Path,
+        schema: Schema = SCHEMA,
+        allow_unknown_items: bool = False,
+        add: bool = False,
+        replace_days: bool = False,
     ) -> Dataset:
-        source = {"adapter": "test"}
-        return write_dataset(out, schema, self.impressions, self.items, self.users, source, allow_unknown_items, add)
+        tables, source = (self.impressions, self.items, self.users), {"adapter": "test"}
+        return write_dataset(out, schema, *tables, source, allow_unknown_items, add, replace_days)
 
 
 def shop() -> Tables:

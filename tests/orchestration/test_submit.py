@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +99,63 @@ def test_whoever_submits_from_a_workspace_of_his_own_is_told(
     assert run("--data", str(world), "--dry-run") == 0
     told = capsys.readouterr().err
     assert f"FRESHRANK_HOME: {settings().home} is a directory of this machine" in told
-    assert f"mount a-claim there; {world} is outside it" in told
+    assert "the steps mount a-claim there" in told
+    assert f"--data: {world} is outside FRESHRANK_HOME" in told
     assert "FRESHRANK_CLUSTER_IMAGE: not set" in told
 
 
-def test_a_workspace_that_is_a_volume_is_no_doubt(
-    prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in the pods of the chart; here the volume is one that every Linux has."""
-    monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:2")
-    monkeypatch.setenv("FRESHRANK_HOME", "/dev/shm")
+@pytest.fixture
+def in_a_pod(prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch) -> Iterator[cluster.Submission]:
+    """As in the pods of the chart; the workspace's volume is one that every Linux has."""
+    for name, value in {"CLUSTER_IMAGE": "registry.example/freshrank:2", "HOME": "/dev/shm",
+                        "TRITON_REPLICAS_HOST": "freshrank-triton-control.ranking.svc"}.items():  # fmt: skip
+        monkeypatch.setenv(f"FRESHRANK_{name}", value)
     settings.cache_clear()
-    assert cluster.doubts(prepared) == []
+    yield replace(prepared, arguments=prepared.arguments | {"data": "/dev/shm/data/my_log"})
+    settings.cache_clear()
+
+
+def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: cluster.Submission) -> None:
+    """Workspace, image, Triton and data are where the steps find them."""
+    assert cluster.doubts(in_a_pod) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "doubt"),
+    [
+        ({"ONLINE_STORE": "redis"}, "FRESHRANK_REDIS_URL: a secret, which does not travel"),
+        ({"TRITON_CONTROL_TOKEN": "hunter2"}, "FRESHRANK_TRITON_CONTROL_TOKEN: a secret, which does not travel"),
+        ({"TRITON_REPLICAS_HOST": ""}, "FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod"),
+        ({"CLUSTER_IMAGE": ""}, "FRESHRANK_CLUSTER_IMAGE: not set"),
+    ],
+)
+def test_what_the_last_step_would_lack_is_told_before_the_first(
+    in_a_pod: cluster.Submission, variables: dict[str, str], doubt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it came up after the training. A secret is not repeated; one that is referenced is no doubt."""
+    for name, value in variables.items():
+        monkeypatch.setenv(f"FRESHRANK_{name}", value)
+    settings.cache_clear()
+    (told,) = cluster.doubts(in_a_pod)
+    assert told.startswith(doubt)
+    assert "hunter2" not in told
+    secrets = {"FRESHRANK_REDIS_URL": "s:k", "FRESHRANK_TRITON_CONTROL_TOKEN": "s:k"}
+    monkeypatch.setenv("FRESHRANK_CLUSTER_SECRET_ENV", json.dumps(secrets))
+    assert bool(cluster.doubts(in_a_pod)) == ("a secret" not in doubt)
+
+
+def test_doubts_come_before_the_run(
+    kfp: KfpServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submission that does not arrive had told them."""
+    monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:2")
+    monkeypatch.setenv("FRESHRANK_KFP_HOST", "http://no-such-host.invalid")
+    settings.cache_clear()
+    assert run("--data", str(world)) == 7
+    told = capsys.readouterr().err
+    assert f"--data: {world} is outside FRESHRANK_HOME" in told
+    assert told.index("--data:") < told.index("ClusterUnreachable")
+    assert kfp.runs == []
 
 
 def test_waiting_ends_well_with_a_run_that_succeeds(submitted: KfpServer, world: Path) -> None:
