@@ -15,6 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from freshrank.cli import _server
+from freshrank.errors import FreshrankError
 from freshrank.feature_store import write_feast_yaml
 from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
 from freshrank.orchestration.pipelines_api import ApiSettings
@@ -170,6 +172,17 @@ def test_a_first_run_needs_no_airflow() -> None:
     )
     references = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container["env"] if "valueFrom" in e}
     assert {name: f"{each['name']}:{each['key']}" for name, each in references.items()} == steps
+
+
+def test_a_run_inside_the_cluster_starts_no_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image of the jobs has none; with the settings of the release nothing of this machine is even looked at."""
+    with pytest.raises(FreshrankError), _server(Path("/no/dataset")):
+        pass
+    in_environment(monkeypatch, "settings")
+    settings.cache_clear()
+    with _server(Path("/no/dataset")):
+        pass
+    settings.cache_clear()
 
 
 def test_only_jobs_that_use_the_bucket_have_an_identity_for_it() -> None:
