@@ -359,7 +359,7 @@ def test_a_doubtful_choice_is_said_and_not_refused(scenario: str, overrides: lis
 )
 def test_what_the_steps_need_in_another_namespace_is_said_by_name(overrides: list[str], there: bool) -> None:
     """Claim and Secrets belong to a namespace; whoever installs the release makes them where the steps run."""
-    said = notes("gpu", *overrides).partition("where there must be as well:")[2].partition("Clients")[0].split()
+    said = notes("gpu", *overrides).partition("There must be as well:")[2].partition("Clients")[0].split()
     for name in ("freshrank-home,", "freshrank-triton-control", "freshrank-redis"):
         assert (name in said) is there
 
