@@ -620,11 +620,12 @@ def _repository(data: Path) -> Any:
 
 @contextmanager
 def _server(data: Path) -> Iterator[None]:
-    """A Triton to publish to: the one that runs, or one started now and left running."""
+    """A Triton to publish to: the one that runs, one started now and left running, or replicas that settings name."""
     from freshrank import daily
     from freshrank.serving.local import server
+    from freshrank.settings import settings
 
-    if not server(data).status().ready:
+    if not settings().triton_replicas_host and not server(data).status().ready:
         daily.start_server(data, err)
     yield
 

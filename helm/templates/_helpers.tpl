@@ -90,9 +90,13 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{- define "freshrank.jobsAccount" -}}
+{{ .Values.serviceAccount.name | default (printf "%s-jobs" (include "freshrank.name" .)) }}
+{{- end -}}
+
 {{/* enableServiceLinks: Kubernetes would inject FRESHRANK_TRITON_PORT=tcp://… for a Service of that name. */}}
 {{- define "freshrank.pod" -}}
-serviceAccountName: {{ include "freshrank.name" .root }}
+serviceAccountName: {{ .account | default (include "freshrank.name" .root) }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
@@ -178,10 +182,18 @@ freshrank/settings: {{ include (print .Template.BasePath "/settings.yaml") . | s
 {{- mulf (trimSuffix $unit . | float64) (get $units $unit) -}}
 {{- end -}}
 
+{{/* "yes" where the first of two quantities is above the second, else nothing. Call with (list "1500m" "1"). */}}
+{{- define "freshrank.exceeds" -}}
+{{- if gt (include "freshrank.bytes" (first .) | float64) (include "freshrank.bytes" (last .) | float64) }}yes{{ end -}}
+{{- end -}}
+
+{{- define "freshrank.kubeflowHost" -}}
+{{ .Values.kubeflow.host | trimSuffix "/" }}
+{{- end -}}
+
 {{/* Where Kubeflow runs the steps; empty where nothing says so. Without profiles that is where Kubeflow itself is. */}}
 {{- define "freshrank.stepsNamespace" -}}
 {{- $service := "^https?://[^./:]+[.]([^./:]+)[.]svc([.:].*)?$" -}}
-{{- with .Values.kubeflow -}}
-{{- .namespace | default (regexMatch $service .host | ternary (regexReplaceAll $service .host "$1") "") -}}
-{{- end -}}
+{{- $host := include "freshrank.kubeflowHost" . -}}
+{{- .Values.kubeflow.namespace | default (regexMatch $service $host | ternary (regexReplaceAll $service $host "$1") "") -}}
 {{- end -}}

@@ -15,6 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from freshrank.cli import _server
+from freshrank.errors import FreshrankError
 from freshrank.feature_store import write_feast_yaml
 from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
 from freshrank.orchestration.pipelines_api import ApiSettings
@@ -37,6 +39,7 @@ from tests.helm.charts import (
     pods,
     refusal,
     rendered,
+    rendered_at,
     values_of,
 )
 from tests.tiny_log import log_schema
@@ -112,9 +115,91 @@ def test_two_releases_share_a_namespace() -> None:
 
 
 @in_every_scenario
-def test_nothing_is_scheduled_by_the_chart(scenario: str) -> None:
-    """When things run belongs to dags/: a CronJob is a mould for jobs that someone asks for, suspended for good."""
-    assert all(job["spec"]["suspend"] is True for job in of_kind(rendered(scenario), "CronJob"))
+def test_what_trains_and_publishes_is_not_scheduled_by_the_chart(scenario: str) -> None:
+    """That belongs to dags/: a CronJob is a mould, suspended unless a value schedules the import or the copy."""
+    jobs = of_kind(rendered(scenario), "CronJob")
+    scheduled = {job["metadata"]["name"] for job in jobs if not job["spec"]["suspend"]}
+    assert scheduled == ({"freshrank-backup", "freshrank-import"} if scenario == "production" else set())
+    unscheduled = rendered(scenario, 'storage.backupSchedule=""', 'import.schedule=""')
+    assert all(job["spec"]["suspend"] is True for job in of_kind(unscheduled, "CronJob"))
+
+
+@pytest.mark.parametrize("mould, schedule", [("backup", "30 2 * * *"), ("import", "30 0 * * *")])
+def test_a_schedule_is_in_utc_and_one_job_at_a_time(mould: str, schedule: str) -> None:
+    """As the days of the log are; two imports into one dataset would race."""
+    spec = named(rendered("production"), "CronJob", f"freshrank-{mould}")["spec"]
+    assert (spec["schedule"], spec["timeZone"], spec["suspend"]) == (schedule, "Etc/UTC", False)
+    assert spec["concurrencyPolicy"] == "Forbid"
+
+
+@pytest.mark.parametrize(
+    "overrides, source",
+    [
+        (['import.existingClaim="export"'], "/mnt/import"),
+        (['import.existingClaim="export"', 'import.source="shop/log"'], "/mnt/import/shop/log"),
+        (['import.source="incoming/shop"'], "/var/lib/freshrank/incoming/shop"),
+    ],
+)
+def test_days_are_imported_from_a_claim_or_from_the_workspace(overrides: list[str], source: str) -> None:
+    """Beside the days that are there; another's claim is read and never written, and its files keep their owner."""
+    objects = rendered("default", 'home.dataset="data/shop"', *overrides)
+    spec = pod_of(objects, "import")["spec"]
+    (container,) = spec["containers"]
+    assert container["command"][3:] == [source, "--out", "$(FRESHRANK_DATASET)", "--add"]
+    claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in spec["volumes"]}
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    if source.startswith("/mnt"):
+        assert claims["import"] == {"claimName": "export", "readOnly": True}
+        assert (mounts["import"]["mountPath"], mounts["import"]["readOnly"]) == ("/mnt/import", True)
+    else:
+        assert not {"import"} & (claims.keys() | mounts.keys())
+
+
+def test_without_a_source_nothing_imports() -> None:
+    """There is no mould that would have nothing to read."""
+    names = [job["metadata"]["name"] for job in of_kind(rendered("default", 'home.dataset="data/shop"'), "CronJob")]
+    assert names == ["freshrank-daily", "freshrank-materialize"]
+
+
+def test_a_first_run_needs_no_airflow() -> None:
+    """The mould `daily` may publish as a step of the pipeline may: by label, token and store."""
+    pod = pod_of(rendered("production"), "daily")
+    (container,) = pod["spec"]["containers"]
+    assert container["command"] == ["freshrank", "run", "--data", "$(FRESHRANK_DATASET)"]
+    assert pod["metadata"]["labels"].items() >= PUBLISHER.items()
+    steps = json.loads(
+        named(rendered("production"), "ConfigMap", "freshrank-pipeline")["data"]["FRESHRANK_CLUSTER_SECRET_ENV"]
+    )
+    references = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container["env"] if "valueFrom" in e}
+    assert {name: f"{each['name']}:{each['key']}" for name, each in references.items()} == steps
+
+
+def test_a_run_inside_the_cluster_starts_no_server_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image of the jobs has none; with the settings of the release nothing of this machine is even looked at."""
+    with pytest.raises(FreshrankError), _server(Path("/no/dataset")):
+        pass
+    in_environment(monkeypatch, "settings")
+    settings.cache_clear()
+    with _server(Path("/no/dataset")):
+        pass
+    settings.cache_clear()
+
+
+def test_only_jobs_that_use_the_bucket_have_an_identity_for_it() -> None:
+    """Annotations of a workload identity are on an account of theirs; servers run under one without."""
+    annotation = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/ranking"}
+    objects = rendered("production", f"serviceAccount.annotations={json.dumps(annotation)}")
+    given = {a["metadata"]["name"]: a["metadata"].get("annotations") for a in of_kind(objects, "ServiceAccount")}
+    assert given == {"freshrank": None, "freshrank-jobs": annotation}
+    users = {component_of(pod) for pod in pods(objects) if pod["spec"]["serviceAccountName"] == "freshrank-jobs"}
+    assert users == {"backup", "restore", "daily"}
+
+
+def test_an_account_of_yours_is_used_and_not_made() -> None:
+    """Where accounts are given out by somebody else."""
+    objects = rendered("production", 'serviceAccount.name="team"')
+    assert [account["metadata"]["name"] for account in of_kind(objects, "ServiceAccount")] == ["freshrank"]
+    assert pod_of(objects, "backup")["spec"]["serviceAccountName"] == "team"
 
 
 def test_settings_given_to_pods_are_settings_that_freshrank_reads() -> None:
@@ -176,7 +261,8 @@ def test_a_value_becomes_its_setting(override: str, variable: str, expected: str
 @pytest.mark.parametrize("limit, instances", [("500m", "1"), ("4", "2"), ("7500m", "3"), ("16", "8")])
 def test_processes_that_rank_are_counted_from_the_limit_of_the_pod(limit: str, instances: str) -> None:
     """Inside a pod Python sees the cores of the node; one process per two cores means those the pod may use."""
-    data = named(rendered("default", f'triton.resources.limits.cpu="{limit}"'), "ConfigMap", "freshrank-settings")
+    cores = [f'triton.resources.{amount}.cpu="{limit}"' for amount in ("requests", "limits")]
+    data = named(rendered("default", *cores), "ConfigMap", "freshrank-settings")
     assert data["data"]["FRESHRANK_RANKING_INSTANCES"] == instances
 
 
@@ -203,7 +289,7 @@ def test_a_pipeline_started_with_the_config_map_runs_where_the_chart_says(monkey
     """Its pods get image, claim, GPU and both secrets; the secrets by reference."""
     in_environment(monkeypatch, "pipeline")
     assert ClusterSettings().model_dump(exclude_unset=True) == {
-        "image": "freshrank/freshrank:0.1.0",
+        "image": "registry.example.com/team/freshrank:0.1.0",
         "namespace": "ranking-team",
         "service_account": "default-editor",
         "gpus": 1,
@@ -243,9 +329,12 @@ def test_a_changed_setting_restarts_the_pods_that_read_it() -> None:
         assert pod_of(changed, component)["metadata"]["annotations"] != before
 
 
-def test_where_training_runs_does_not_restart_what_serves() -> None:
-    """The settings of the pipeline are not in the pods of the chart."""
-    changed = rendered("default", "kubeflow.training.gpus=2")
+@pytest.mark.parametrize(
+    "override", ["kubeflow.training.gpus=2", 'storage.url="s3://other"', 'storage.endpoint="https://objects.other"']
+)
+def test_where_training_runs_and_copies_lie_does_not_restart_what_serves(override: str) -> None:
+    """The settings of the pipeline and of the bucket are not in the pods that serve."""
+    changed = rendered("gpu", override)
     for component in COMPONENTS:
         assert pod_of(changed, component) == pod_of(rendered("default"), component)
 
@@ -269,19 +358,21 @@ def test_an_unknown_key_is_refused() -> None:
         'networkPolicy.clientNamespaces="shop"',
         'redis.mode="memory"',
         'home.path="relative/path"',
-        'home.dataset="/absolute"',
+        'home.dataset="with a space"',
         'home.project="My-Log"',
         'home.project=""',
         "home.project=null",
         "kubeflow.training.gpus=-1",
         'home.size="fifty gigabytes"',
-        'kubeflow.host="pipelines"',
+        'kubeflow.host="http://name:password@pipelines"',
         "triton.resources.limits.memory=null",
         'triton.resources.limits={"cpu":"1","memory":"1Gi","nvidia.com/gpu":"1"}',
         'redis.existingSecret=""',
         'triton.control.existingSecret=""',
         'storage.url="s3://key:secret@bucket"',
         'storage.url="https://bucket"',
+        'storage.backupSchedule="every night"',
+        'import.schedule="0 25"',
         "triton.ranking.requestLogShare=1.5",
         "triton.ranking.onlineTimeoutSeconds=0",
         'triton.autoscaling.targetQueueMilliseconds="5"',
@@ -299,8 +390,11 @@ def test_a_value_of_the_wrong_form_is_refused(override: str) -> None:
 @pytest.mark.parametrize("tag", ["latest", "latest-gpu", ""])
 @pytest.mark.parametrize("image", ["freshrank", "triton", "redis"])
 def test_a_moving_or_missing_tag_is_refused(image: str, tag: str) -> None:
-    """Images are pinned."""
-    assert f"/images/{image}/tag" in refusal(f'images.{image}.tag="{tag}"')
+    """Images are pinned, and whoever did not pin one is told why."""
+    message = refusal(f'images.{image}.tag="{tag}"')
+    assert (
+        f"images.{image}.tag: received {tag}, expected a tag that stays" if tag else f"/images/{image}/tag"
+    ) in message
 
 
 def schemas_below(schema: Object) -> Iterator[Object]:
@@ -750,7 +844,7 @@ def store_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def test_feast_serves_the_store_that_the_daily_run_writes(store_yaml: Path, tmp_path: Path) -> None:
     """It starts in the folder of feature_store.yaml, whose address of Redis is a reference to its environment."""
-    container = container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")
+    container = container_of(rendered_at(tmp_path), "feast")
     assert container["command"][:4] == ["feast", "-c", str(store_yaml.parent), "serve"]
     reference = yaml.safe_load(store_yaml.read_text())["online_store"]["connection_string"]
     assert reference.rpartition(",")[2] in [f"${{{entry['name']}}}" for entry in container["env"]]
@@ -758,7 +852,7 @@ def test_feast_serves_the_store_that_the_daily_run_writes(store_yaml: Path, tmp_
 
 def test_feast_waits_for_the_registry_of_the_first_daily_run(store_yaml: Path, tmp_path: Path) -> None:
     """Feast would end at once without it; it is the file that feature_store.yaml names."""
-    command = init_container_of(rendered("default", f'home.path="{tmp_path}"'), "feast")["command"]
+    command = init_container_of(rendered_at(tmp_path), "feast")["command"]
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(command, timeout=0.3, check=True)
     registry = Path(yaml.safe_load(store_yaml.read_text())["registry"]["path"].removeprefix("sqlite:///"))
@@ -777,14 +871,14 @@ def test_a_lost_online_store_is_filled_by_one_job() -> None:
     assert given["FRESHRANK_DATASET"] == "/var/lib/freshrank/data/shop"
 
 
-def test_the_command_of_the_job_is_one_that_freshrank_has() -> None:
-    """Its command line asks for help without an error."""
-    (container,) = pod_of(rendered("production"), "materialize")["spec"]["containers"]
-    run = subprocess.run(
-        [sys.executable, "-m", *container["command"][:3], "--help"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("mould", ["materialize", "import"])
+def test_the_command_of_the_job_is_one_that_freshrank_has(mould: str) -> None:
+    """Its command line asks for help without an error, and every option is one of it."""
+    (container,) = pod_of(rendered("production"), mould)["spec"]["containers"]
+    command = [sys.executable, "-m", *container["command"][:3], "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "--data" in run.stdout
+    assert all(word in run.stdout for word in container["command"] if word.startswith("--"))
 
 
 def test_an_upgrade_of_the_chart_alone_does_not_restart_redis() -> None:
@@ -800,8 +894,9 @@ def test_a_bucket_and_a_lost_volume_have_one_job_each(mould: str, words: list[st
     """A copy is made, or put back, by one command; without a bucket there are no such jobs."""
     (container,) = pod_of(rendered("production"), mould)["spec"]["containers"]
     assert container["command"] == ["freshrank", mould, *words, "--data", "$(FRESHRANK_DATASET)"]
-    without = rendered("production", 'storage.url=""')
-    assert [job["metadata"]["name"] for job in of_kind(without, "CronJob")] == ["freshrank-materialize"]
+    without = rendered("production", 'storage.url=""', 'storage.backupSchedule=""')
+    names = {job["metadata"]["name"] for job in of_kind(without, "CronJob")}
+    assert names == {"freshrank-daily", "freshrank-import", "freshrank-materialize"}
 
 
 def test_the_training_step_may_start_jobs_of_several_nodes() -> None:
@@ -826,7 +921,7 @@ def test_the_training_step_may_start_jobs_of_several_nodes() -> None:
 def test_keys_of_the_bucket_reach_who_uses_it_and_nobody_else() -> None:
     """The pipeline and the job have them, by reference; servers do not."""
     holders = [c["name"] for c in containers(rendered("production")) if any("AWS" in e["name"] for e in c["env"])]
-    assert holders == ["backup", "materialize", "restore"]
+    assert holders == ["backup", "daily", "restore"]
 
 
 def test_redis_never_forgets_a_feature_to_make_room() -> None:

@@ -18,7 +18,7 @@ from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Point
 from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 from freshrank.workspace import Workspace
-from tests.helm.charts import container_of, init_container_of, is_ready, rendered
+from tests.helm.charts import container_of, init_container_of, is_ready, rendered_at
 from tests.helm.test_monitoring import TRITONS
 from tests.serving.tiny_bundles import write_bundle
 
@@ -32,7 +32,7 @@ class Pod(TritonServer):
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.objects = rendered("default", f'home.path="{home}"')
+        self.objects = rendered_at(home)
         super().__init__(ModelRepository(Workspace(home, "my_log").triton), free_ports())
 
     def prepare(self) -> None:

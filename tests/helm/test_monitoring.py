@@ -23,9 +23,18 @@ from tests.helm.queries import (
 OURS = {f"freshrank_ranking_{name}" for name in FAMILIES}
 TRITONS = {"nv_inference_request_success", "nv_inference_queue_duration_us", "nv_inference_request_summary_us"}
 """test_chart_serves.py finds them in the answer of the real server."""
-OTHERS = {"up", "kube_deployment_status_replicas_ready", "kube_deployment_status_replicas_unavailable"}
-"""Of Prometheus itself and of kube-state-metrics."""
+OTHERS = {
+    "up",
+    "kube_cronjob_created",
+    "kube_cronjob_status_last_successful_time",
+    "kube_deployment_status_replicas_ready",
+    "kube_deployment_status_replicas_unavailable",
+    "kubelet_volume_stats_available_bytes",
+    "kubelet_volume_stats_capacity_bytes",
+}
+"""Of Prometheus itself, of kube-state-metrics and of kubelets."""
 OF_A_TARGET = {"job", "namespace", "pod"}
+OF_OBJECTS = {"cronjob", "deployment", "persistentvolumeclaim"}
 OF_TRITON = {"model", "version", "quantile"}
 
 for_each_query = pytest.mark.parametrize("asked", sorted(queries()))
@@ -62,9 +71,9 @@ def test_a_metric_that_is_asked_for_nowhere_is_no_metric_of_tritons() -> None:
 def test_labels_are_those_that_the_metrics_have(asked: str) -> None:
     """A label that does not exist matches nothing, and an alert on it never fires."""
     for selector in selectors(queries()[asked]):
-        known = documented_labels().get(selector.name, OF_TRITON | {"deployment"}) | OF_A_TARGET
+        known = documented_labels().get(selector.name, OF_TRITON | OF_OBJECTS) | OF_A_TARGET
         assert {matcher.name for matcher in selector.matchers.matchers} <= known
-    known = set().union(*documented_labels().values()) | OF_A_TARGET | OF_TRITON
+    known = set().union(*documented_labels().values()) | OF_A_TARGET | OF_TRITON | OF_OBJECTS
     assert grouped_labels(queries()[asked]) <= known
 
 
@@ -81,7 +90,9 @@ def test_an_alert_watches_its_own_release_only(alert: str) -> None:
     for selector in selectors(rule["expr"]):
         matched = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
         assert matched["namespace"] == "default"
-        assert matched.get("job", matched.get("deployment", "")).startswith("freshrank-triton")
+        (named_by,) = matched.keys() & {"job", *OF_OBJECTS}
+        expected = {"cronjob": "freshrank-backup", "persistentvolumeclaim": "freshrank-home"}
+        assert matched[named_by].startswith(expected.get(named_by, "freshrank-triton"))
 
 
 @for_each_alert
@@ -135,11 +146,45 @@ def test_without_kube_state_metrics_no_alert_asks_for_it() -> None:
     objects = rendered(SCENARIO, "monitoring.alerts.kubeStateMetrics=false")
     (rules,) = of_kind(objects, "PrometheusRule")
     asked = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
-    assert len(asked) == len(alerts()) - 1
+    assert len(asked) == len(alerts()) - 2
     assert not [expression for expression in asked if "kube_" in expression]
 
 
-@pytest.mark.parametrize("threshold", ["degradedShare", "failedShare", "coldShare", "unknownShare", "defaultsRise"])
+def test_nothing_answers_is_no_alarm_before_the_first_publication() -> None:
+    """Nor are missing replicas: both ask whether any replica has been ready before."""
+    ready = 'kube_deployment_status_replicas_ready{deployment="freshrank-triton",namespace="default"}'
+    for name in ("FreshrankNothingAnswers", "FreshrankReplicasMissing"):
+        (rule,) = [each for each in alerts() if each["alert"] == name]
+        assert rule["expr"].endswith(f"and on () max(max_over_time({ready}[30d])) > 0")
+
+
+def test_the_alert_of_volumes_watches_those_of_the_release() -> None:
+    """The workspace, and Redis' where it is inside the chart; it is left out where nobody scrapes kubelets."""
+
+    def asked(*overrides: str) -> list[str]:
+        (rules,) = of_kind(rendered(SCENARIO, *overrides), "PrometheusRule")
+        return [r["expr"] for g in rules["spec"]["groups"] for r in g["rules"] if r["alert"] == "FreshrankVolumeFull"]
+
+    (external,), (internal,) = asked(), asked('redis.mode="internal"')
+    assert 'persistentvolumeclaim=~"freshrank-home"' in external
+    assert 'persistentvolumeclaim=~"freshrank-home|data-freshrank-redis-0"' in internal
+    assert not asked("monitoring.alerts.volumeStats=false")
+    (redis,) = of_kind(rendered(SCENARIO, 'redis.mode="internal"'), "StatefulSet")
+    (claim,) = redis["spec"]["volumeClaimTemplates"]
+    assert f"{claim['metadata']['name']}-{redis['metadata']['name']}-0" == "data-freshrank-redis-0"
+
+
+def test_the_age_of_a_backup_is_watched_where_one_is_scheduled() -> None:
+    """In seconds; one that never succeeded is as old as its CronJob."""
+    (rule,) = [each for each in alerts() if each["alert"] == "FreshrankBackupMissing"]
+    assert rule["expr"].rpartition("> ")[2].strip() == str(36 * 3600)
+    without = of_kind(rendered(SCENARIO, 'storage.backupSchedule=""'), "PrometheusRule")
+    assert "FreshrankBackupMissing" not in json.dumps(without)
+
+
+@pytest.mark.parametrize(
+    "threshold", ["degradedShare", "failedShare", "coldShare", "unknownShare", "defaultsRise", "volumeFreeShare"]
+)
 def test_a_threshold_is_a_value(threshold: str) -> None:
     """What is set stands in exactly one alert."""
     (rules,) = of_kind(rendered(SCENARIO, f"monitoring.alerts.{threshold}=0.123"), "PrometheusRule")
