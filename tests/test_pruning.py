@@ -1,6 +1,7 @@
 """What `freshrank prune` removes, what it leaves, and that a run finds its way without what is gone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,11 +9,13 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from polars.testing import assert_frame_equal
 
 from freshrank import pruning, steps
 from freshrank.config import CalibrationConfig, EvaluationConfig, GateConfig, TechniquesConfig
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.frames import frame_path
+from freshrank.errors import MissingArtifact
+from freshrank.frames import TABLES, frame_path, load_frame
 from freshrank.history import require_history
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.settings import settings
@@ -27,15 +30,27 @@ FRAMES = [EARLY - timedelta(days=age) for age in (3, 2, 1)]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulate(tmp_path_factory.mktemp("pruning") / "world", WORLD).path
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world, and a workspace with the features of a run of long ago."""
+    path = tmp_path_factory.mktemp("pruning")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FRESHRANK_HOME", str(path / "home"))
+        settings.cache_clear()
+        simulate(path / "world", WORLD)
+        build(path / "world", EARLY)
+    settings.cache_clear()
+    return path
 
 
 @pytest.fixture
-def run(data: Path, home: Path) -> steps.Run:
-    """A run of long ago, its features built."""
-    steps.build_features(data, EARLY.isoformat(), WINDOWS.model_dump_json())
-    return steps.Run(data, EARLY.isoformat())
+def run(built: Path, home: Path) -> steps.Run:
+    """That run, in a workspace of its own."""
+    shutil.copytree(built / "home", home)
+    return steps.Run(built / "world", EARLY.isoformat())
+
+
+def build(data: Path, day: date) -> None:
+    steps.build_features(data, day.isoformat(), WINDOWS.model_dump_json())
 
 
 def judged(run: steps.Run, out: Path) -> dict[str, object]:
@@ -62,6 +77,7 @@ def frames(run: steps.Run) -> list[bool]:
     return [frame_path(run.dataset, run.workspace, each).exists() for each in FRAMES]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_pruned_day_builds_what_is_gone_and_gives_the_same_verdict(run: steps.Run, tmp_path: Path) -> None:
     """Frames, snapshots, finished steps and the report are gone; all of them are made again."""
     before = judged(run, tmp_path / "before")
@@ -72,9 +88,22 @@ def test_a_run_of_a_pruned_day_builds_what_is_gone_and_gives_the_same_verdict(ru
     assert removed["steps"] == 3
     assert removed["snapshots"] == 3 * 4, "user, item and the marker of three days and of the run's date"
     assert not run.directory.exists()
-    steps.build_features(run.dataset.path, EARLY.isoformat(), WINDOWS.model_dump_json())
+    build(run.dataset.path, EARLY)
     assert judged(run, tmp_path / "after") == before
     assert frames(run) == [True] * 3
+
+
+def test_a_pruned_day_is_read_again_with_the_same_numbers(run: steps.Run) -> None:
+    """Its snapshots and its frame are made anew."""
+    day = FRAMES[-1]
+    before = load_frame(run.dataset, run.workspace, [day])
+    assert {"frames", "snapshots"} <= prune(run).keys()
+    with pytest.raises(MissingArtifact, match="features build"):
+        load_frame(run.dataset, run.workspace, [day])
+    build(run.dataset.path, EARLY)
+    after = load_frame(run.dataset, run.workspace, [day])
+    for table in TABLES:
+        assert_frame_equal(getattr(after, table), getattr(before, table))
 
 
 def test_a_second_prune_finds_nothing_and_a_dry_one_removes_nothing(run: steps.Run) -> None:
@@ -94,7 +123,7 @@ def test_nothing_goes_while_a_run_may_be_at_work(run: steps.Run) -> None:
 def test_a_run_that_takes_old_snapshots_up_again_keeps_them(run: steps.Run) -> None:
     """Its features were all there, so it wrote none: it says from which day on it reads them."""
     _age(run.workspace.home)
-    steps.build_features(run.dataset.path, EARLY.isoformat(), WINDOWS.model_dump_json())
+    build(run.dataset.path, EARLY)
     assert prune(run, days_later=0) == {}
     require_history(run.dataset, run.workspace, [*FRAMES, EARLY])
 
@@ -118,7 +147,7 @@ def test_what_somebody_reads_stays(run: steps.Run) -> None:
 
 def test_the_days_that_the_next_run_reads_stay(run: steps.Run) -> None:
     """Though they were built long ago and no day is to be kept."""
-    steps.build_features(run.dataset.path, NEXT.isoformat(), WINDOWS.model_dump_json())
+    build(run.dataset.path, NEXT)
     prune(run, days_later=100)
     wanted = [NEXT - timedelta(days=age) for age in range(4)]
     require_history(run.dataset, run.workspace, wanted)
