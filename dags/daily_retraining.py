@@ -92,8 +92,9 @@ def confirm_served(data: str, run_date: str) -> int:
     from freshrank.pruning import prune_after_a_day
 
     with final_errors():
-        prune_after_a_day(data_directory(data))
-        version = checks.confirm_served(data_directory(data), run_date)
+        path = data_directory(data)
+        prune_after_a_day(path)
+        version = checks.confirm_served(path, run_date)
     if version is None:
         raise AirflowSkipException("no model was deployed; the champion still serves")
     return version
