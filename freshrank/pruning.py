@@ -10,6 +10,7 @@ there: a process killed half-way leaves each whole or gone, and the next call re
 """
 
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -74,7 +75,7 @@ def prune(
     Waits while somebody publishes, rolls back or starts a server. ``dry_run`` removes nothing.
 
     Raises:
-        ServingError: the experiment that runs cannot be read, so what it needs is not known.
+        ServingError: an installed version cannot be read, so the run it is of is not known.
     """
     with ModelRepository(workspace.triton).lock() as repository, workspace.unused() as unused:
         if not unused:
@@ -152,7 +153,7 @@ class Plan:
         return self._age(path) < SPARED
 
     def _age(self, path: Path) -> timedelta:
-        return self.now - datetime.fromtimestamp(max(map(_changed, [path, *path.rglob("*")])), UTC)
+        return self.now - datetime.fromtimestamp(max(map(_changed, _inside(path))), UTC)
 
     def _is_kept(self, day: date) -> bool:
         return day > self.next_run - self.keep
@@ -239,6 +240,13 @@ def _hidden(folder: Path) -> list[Path]:
     return [path for pattern in (".*.tmp", ".upload-*") for path in folder.glob(pattern)]
 
 
+def _inside(path: Path) -> Iterator[Path]:
+    """``path`` and all in it; what its owner removes meanwhile is no error."""
+    yield path
+    for folder, folders, files in os.walk(path):
+        yield from (Path(folder, name) for name in (*folders, *files))
+
+
 def _changed(path: Path) -> float:
     with suppress(FileNotFoundError):
         return path.stat().st_mtime
@@ -247,7 +255,7 @@ def _changed(path: Path) -> float:
 
 def _bytes(path: Path) -> int:
     sizes = 0
-    for file in (path, *path.rglob("*")):
+    for file in _inside(path):
         with suppress(FileNotFoundError):
             sizes += file.stat().st_size if file.is_file() else 0
     return sizes

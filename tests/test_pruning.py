@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
 from freshrank import pruning, steps
+from freshrank.cli import app
 from freshrank.config import CalibrationConfig, EvaluationConfig, GateConfig, TechniquesConfig
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import MissingArtifact
@@ -258,17 +260,37 @@ def test_a_day_does_not_fail_where_it_cannot_prune(
 
 
 def test_the_command_says_how_much_of_what(run: steps.Run) -> None:
-    """By kind and in all."""
+    """By kind and in all; dry, the same is said and nothing done."""
     _age(run.workspace.home)
-    command = [sys.executable, "-m", "freshrank", "prune", "--data", run.dataset.path, "--keep-days", "0"]
-    environment = os.environ | {"FRESHRANK_HOME": str(run.workspace.home)}
-    shown = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True, check=True).stdout
+    command = ["prune", "--data", str(run.dataset.path), "--keep-days", "0"]
+    shown = CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).stdout
     assert shown.startswith("would be removed:\n")
     assert ["snapshots", "12"] in [line.split()[:2] for line in shown.splitlines()]
     assert run.directory.exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    done = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert done == shown.replace("would be removed:", "removed:")
     assert not run.directory.exists()
+
+
+def test_a_kill_leaves_every_frame_whole_or_gone(run: steps.Run) -> None:
+    """kill -9 of the process in the middle of it; the next call removes the rest."""
+    root = run.workspace.frames
+    for number in range(2000):
+        folder = root / f"{EARLY - timedelta(days=number % 3)}-{number:016x}"
+        folder.mkdir(parents=True)
+        for table in TABLES:
+            (folder / f"{table}.parquet").touch()
+    _age(run.workspace.home)
+    command = [sys.executable, "-m", "freshrank", "prune", "--data", run.dataset.path, "--keep-days", "0"]
+    with subprocess.Popen(command, env=os.environ | {"FRESHRANK_HOME": str(run.workspace.home)}) as process:
+        while not any((root / pruning.TRASH).glob("*")):
+            assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+    left = [folder for folder in root.iterdir() if folder.name != pruning.TRASH]
+    assert 0 < len(left) < 2000
+    assert {len(list(folder.iterdir())) for folder in left} == {len(TABLES)}
+    assert prune(run)["frames"] == len(left)
+    assert list(root.iterdir()) == []
 
 
 def _age(root: Path, days: int = 2) -> None:
