@@ -89,9 +89,12 @@ def materialize(data: str, run_date: str) -> None:
 @task(outlets=[RANKER])
 def confirm_served(data: str, run_date: str) -> int:
     from freshrank.orchestration import checks
+    from freshrank.pruning import prune_after_a_day
 
     with final_errors():
-        version = checks.confirm_served(data_directory(data), run_date)
+        path = data_directory(data)
+        prune_after_a_day(path)
+        version = checks.confirm_served(path, run_date)
     if version is None:
         raise AirflowSkipException("no model was deployed; the champion still serves")
     return version

@@ -373,6 +373,31 @@ def restore(
 
 
 @app.command()
+def prune(
+    data: Data,
+    keep_days: Annotated[int | None, typer.Option(min=0, help="Days before the log's next run of which runs, reports "
+                                                  "and what they read stay. Default: FRESHRANK_KEEP_DAYS, else 30.")
+                         ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+) -> None:  # fmt: skip
+    """Remove from the workspace what no later run, no roll-back and no report of the last days needs.
+
+    What was written within a day stays. Models, datasets and the online store are never touched.
+    """
+    from freshrank import pruning
+    from freshrank.datasets.contract import Dataset
+    from freshrank.settings import settings
+    from freshrank.workspace import Workspace
+
+    dataset = Dataset.open(data)
+    keep = (settings().keep_days or pruning.KEEP_DAYS) if keep_days is None else keep_days
+    found = pruning.prune(dataset, Workspace.of(dataset.schema.name), keep, dry_run)
+    say("would be removed:" if dry_run else "removed:")
+    for each in [*found, pruning.total(found)]:
+        say(f"  {each}")
+
+
+@app.command()
 def submit(
     data: Annotated[
         Path | None,

@@ -13,6 +13,7 @@ from freshrank.clock import midnight, parse_day
 from freshrank.config import RunConfig
 from freshrank.datasets.contract import MANIFEST, Dataset
 from freshrank.errors import ConfigError, ServingError
+from freshrank.pruning import prune_after_a_day
 from freshrank.recipes import DEFAULT_RECIPE
 from freshrank.schema import ITEM_ID, USER_ID
 from freshrank.settings import settings
@@ -70,6 +71,7 @@ def run(data: Path, run_date: date, config: RunConfig, console: Console | None =
     progress("materialize")
     steps.materialize(data, day)
     run_pipeline(data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)
+    prune_after_a_day(data)
 
 
 def demo(data: Path | None, day: str | None, protocol: "Protocol", console: Console) -> "RunSummary":

@@ -316,7 +316,8 @@ class FeatureStore:
         if frame.is_empty():
             return pl.DataFrame(schema=columns)
         keys = frame.select(KEYS[entity], EVENT_TIMESTAMP).with_row_index(_ROW).to_pandas()
-        with self._session() as store:
+        # Feast reads the snapshots of all days as one table.
+        with self.workspace.in_use(), self._session() as store:
             # Without it Feast reads a row from its event time on, however late it was written.
             job = store.get_historical_features(
                 entity_df=keys, features=self._references(entity), filter_by_created_timestamp=True

@@ -116,6 +116,8 @@ class Settings(BaseSettings):
     Endpoint and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from the role
     of the pod. Empty: nothing leaves the workspace.
     """
+    keep_days: Annotated[int, Field(ge=0)] = 0
+    """A daily run ends with `freshrank prune` of what is older than so many days and not needed; 0 = never."""
     dataset: Path | None = None
     """Data directory used by the DAG (which takes an ``s3://`` one too) and by feature_repo/ when none is named."""
 

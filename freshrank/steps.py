@@ -7,6 +7,7 @@ sections it takes and the code it runs, so a step that was killed is done again 
 import inspect
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, timedelta
@@ -84,6 +85,8 @@ class Run:
         """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
         key = fingerprint(inputs)
         kept = self.kept(name, inputs)
+        with self.workspace.in_use():
+            self._say_used(kept)
         if self.done(name, inputs):
             log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
         else:
@@ -94,6 +97,13 @@ class Run:
         with atomic_directory(Path(out)) as directory:
             shutil.copytree(kept, directory, dirs_exist_ok=True)
         return Path(out)
+
+    def _say_used(self, kept: Path) -> None:
+        """To `freshrank prune`: of ``kept``, where it is there, and of what this run reads."""
+        if kept.is_dir():
+            os.utime(kept)
+        if first := self.workspace.reads_from(self.date):
+            self.workspace.note_reads(self.date, first)
 
 
 def _code(*modules: ModuleType) -> str:
@@ -125,8 +135,10 @@ def build_features(data: FreshrankPath, run_date: str, windows: str | None = Non
     split = _split(run, windows or WindowConfig().model_dump_json())
     window = days(split.train[0], split.evaluation[-1])
     needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
-    build_history(run.dataset, run.workspace, [*needed, run.date])
-    build_hourly(run.dataset, run.workspace, needed)
+    with run.workspace.in_use():
+        run.workspace.note_reads(run.date, needed[0])
+        build_history(run.dataset, run.workspace, [*needed, run.date])
+        build_hourly(run.dataset, run.workspace, needed)
 
 
 def materialize(data: FreshrankPath, run_date: str) -> datetime | None:

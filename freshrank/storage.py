@@ -1,6 +1,7 @@
 """Writes that either happened whole or not at all, and fingerprints of what was read."""
 
 import ctypes
+import fcntl
 import glob
 import hashlib
 import json
@@ -91,6 +92,23 @@ def _exchanged(one: Path, other: Path) -> bool:
     """Swap two names in one step (Linux), so that no moment lacks either; False where the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file ``path``, alone or with others who share it; a killed holder frees it.
+
+    Whether it is held: without ``wait`` a lock that others hold is not waited for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, kind)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_text(path: Path, text: str) -> None:

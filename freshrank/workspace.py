@@ -1,5 +1,7 @@
 """Where each artifact of a run lives under the workspace; the only place these paths are spelled."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from freshrank.errors import ConfigError
 from freshrank.settings import settings
-from freshrank.storage import read_json, write_json
+from freshrank.storage import locked, read_json, write_json
 
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
@@ -86,6 +88,37 @@ class Workspace:
     def run(self, run_date: date) -> Path:
         """What a person looks at after a run: verdict, report, logs."""
         return self.home / "runs" / self.dataset / run_date.isoformat()
+
+    @property
+    def pipelines(self) -> Path:
+        """Pipelines compiled for a cluster, of all datasets, by their fingerprint; artifacts of local pipeline runs."""
+        return self.home / "kfp"
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """`freshrank prune` takes nothing meanwhile that was there at the beginning; where it is at it, it is waited
+        for."""
+        with locked(self._lock, shared=True):
+            yield
+
+    @contextmanager
+    def unused(self) -> Iterator[bool]:
+        """Whether nobody is :meth:`in_use`; who comes waits until the end of the block."""
+        with locked(self._lock, wait=False) as free:
+            yield free
+
+    @property
+    def _lock(self) -> Path:
+        return self.home / "locks" / self.dataset
+
+    def reads_from(self, run_date: date) -> date | None:
+        """The first day whose features the run of ``run_date`` reads, where it has noted it."""
+        path = self.run(run_date) / "reads.json"
+        return date.fromisoformat(read_json(path)) if path.exists() else None
+
+    def note_reads(self, run_date: date, first: date) -> None:
+        """Note that the run of ``run_date`` is at work and reads features of ``first`` and later."""
+        write_json(self.run(run_date) / "reads.json", min(first, self.reads_from(run_date) or first))
 
     @property
     def requests(self) -> Path:

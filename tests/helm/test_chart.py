@@ -245,6 +245,7 @@ def test_every_setting_can_be_set_by_values() -> None:
         ("triton.replicaSeconds=60", "FRESHRANK_TRITON_REPLICA_SECONDS", "60"),
         ('storage.url="s3://bucket/prefix"', "FRESHRANK_STORAGE_URL", "s3://bucket/prefix"),
         ('storage.endpoint="https://objects.example.com"', "AWS_ENDPOINT_URL", "https://objects.example.com"),
+        ("home.keepDays=45", "FRESHRANK_KEEP_DAYS", "45"),
         ("features.memoryGiB=1.5", "FRESHRANK_FEATURES_MEMORY_GIB", "1.5"),
         ("kubeflow.retries=0", "FRESHRANK_CLUSTER_RETRIES", "0"),
         ('kubeflow.steps.resources.limits.memory="32Gi"', "FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT", "32Gi"),
