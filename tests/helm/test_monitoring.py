@@ -44,9 +44,11 @@ for_each_alert = pytest.mark.parametrize("alert", [rule["alert"] for rule in ale
 def documented_labels() -> dict[str, set[str]]:
     """Metric -> labels, from the table of docs/serving.md."""
     text = (CHART.parent / "docs/serving.md").read_text().partition("\n## Metrics")[2]
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]*) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|([^|]*)\|", text, re.MULTILINE)
     return {
-        f"freshrank_ranking_{name}": {label.split()[0] for label in re.sub(r"\([^)]*\)", "", labels).split(",")}
+        f"freshrank_ranking_{name}": {
+            label.split()[0] for label in re.sub(r"\([^)]*\)", "", labels).split(",") if label.strip()
+        }
         for names, labels in rows
         for name in re.findall(r"`(\w+)`", names)
     }
