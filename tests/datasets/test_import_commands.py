@@ -10,11 +10,11 @@ import pytest
 from tiny_logs import SCHEMA, Tables, shop
 
 from freshrank.cli import main
-from freshrank.errors import DataError
+from freshrank.errors import DataError, MissingArtifact
 from freshrank.feature_store import FeatureStore
 from freshrank.history import build_history
 from freshrank.schema import dump_schema
-from freshrank.steps import Run, materialize
+from freshrank.steps import Run, materialize, require_kept
 from freshrank.storage import write_json
 from freshrank.validation import validate_day
 
@@ -229,11 +229,10 @@ def test_validation_prints_its_warnings_and_what_it_did_not_ask(
     assert "run `freshrank features build` first" in said
 
 
-def test_a_day_that_was_judged_and_not_deployed_is_published_step_by_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_day_that_was_judged_and_not_deployed_is_published_step_by_step(tmp_path: Path) -> None:
     """The pipeline leaves no bundle of it, but a report in the run's folder: 'evaluate first' would be no help."""
     shop().write(tmp_path / "data")
+    require_kept(tmp_path / "data", "2024-03-03")
     write_json(Run(tmp_path / "data", "2024-03-03").directory / "run.json", {})
-    assert freshrank(monkeypatch, "publish", "--data", tmp_path / "data", "--date", "2024-03-03", "--force") == 6
-    assert "left its report and no bundle" in capsys.readouterr().err
+    with pytest.raises(MissingArtifact, match="left its report and no bundle"):
+        require_kept(tmp_path / "data", "2024-03-03")
