@@ -25,7 +25,7 @@ from freshrank.errors import ConfigError, MissingArtifact, ServingError
 from freshrank.history import CREATED, require_history
 from freshrank.hourly import delay, hour_counters, hourly_folder, life, require_log
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, SNAPSHOT, Entity, Feature, Kind, Origin, Schema
-from freshrank.settings import settings
+from freshrank.settings import redis_host, settings
 from freshrank.storage import atomic_write, read_json, write_json, write_text
 from freshrank.workspace import Workspace
 
@@ -398,10 +398,10 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RedisError as problem:
-        host = settings().redis_url.get_secret_value().split(",")[0]
         raise ServingError(
-            f"online store: Redis at {host} failed with '{problem}'; expected one that takes features; see that it "
-            "runs, has memory left, and that host and password in FRESHRANK_REDIS_URL are right, then repeat the step"
+            f"online store: Redis at {redis_host(settings().redis_url)} failed with '{problem}'; expected one that "
+            "takes features; see that it runs, has memory left, and that host and password in FRESHRANK_REDIS_URL are "
+            "right, then repeat the step"
         ) from problem
 
 

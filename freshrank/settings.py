@@ -42,8 +42,7 @@ def store_url(url: str) -> str:
 
 def redis_address(url: SecretStr) -> SecretStr:
     """``url`` as Feast reads it; ValueError, which repeats none of it but an option's name, where it could not."""
-    parts = url.get_secret_value().split(",")
-    nodes, options = [part for part in parts if "=" not in part], [part for part in parts if "=" in part]
+    nodes, options = _redis_parts(url)
     if len(nodes) != 1 or not re.fullmatch(r"[^\s:/@]+:\d{1,5}", nodes[0]):
         raise ValueError("expected host:port and options with commas between, such as cache:6379,db=0,ssl=true,"
                          "password=…; neither redis://… nor a comma in a password")  # fmt: skip
@@ -51,6 +50,17 @@ def redis_address(url: SecretStr) -> SecretStr:
         if name not in _REDIS_OPTIONS and not name.startswith("ssl_"):
             raise ValueError(f"expected options among {sorted(_REDIS_OPTIONS)} and ssl_*, there is one named {name!r}")
     return url
+
+
+def redis_host(url: SecretStr) -> str:
+    """``host:port`` of ``url``, which is no secret, wherever it stands among the options."""
+    return _redis_parts(url)[0][0]
+
+
+def _redis_parts(url: SecretStr) -> tuple[list[str], list[str]]:
+    """Nodes and options."""
+    parts = url.get_secret_value().split(",")
+    return [part for part in parts if "=" not in part], [part for part in parts if "=" in part]
 
 
 def store_endpoint() -> str | None:

@@ -1,12 +1,13 @@
 """Settings come from the environment; what cannot be is said in one line, secrets are not."""
 
 import pytest
+from pydantic import SecretStr
 from pydantic_settings import BaseSettings
 
 from freshrank.errors import ConfigError
 from freshrank.orchestration.cluster import ClusterSettings
 from freshrank.orchestration.pipelines_api import ApiSettings
-from freshrank.settings import Settings, as_env_file, from_environment, settings, unknown_variables
+from freshrank.settings import Settings, as_env_file, from_environment, redis_host, settings, unknown_variables
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,11 @@ def test_an_address_of_redis_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, 
     """A password may hold an equals sign."""
     monkeypatch.setenv("FRESHRANK_REDIS_URL", url)
     assert Settings().redis_url.get_secret_value() == url
+
+
+def test_the_host_is_told_without_the_password_wherever_it_stands() -> None:
+    """Feast takes the options in any order."""
+    assert redis_host(SecretStr("password=hunter2,cache:6379,db=0")) == "cache:6379"
 
 
 def test_a_mapping_that_is_no_json_is_named_with_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
