@@ -17,7 +17,7 @@ from freshrank.bench.commands import bench
 from freshrank.errors import ConfigError, FreshrankError
 from freshrank.options import Data, Day, Overrides, Protocol, Recipe, local_data, run_date_of
 from freshrank.recipes import DEFAULT_RECIPE, recipe
-from freshrank.terminal import err, out, say
+from freshrank.terminal import err, note, out, say, warn
 
 if TYPE_CHECKING:
     from freshrank.datasets.contract import Dataset
@@ -113,8 +113,8 @@ def _report_import(dataset: "Dataset", before: "Dataset | None" = None) -> None:
     more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
     span = "1 day" if len(dataset.days) == 1 else f"{len(dataset.days)} days"
     say(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
-              f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
-              + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
+        f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
+        + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
     if before:
         then, now = before.manifest["days"], dataset.manifest["days"]
         added, replaced = now.keys() - then.keys(), [day for day in now if day in then and now[day] != then[day]]
@@ -147,7 +147,7 @@ def features_get(
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
     from freshrank.clock import parse_instant
-    from freshrank.datasets.mappings import MAPPINGS, Texts
+    from freshrank.datasets.mappings import MAPPINGS
     from freshrank.feature_store import FeatureStore
     from freshrank.schema import ITEM_ID, USER_ID
     from freshrank.serving.client import Codes
@@ -159,8 +159,8 @@ def features_get(
         raise ConfigError(f"--at: received {at!r} without --item, expected both: only hourly counters of items "
                           "depend on the time; leave --at out, or name an item")  # fmt: skip
     run = Run(data, run_date_of(data, None))
-    mappings = run.dataset.path / MAPPINGS
-    store, codes, texts = FeatureStore(run.dataset, run.workspace), Codes(mappings), Texts(run.dataset.schema, mappings)
+    store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
+    texts = run.dataset.texts()
     if user is not None:
         _print_rows(store.online_users([codes.id(USER_ID, user)]).to_dicts(), USER_ID, [user], texts)
     if item:
@@ -360,10 +360,10 @@ def restore(
 
     keeper = backup.store()
     dataset = backup.restore_dataset(data, keeper, name)
-    err.print(f"dataset {data}: {dataset.days[0]} .. {dataset.days[-1]}", highlight=False, soft_wrap=True)
+    note(f"dataset {data}: {dataset.days[0]} .. {dataset.days[-1]}")
     pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
     if pointer:
-        err.print(f"models: version {pointer.version} of run {pointer.run_date}", highlight=False, soft_wrap=True)
+        note(f"models: version {pointer.version} of run {pointer.run_date}")
     run_date = run_date_of(data, None)
     steps.build_features(data, run_date)
     steps.materialize(data, run_date)
@@ -431,7 +431,7 @@ def submit(
     run_date = date.fromisoformat(run_date_of(data, day))
     submission = cluster.prepare(data, run_date, recipe(recipe_name, overrides))
     for doubt in cluster.doubts(submission):
-        err.print(f"[yellow]warning[/] {escape(doubt)}", highlight=False, soft_wrap=True)
+        warn(doubt)
     submission = submission if dry_run else cluster.start(submission)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")
@@ -447,9 +447,9 @@ def _wait_for(run_id: str) -> None:
         with err.status(f"run {run_id}") as line:
             cluster.wait(run_id, poll_seconds=10, progress=lambda now: line.update(f"run {run_id}: {escape(now)}"))
     except KeyboardInterrupt:
-        err.print(f"run {run_id} goes on; to cancel it: freshrank submit --cancel {run_id}", highlight=False)
+        note(f"run {run_id} goes on; to cancel it: freshrank submit --cancel {run_id}")
         sys.exit(130)
-    err.print(f"run {run_id}: succeeded", highlight=False)
+    note(f"run {run_id}: succeeded")
 
 
 @app.command()
@@ -545,7 +545,7 @@ def show_settings(
         for line in as_env_file(kind):
             say(line, highlight=False)
     for problem in unknown_variables(*ALL_SETTINGS):
-        err.print(f"[yellow]warning[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        warn(problem)
 
 
 @app.command()

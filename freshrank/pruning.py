@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from freshrank.config import WindowConfig
+from freshrank.config import ValidationConfig, WindowConfig
 from freshrank.datasets.contract import Dataset
 from freshrank.errors import FreshrankError
 from freshrank.frames import frame_path
@@ -33,7 +33,7 @@ KEEP_DAYS = 30
 """Of `freshrank prune` where neither it nor FRESHRANK_KEEP_DAYS says another number."""
 SPARED = timedelta(days=1)
 """Longer than any step goes without writing."""
-REFERENCE_DAYS = 7
+REFERENCE_DAYS = ValidationConfig().trailing_days
 """Days before a run whose snapshots its validation reads, however short its windows."""
 TRASH = ".pruned"
 _ONE = timedelta(days=1)

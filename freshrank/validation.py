@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from freshrank.clock import days, midnight
 from freshrank.config import Severity, ValidationConfig
 from freshrank.datasets.contract import Dataset
-from freshrank.datasets.mappings import MAPPINGS, Texts
+from freshrank.datasets.mappings import Texts
 from freshrank.datasets.tables import IMPRESSION_KEY
 from freshrank.errors import ValidationFailed
 from freshrank.expectations import (
@@ -172,7 +172,7 @@ def inspect_day(
     trailing = _trailing(dataset, day, config)
     asked = sheets(dataset, day, log, judged_log(dataset, trailing, config) if trailing else None, item_history, config)
     suites = run_suites(asked)
-    texts = Texts(dataset.schema, dataset.path / MAPPINGS)
+    texts = dataset.texts()
     found = {
         "trailing": tuple(trailing),
         "rows": len(log),

@@ -100,7 +100,7 @@ def bench_epoch(
     target = _evidence(target, "epoch")
     found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
     say(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
-              f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
+        f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
 
 
 @bench.command("train")
@@ -131,10 +131,10 @@ def bench_train(
     found = train(data, parse_day(run_date_of(data, day)), plan, target, out)
     for name, system in found.systems.items():
         say(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
-                  f"{system.peak_mib:,.0f} MiB")  # fmt: skip
+            f"{system.peak_mib:,.0f} MiB")  # fmt: skip
     for ratio in found.ratios:
         say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
-                  f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
+            f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
     _say_where(target)
 
 

@@ -23,7 +23,7 @@ import polars as pl
 
 from freshrank.clock import day_of, days, midnight
 from freshrank.datasets.kept import check_kept, note_numbers, refuse_another_log, refuse_shrunken_days, take_over
-from freshrank.datasets.mappings import MAPPINGS, Mappings, mapping_of
+from freshrank.datasets.mappings import MAPPINGS, Mappings, Texts, mapping_of
 from freshrank.datasets.tables import (
     IMPRESSION_KEY,
     Findings,
@@ -115,6 +115,10 @@ class Dataset:
         present = items.collect_schema()
         judged = pl.coalesce([name for name in (JUDGED_CREATED_AT, CREATED_AT) if name in present])
         return items.select(ITEM_ID, CREATED_AT, judged.alias(JUDGED_CREATED_AT)).collect()
+
+    def texts(self) -> Texts:
+        """What the codes of ids and categories stand for."""
+        return Texts(self.schema, self.path / MAPPINGS)
 
     def mapping_digest(self, column: str, rows: int) -> str:
         """Fingerprint of the first ``rows`` strings of a mapping: an import that only appended keeps it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from freshrank.datasets.mappings import MAPPINGS, mapping_of
+from freshrank.datasets.mappings import mapping_of
 from freshrank.datasets.tables import Findings
 from freshrank.errors import DataError
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, ITEM_ID, USER_ID, Kind, Role, Schema
@@ -81,7 +81,7 @@ def check_kept(
     if changed.is_empty() or not kept:
         return
     shown = pl.scan_parquet(list(kept)).select(ITEM_ID, EVENT_TIMESTAMP).join(changed.lazy(), on=ITEM_ID).collect()
-    shown = shown.with_columns(_as_in_the_log(shown[ITEM_ID], earlier))
+    shown = shown.with_columns(earlier.texts().column(shown[ITEM_ID]))
     _refuse_vanished(shown.filter(pl.col(CREATED_AT).is_null()), allow_unknown_items, findings)
     early = shown.filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
     findings.refuse_rows(
@@ -89,14 +89,6 @@ def check_kept(
         "correct created_at, or import the whole log without --add",
         early.select(pl.struct(ITEM_ID, EVENT_TIMESTAMP, CREATED_AT)).to_series(),
     )  # fmt: skip
-
-
-def _as_in_the_log(codes: pl.Series, earlier: "Dataset") -> pl.Series:
-    path = earlier.path / MAPPINGS / f"{codes.name}.parquet"
-    if not path.exists():
-        return codes
-    known = pl.read_parquet(path)
-    return codes.replace_strict(known["code"], known["value"], default=None)
 
 
 def _warn_of_lost_users(earlier: "Dataset", users: pl.DataFrame) -> None:

@@ -74,10 +74,21 @@ class Texts:
             return [self._text(column, each) for each in value]
         return self._text(column, value)
 
-    def _text(self, column: str, code: Any) -> Any:
+    def column(self, codes: pl.Series) -> pl.Series:
+        """A whole column, whose name says what it holds; null where a code stands for nothing."""
+        name = mapping_of(codes.name)
+        if name not in self._files:
+            return codes
+        known = self._known(name)
+        return codes.replace_strict(pl.int_range(len(known), eager=True), known, default=None)
+
+    def _known(self, column: str) -> pl.Series:
         if column not in self._loaded:
             self._loaded[column] = pl.read_parquet(self._files[column]).sort("code")["value"]
-        known = self._loaded[column]
+        return self._loaded[column]
+
+    def _text(self, column: str, code: Any) -> Any:
+        known = self._known(column)
         try:
             place = -1 if isinstance(code, bool) else int(code)
         except (TypeError, ValueError):
