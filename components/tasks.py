@@ -20,7 +20,7 @@ component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
 def validate_data(
     data: str, run_date: str, data_version: str, validation: str, findings: Output[Artifact], report: Output[HTML]
 ) -> None:
-    from freshrank.orchestration.artifacts import validate
+    from freshrank.orchestration.kubeflow.artifacts import validate
 
     validate(data, run_date, validation, findings.path, report.path)
 
@@ -37,8 +37,8 @@ def train(
     ranker: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from freshrank.orchestration.artifacts import log_metrics
-    from freshrank.orchestration.trainjob import train
+    from freshrank.orchestration.kubeflow.artifacts import log_metrics
+    from freshrank.orchestration.kubeflow.trainjob import train
 
     log_metrics(metrics, train(data, run_date, windows, model, techniques, training, ranker.path))
 
@@ -53,8 +53,8 @@ def calibrate(
     bundle: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from freshrank import steps
-    from freshrank.orchestration.artifacts import log_metrics
+    from freshrank.orchestration.kubeflow.artifacts import log_metrics
+    from freshrank.pipeline import steps
 
     log_metrics(metrics, steps.calibrate(data, run_date, windows, calibration, ranker.path, bundle.path))
 
@@ -71,7 +71,7 @@ def evaluate(
     metrics: Output[Metrics],
     report: Output[HTML],
 ) -> str:
-    from freshrank.orchestration.artifacts import judge
+    from freshrank.orchestration.kubeflow.artifacts import judge
 
     return judge(data, run_date, windows, evaluation, gate, bundle.path, evidence.path, metrics, report.path)
 
@@ -80,13 +80,13 @@ def evaluate(
 def deploy(
     data: str, run_date: str, bundle: Input[Model], evidence: Input[Artifact], published: Output[Artifact]
 ) -> int:
-    from freshrank import steps
+    from freshrank.pipeline import deploy as deploy_module
 
-    return int(steps.deploy(data, run_date, bundle.path, evidence.path, published.path)["version"])
+    return int(deploy_module.deploy(data, run_date, bundle.path, evidence.path, published.path)["version"])
 
 
 @component
 def stop(data: str, run_date: str, evidence: Input[Artifact], reasons: Output[Artifact]) -> None:
-    from freshrank import steps
+    from freshrank.pipeline import deploy as deploy_module
 
-    steps.stop(data, run_date, evidence.path, reasons.path)
+    deploy_module.stop(data, run_date, evidence.path, reasons.path)

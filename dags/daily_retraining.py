@@ -28,7 +28,7 @@ from typing import Any
 from airflow.sdk import Asset, Param, PokeReturnValue, chain, dag, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from freshrank.orchestration.operator import KubeflowPipelineOperator, data_directory, final_errors, run_config
+from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator, data_directory, final_errors, run_config
 
 RANKER = Asset("ranker")
 
@@ -47,7 +47,7 @@ PARAMS = {
 
 @task.sensor(poke_interval=300, timeout=timedelta(hours=6).total_seconds(), mode="reschedule")
 def wait_for_partition(data: str, run_date: str, params: dict[str, Any] | None = None) -> PokeReturnValue:
-    from freshrank.orchestration.checks import missing_partition
+    from freshrank.orchestration.airflow.checks import missing_partition
 
     with final_errors():
         missing = missing_partition(data_directory(data), run_date)
@@ -59,7 +59,7 @@ def wait_for_partition(data: str, run_date: str, params: dict[str, Any] | None =
 
 @task
 def historical_features(data: str, run_date: str, params: dict[str, Any] | None = None) -> None:
-    from freshrank import steps
+    from freshrank.pipeline import steps
 
     assert params is not None
     with final_errors():
@@ -69,18 +69,19 @@ def historical_features(data: str, run_date: str, params: dict[str, Any] | None 
 
 @task
 def validate(data: str, run_date: str, params: dict[str, Any] | None = None) -> None:
-    from freshrank import steps
+    from freshrank.pipeline import steps
+    from freshrank.pipeline.run import Run
 
     assert params is not None
     with final_errors():
         path, config = data_directory(data), run_config(params["recipe"], params["overrides"])
-        folder = steps.Run(path, run_date).directory / "validation"
+        folder = Run(path, run_date).directory / "validation"
         steps.validate(path, run_date, config.validation.model_dump_json(), folder)
 
 
 @task
 def materialize(data: str, run_date: str) -> None:
-    from freshrank import steps
+    from freshrank.pipeline import steps
 
     with final_errors():
         steps.materialize(data_directory(data), run_date)
@@ -88,8 +89,8 @@ def materialize(data: str, run_date: str) -> None:
 
 @task(outlets=[RANKER])
 def confirm_served(data: str, run_date: str) -> int:
-    from freshrank.orchestration import checks
-    from freshrank.pruning import prune_after_a_day
+    from freshrank.orchestration.airflow import checks
+    from freshrank.pipeline.prune import prune_after_a_day
 
     with final_errors():
         path = data_directory(data)

@@ -24,7 +24,7 @@ from typing import Any
 
 from airflow.sdk import Param, PokeReturnValue, chain, dag, task
 
-from freshrank.orchestration.operator import data_directory, final_errors
+from freshrank.orchestration.airflow.operator import data_directory, final_errors
 
 HOUR = "{{ params.hour or (logical_date or dag_run.run_after).strftime('%Y-%m-%dT%H:00:00+00:00') }}"
 LOG: dict[str, Any] = {"data": "{{ params.data or '' }}", "hour": HOUR}
@@ -39,7 +39,7 @@ PARAMS = {
 
 @task.sensor(poke_interval=60, timeout=timedelta(minutes=50).total_seconds(), mode="reschedule", retries=0)
 def wait_for_log(data: str, hour: str) -> PokeReturnValue:
-    from freshrank.orchestration.checks import missing_hour
+    from freshrank.orchestration.airflow.checks import missing_hour
 
     with final_errors():
         missing = missing_hour(data_directory(data), hour)
@@ -49,8 +49,8 @@ def wait_for_log(data: str, hour: str) -> PokeReturnValue:
 
 @task
 def push_counters(data: str, hour: str) -> int:
-    from freshrank import steps
-    from freshrank.clock import parse_instant
+    from freshrank.dates import parse_instant
+    from freshrank.pipeline import steps
 
     with final_errors():
         return steps.push_hourly(data_directory(data), parse_instant(hour))

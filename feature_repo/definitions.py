@@ -1,10 +1,10 @@
 """Feast's view of the dataset that ``FRESHRANK_DATASET`` names, generated from its ``schema.yaml``."""
 
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.errors import ConfigError
-from freshrank.feature_store import definitions
+from freshrank.features.store import definitions
 from freshrank.settings import settings
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 
 path = settings().dataset
 if path is None:

@@ -1,5 +1,5 @@
 """`python -m freshrank`."""
 
-from freshrank.cli import main
+from freshrank.cli.main import main
 
 main()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from freshrank.clock import days
+from freshrank.dates import days
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -322,3 +322,16 @@ class RunConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+
+
+def age_names(edges: tuple[float, ...]) -> list[str]:
+    """``0-1``, ``1-7``, ``7+`` for the ends (1, 7)."""
+    inner = [f"{low:g}-{high:g}" for low, high in zip((0.0, *edges), edges, strict=False)]
+    return [*inner, f"{edges[-1]:g}+" if edges else "0+"]
+
+
+def exposure_names(edges: tuple[int, ...]) -> list[str]:
+    """``0``, ``1-10``, ``11+`` for the upper ends (0, 10)."""
+    lows = [0, *(edge + 1 for edge in edges)]
+    inner = [f"{low}" if low == high else f"{low}-{high}" for low, high in zip(lows, edges, strict=False)]
+    return [*inner, f"{lows[-1]}+"]

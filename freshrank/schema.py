@@ -74,7 +74,7 @@ class Origin(StrEnum):
     SNAPSHOT = "snapshot"
     """The daily snapshots, built from the log."""
     HOURLY = "hourly"
-    """The hourly counters of fresh items, built from the log (``freshrank/hourly.py``)."""
+    """The hourly counters of fresh items, built from the log (``freshrank/features/hourly.py``)."""
 
 
 class Entity(StrEnum):

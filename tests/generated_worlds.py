@@ -8,7 +8,8 @@ from typing import Any
 import polars as pl
 from hypothesis import strategies as st
 
-from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
 from freshrank.schema import QUERY_ITEM_ID, Kind, Role, Schema
 
 DAYS = 3

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.storage import read_json, sha256_of
+from freshrank.storage.files import read_json, sha256_of
 
 WORLD = WorldConfig(users=400, days=7, items_at_start=250, new_items_per_day=25, impressions_per_day=4000)
 DAY_1, DAY_2 = date(2024, 1, 7), date(2024, 1, 8)

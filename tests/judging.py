@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from freshrank.evaluation import Judged
+from freshrank.evaluation.judged_rows import Judged
 from freshrank.schema import Schema
 
 Lists = Sequence[Sequence[tuple[float, float, float]]]

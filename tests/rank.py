@@ -9,9 +9,11 @@ from pathlib import Path
 import polars as pl
 
 from freshrank.config import MixupConfig, ScoreRegConfig, TechniquesConfig
-from freshrank.distributed import ALONE, Group, joined
-from freshrank.frames import Frame
-from freshrank.training import Encoded, Trained, train_encoded
+from freshrank.features.frames import Frame
+from freshrank.training.batches import Encoded
+from freshrank.training.distributed import ALONE, Group, joined
+from freshrank.training.loop import train_encoded
+from freshrank.training.trained import Trained
 from tests.streams import stream_of
 from tests.worlds import random_frame, tiny_schema
 
@@ -27,7 +29,7 @@ def frame(source: str = "memory") -> Frame:
 
 def trained(source: str, directory: Path, group: Group = ALONE) -> Trained:
     """In memory without anything that draws or that is not a mean over rows; streamed with all of it."""
-    from tests.test_ranker import SMALL, TRAINING
+    from tests.models.test_ranker import SMALL, TRAINING
 
     fit = TRAINING.model_copy(update={"epochs": 3, "batch_size": 64, "min_steps": 1})
     if source == "memory":

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freshrank.frames import Frame, kept
+from freshrank.features.frames import Frame, kept
 from freshrank.schema import Schema
-from freshrank.shards import Shard, read_shards, user_part, write_shards
-from freshrank.stream import streamed
-from freshrank.training import Encoded
-from freshrank.transforms import Batch
+from freshrank.training.batches import Batch, Encoded
+from freshrank.training.shards import Shard, read_shards, user_part, write_shards
+from freshrank.training.stream import streamed
 
 
 def cut(frame: Frame, schema: Schema, parts: int, directory: Path) -> list[Shard]:

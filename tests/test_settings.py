@@ -5,8 +5,7 @@ from pydantic import SecretStr
 from pydantic_settings import BaseSettings
 
 from freshrank.errors import ConfigError
-from freshrank.orchestration.cluster import ClusterSettings
-from freshrank.orchestration.pipelines_api import ApiSettings
+from freshrank.orchestration.kubeflow.settings import ApiSettings, ClusterSettings
 from freshrank.settings import Settings, as_env_file, from_environment, redis_host, settings, unknown_variables
 
 

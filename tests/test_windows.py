@@ -3,8 +3,8 @@
 from datetime import date, timedelta
 from itertools import product
 
-from freshrank.clock import days
 from freshrank.config import WindowConfig
+from freshrank.dates import days
 
 RUN_DATE = date(2024, 3, 2)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.datasets.contract import Dataset, write_dataset
-from freshrank.day_parts import KEYS
-from freshrank.history import build_history, snapshot_path
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
+from freshrank.features.daily_aggregates import KEYS
+from freshrank.features.snapshots import build_history, snapshot_path
 from freshrank.schema import Entity, HistoryConfig, Schema
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 
 FIRST = date(2024, 3, 1)
 OFFSET_HOURS = 2

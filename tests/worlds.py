@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 import numpy as np
 import polars as pl
 
-from freshrank.frames import Frame
+from freshrank.features.frames import Frame
 from freshrank.schema import (
     ITEM_AGE,
     QUERY_ITEM_ID,

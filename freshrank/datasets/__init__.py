@@ -1,0 +1,1 @@
+"""The data contract on disk: importing, appending, reading."""

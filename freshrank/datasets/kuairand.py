@@ -20,8 +20,9 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from freshrank.datasets.contract import Dataset, write_dataset
-from freshrank.datasets.tables import UTC_TIMESTAMP
+from freshrank.datasets.checks import UTC_TIMESTAMP
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
 from freshrank.errors import ConfigError, DataError
 from freshrank.schema import (
     CREATED_AT,

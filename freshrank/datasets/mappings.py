@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, Schema
-from freshrank.storage import sha256_of
+from freshrank.storage.files import sha256_of
 
 MAPPINGS = "mappings"
 """Their folder in a dataset."""

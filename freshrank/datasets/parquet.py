@@ -6,8 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
-from freshrank.datasets.contract import Dataset, write_dataset
-from freshrank.datasets.tables import declared
+from freshrank.datasets.checks import declared
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
 from freshrank.errors import ConfigError, DataError
 from freshrank.schema import TABLES, Schema, load_schema
 

@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 
-from freshrank.clock import days, midnight
-from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
+from freshrank.dates import days, midnight
 from freshrank.errors import ConfigError
 from freshrank.schema import (
     CREATED_AT,

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from freshrank.config import PLAIN, MetaEmbeddingConfig, ModelConfig, TechniquesConfig
-from freshrank.encoding import FIRST_KNOWN, NEW, Encoder
 from freshrank.errors import ConfigError
-from freshrank.models.inputs import EntityInputs, ItemIds, SequenceEncoder
+from freshrank.features.encoder import Encoder
+from freshrank.features.vocabulary import FIRST_KNOWN, NEW
+from freshrank.models.inputs import EntityInputs, ItemIds
+from freshrank.models.sequence import SequenceEncoder
 from freshrank.schema import ITEM_AGE, Entity, impressions_of
 from freshrank.techniques.aldi import Student, answer
 from freshrank.techniques.meta_embedding import IdGenerator
@@ -109,7 +111,7 @@ class Prediction(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Logits per action for N candidates of U users; see :class:`freshrank.encoding.Encoder` for the inputs."""
+    """Logits per action for N candidates of U users; see :class:`freshrank.features.encoder.Encoder` for the inputs."""
 
     def __init__(self, encoder: Encoder, config: ModelConfig, techniques: TechniquesConfig = PLAIN) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""The model repository, and all that asks, answers or changes what serves."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freshrank.errors import ServingError
-from freshrank.storage import read_json, write_json
+from freshrank.storage.files import read_json, write_json
 
 FILE = "experiment.json"
 CHAMPION = 0

@@ -5,8 +5,8 @@ On the wire every tensor has a leading dimension of 1, so that Triton may hand o
 the shapes here are without it.
 """
 
+from freshrank.bundle.format import TensorSpec
 from freshrank.schema import Kind, Role, Schema
-from freshrank.serving.bundle import TensorSpec
 
 MAX_CANDIDATES = 2000
 MAX_BATCH = 16

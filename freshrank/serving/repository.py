@@ -22,20 +22,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from pydantic import BaseModel, ConfigDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from freshrank.bundle.format import BundleInfo, Signature, TensorSpec, check_bundle, read_info, read_signature
 from freshrank.errors import ServingError
-from freshrank.serving.bundle import (
-    BundleInfo,
-    Signature,
-    TensorSpec,
-    check_bundle,
-    read_info,
-    read_signature,
-)
-from freshrank.serving.cores import usable_cores
+from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT, settings
-from freshrank.storage import atomic_directory, read_json, write_json, write_text
+from freshrank.storage.files import atomic_directory, read_json, write_json, write_text
 
 RANKER = "ranker"
 RANKING = "ranking"

@@ -1,0 +1,1 @@
+"""The techniques as pieces of torch, for any training loop."""

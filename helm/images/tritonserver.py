@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from freshrank.serving.server import STUB_ENVIRONMENT, Wheel
+from freshrank.serving.deploy.local_server import STUB_ENVIRONMENT, Wheel
 
 BACKENDS = Path(os.environ.get("TRITON_BACKENDS", "/opt/triton/backends"))
 

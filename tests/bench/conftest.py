@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from freshrank.bench.data import Prepared, load_evidence, locate, prepare
+from freshrank.bench.paper.evidence_data import Prepared, load_evidence, locate, prepare
 from freshrank.config import WindowConfig
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.settings import settings

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freshrank.bench.claims import Claim, Estimate, Expectation, Outcome
+from freshrank.bench.paper.claims import Claim, Estimate, Expectation, Outcome
 
 HOLDS, FAILS, OPEN = Outcome.HOLDS, Outcome.FAILS, Outcome.OPEN
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from freshrank.bench.data import Prepared, load_evidence
-from freshrank.bench.epoch import _PerImpression, epoch
-from freshrank.bench.rows import BASELINE, ROWS, config_of
-from freshrank.storage import read_json
+from freshrank.bench.paper.evidence_data import Prepared, load_evidence
+from freshrank.bench.paper.rows import BASELINE, ROWS, config_of
+from freshrank.bench.training.epoch import _PerImpression, epoch
+from freshrank.storage.files import read_json
 
 
 def test_both_ways_end_with_the_same_losses(world: Prepared, home: Path) -> None:

@@ -7,10 +7,11 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from freshrank.analysis import Drop, GradientNorms, ScoreGroup
-from freshrank.bench.claims import Estimate, Outcome
-from freshrank.bench.figures import load_evidence
-from freshrank.bench.findings import (
+from freshrank.bench.paper.analysis import Drop, GradientNorms, ScoreGroup
+from freshrank.bench.paper.claims import Estimate, Outcome
+from freshrank.bench.paper.figure_plots import png
+from freshrank.bench.paper.figures import load_evidence
+from freshrank.bench.paper.findings import (
     FigureData,
     Measured,
     Results,
@@ -21,8 +22,7 @@ from freshrank.bench.findings import (
     observed_rates,
     ratio_by_part,
 )
-from freshrank.bench.pictures import png
-from freshrank.cli import app
+from freshrank.cli.app import app
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.schema import Group
 from freshrank.settings import settings

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from freshrank.bench import lifts
-from freshrank.bench.lifts import Estimate
+from freshrank.bench.paper import lifts
+from freshrank.bench.paper.lifts import Estimate
 from freshrank.errors import DataError
 
 

@@ -2,7 +2,17 @@
 
 import pytest
 
-from freshrank.bench.rows import BASELINE, CANDIDATES, ROWS, Row, chosen, config_of, laid_over, layers_of, techniques
+from freshrank.bench.paper.rows import (
+    BASELINE,
+    CANDIDATES,
+    ROWS,
+    Row,
+    chosen,
+    config_of,
+    laid_over,
+    layers_of,
+    techniques,
+)
 from freshrank.config import MixupConfig, ResidualConfig, TechniquesConfig
 from freshrank.errors import ConfigError
 

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from freshrank.bench.steady_load import draw
-from freshrank.bench.swap import Change, Plan, moments, swap, wrong_answers
-from freshrank.datasets.contract import Dataset
+from freshrank.bench.serving.steady_load import draw
+from freshrank.bench.serving.swap import Change, Plan, moments, swap, wrong_answers
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.settings import settings
-from freshrank.storage import read_json
+from freshrank.storage.files import read_json
 
 WORLD = WorldConfig(users=80, days=6, items_at_start=120, new_items_per_day=10, impressions_per_day=1500)
 

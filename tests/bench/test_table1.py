@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from freshrank.bench.data import Prepared
-from freshrank.bench.page import write_page
-from freshrank.bench.pool import run_all
-from freshrank.bench.rows import BASELINE, BOOST, ORACLE, ROWS, chosen
-from freshrank.bench.table1 import COLUMNS, Options, Table, table1, tasks_of
-from freshrank.bench.work import Task
+from freshrank.bench.paper.evidence_data import Prepared
+from freshrank.bench.paper.page import write_page
+from freshrank.bench.paper.pool import run_all
+from freshrank.bench.paper.rows import BASELINE, BOOST, ORACLE, ROWS, chosen
+from freshrank.bench.paper.table import COLUMNS, Table
+from freshrank.bench.paper.table1 import Options, table1, tasks_of
+from freshrank.bench.paper.task import Task
 from freshrank.errors import DataError
-from freshrank.evaluation import FRESH, MetricName
-from freshrank.storage import read_json
+from freshrank.evaluation.results import FRESH, MetricName
+from freshrank.storage.files import read_json
 from tests.bench.conftest import RUN_DATE
 
 QUIET = Console(quiet=True)

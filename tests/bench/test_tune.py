@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from freshrank.bench import rows, tune
-from freshrank.bench.data import Prepared, Source, load_evidence
-from freshrank.bench.rows import BASELINE, CANDIDATES, ROWS, techniques, tuned, tuned_under
-from freshrank.bench.tune import PENALTY, Options, Reference, Trial
-from freshrank.bench.work import Result
+from freshrank.bench.paper import rows, tune
+from freshrank.bench.paper.evidence_data import Prepared, Source, load_evidence
+from freshrank.bench.paper.rows import BASELINE, CANDIDATES, ROWS, techniques, tuned, tuned_under
+from freshrank.bench.paper.task import Result
+from freshrank.bench.paper.tune import PENALTY, Options, Reference, Trial
 from freshrank.config import WindowConfig
 from freshrank.errors import DataError
-from freshrank.evaluation import ALL, FRESH, MetricName
-from freshrank.storage import read_json, write_json
+from freshrank.evaluation.results import ALL, FRESH, MetricName
+from freshrank.storage.files import read_json, write_json
 
 QUIET = Console(quiet=True)
 

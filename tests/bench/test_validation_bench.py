@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from freshrank.bench.validation import FAULTS, OURS, Plan, compare, engines, validation, with_faults
+from freshrank.bench.data.validation import FAULTS, OURS, Plan, compare, engines, validation, with_faults
 from freshrank.config import Severity
-from freshrank.expectations import Check, Sheet
-from freshrank.storage import read_json
+from freshrank.storage.files import read_json
+from freshrank.validation.expectations import Check, Sheet
 
 NOON = datetime(2024, 1, 2, 12, tzinfo=UTC)
 DAY = datetime(2024, 1, 2, tzinfo=UTC)

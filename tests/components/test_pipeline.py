@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from freshrank.config import RunConfig, Section
-from freshrank.orchestration.cluster import compiled
+from freshrank.orchestration.kubeflow.submit import compiled
 
 STEPS = {"calibrate", "deploy", "evaluate", "stop", "train", "validate-data"}
 

@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError, ValidationFailed
-from freshrank.orchestration.operator import data_directory, final_errors, run_config
+from freshrank.orchestration.airflow.operator import data_directory, final_errors, run_config
 from freshrank.recipes import DEFAULT_RECIPE
 from freshrank.settings import PROJECT_ROOT, settings
 

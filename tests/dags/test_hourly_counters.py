@@ -9,10 +9,10 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from jinja2 import Environment, StrictUndefined
 
-from freshrank.feature_store import FeatureStore
+from freshrank.features.store import FeatureStore
 from freshrank.settings import PROJECT_ROOT, settings
-from freshrank.workspace import Workspace
-from tests.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
+from freshrank.storage.workspace import Workspace
+from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
 from tests.tiny_log import at, write_log
 
 ORDER = ["wait_for_log", "push_counters"]

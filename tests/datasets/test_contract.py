@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_logs import SCHEMA, Tables, at, digests, shop
 
-from freshrank.datasets.contract import Dataset, Frame, write_dataset
+from freshrank.datasets.dataset import Dataset, Frame
 from freshrank.datasets.mappings import Mappings
+from freshrank.datasets.writer import write_dataset
 from freshrank.errors import DataError
 from freshrank.schema import load_schema
 
@@ -178,7 +179,7 @@ def test_a_killed_import_leaves_the_previous_dataset_and_a_second_one_completes(
     before = digests(shop().write(tmp_path / "out").path)
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "import freshrank.datasets.contract as contract\nfrom pathlib import Path\nfrom tiny_logs import shop\n"
+        "import freshrank.datasets.writer as contract\nfrom pathlib import Path\nfrom tiny_logs import shop\n"
         "contract.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "shop().write(Path(sys.argv[2]))\n"
     )

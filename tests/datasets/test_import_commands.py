@@ -9,14 +9,16 @@ import polars as pl
 import pytest
 from tiny_logs import SCHEMA, Tables, shop
 
-from freshrank.cli import main
+from freshrank.cli.main import main
 from freshrank.errors import DataError, MissingArtifact
-from freshrank.feature_store import FeatureStore
-from freshrank.history import build_history
+from freshrank.features.snapshots import build_history
+from freshrank.features.store import FeatureStore
+from freshrank.pipeline.deploy import require_kept
+from freshrank.pipeline.run import Run
+from freshrank.pipeline.steps import materialize
 from freshrank.schema import dump_schema
-from freshrank.steps import Run, materialize, require_kept
-from freshrank.storage import write_json
-from freshrank.validation import validate_day
+from freshrank.storage.files import write_json
+from freshrank.validation.validate import validate_day
 
 
 @pytest.fixture(autouse=True)

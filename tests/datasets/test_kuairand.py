@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.kuairand import PROTOCOLS, Protocol, clock_within_day, import_kuairand, interpolated_times
 from freshrank.errors import ConfigError, DataError
 from freshrank.schema import IN_EVALUATION, IN_TRAINING

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import TRUE_PROBABILITIES, WorldConfig, read_truth, simulate
 from freshrank.errors import ConfigError
 from freshrank.schema import Kind

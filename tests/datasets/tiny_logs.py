@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.datasets.contract import Dataset, write_dataset
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.writer import write_dataset
 from freshrank.schema import Schema
 
 SCHEMA = Schema.model_validate(

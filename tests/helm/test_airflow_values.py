@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank.orchestration.cluster import PUBLISHER_LABEL
-from freshrank.orchestration.pipelines_api import _PROJECTED_TOKEN
+from freshrank.orchestration.kubeflow.placement import PUBLISHER_LABEL
+from freshrank.orchestration.kubeflow.settings import _PROJECTED_TOKEN
 from tests.helm.charts import CHART, Object, named, of_kind, rendered
 from tests.helm.test_images import pinned, stages
 

@@ -15,15 +15,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from freshrank.cli import _server
+from freshrank.cli.pipeline import _server
 from freshrank.errors import FreshrankError
-from freshrank.feature_store import write_feast_yaml
-from freshrank.orchestration.cluster import PUBLISHER_LABEL, ClusterSettings
-from freshrank.orchestration.pipelines_api import ApiSettings
-from freshrank.serving import control
+from freshrank.features.store import write_feast_yaml
+from freshrank.orchestration.kubeflow.placement import PUBLISHER_LABEL
+from freshrank.orchestration.kubeflow.settings import ApiSettings, ClusterSettings
+from freshrank.serving import control_token
 from freshrank.serving.repository import ModelRepository
 from freshrank.settings import Settings, settings
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 from tests.helm.charts import (
     CHART,
     Object,
@@ -700,9 +700,9 @@ def test_a_publication_reaches_every_replica() -> None:
     """The publisher asks a name that resolves to all replicas, at the port on which they listen."""
     data = named(rendered("production"), "ConfigMap", "freshrank-settings")["data"]
     service, namespace, _ = data["FRESHRANK_TRITON_REPLICAS_HOST"].split(".")
-    control = named(rendered("production"), "Service", service)
-    assert (control["spec"]["clusterIP"], control["metadata"]["namespace"]) == ("None", namespace)
-    assert int(data["FRESHRANK_TRITON_GRPC_PORT"]) in [port["port"] for port in control["spec"]["ports"]]
+    control_token = named(rendered("production"), "Service", service)
+    assert (control_token["spec"]["clusterIP"], control_token["metadata"]["namespace"]) == ("None", namespace)
+    assert int(data["FRESHRANK_TRITON_GRPC_PORT"]) in [port["port"] for port in control_token["spec"]["ports"]]
 
 
 def test_a_server_writes_requests_and_nothing_else_of_the_workspace() -> None:
@@ -728,8 +728,8 @@ def test_loading_a_model_needs_the_token_on_both_protocols(scenario: str) -> Non
     for flag in ("--http-restricted-api=", "--grpc-restricted-protocol="):
         (value,) = [argument.removeprefix(flag) for argument in arguments if argument.startswith(flag)]
         interfaces, _, key = value.partition(":")
-        assert tuple(interfaces.split(",")) == control.RESTRICTED
-        assert key == f"{control.HEADER}=$(TRITON_CONTROL_TOKEN)"
+        assert tuple(interfaces.split(",")) == control_token.RESTRICTED
+        assert key == f"{control_token.HEADER}=$(TRITON_CONTROL_TOKEN)"
 
 
 @pytest.mark.parametrize("protocol, inference, other", [("grpc", 8001, 8000), ("http", 8000, 8001)])
@@ -744,9 +744,9 @@ def test_only_the_inference_port_is_open_to_the_namespace(protocol: str, inferen
 
 def test_a_publisher_reaches_every_replica_even_before_it_is_ready() -> None:
     """The control Service is headless and lists replicas that have no model yet."""
-    control = named(rendered("default"), "Service", "freshrank-triton-control")["spec"]
-    assert control["clusterIP"] == "None"
-    assert control["publishNotReadyAddresses"] is True
+    control_token = named(rendered("default"), "Service", "freshrank-triton-control")["spec"]
+    assert control_token["clusterIP"] == "None"
+    assert control_token["publishNotReadyAddresses"] is True
     client = named(rendered("default"), "Service", "freshrank-triton")["spec"]
     assert not client.get("publishNotReadyAddresses")
 

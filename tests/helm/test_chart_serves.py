@@ -10,14 +10,14 @@ from urllib.request import urlopen
 
 import pytest
 
-from freshrank.bench.surroundings import free_ports
+from freshrank.bench.measure import free_ports
 from freshrank.errors import ServingError
-from freshrank.serving.client import TritonClient
-from freshrank.serving.publish import publish
+from freshrank.serving.deploy.local_server import TritonServer
+from freshrank.serving.deploy.publish import publish
 from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
-from freshrank.serving.server import TritonServer
+from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 from tests.helm.charts import container_of, init_container_of, is_ready, rendered_at
 from tests.helm.test_monitoring import TRITONS
 from tests.serving.tiny_bundles import write_bundle

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from tritonclient.grpc import InferenceServerClient
 
-from freshrank.bench.surroundings import free_ports
+from freshrank.bench.measure import free_ports
 from tests.helm.charts import CHART, container_of, containers, rendered
 
 IMAGES = CHART / "images"
@@ -236,10 +236,10 @@ def test_what_the_models_import_is_what_that_test_imports() -> None:
         used |= set(re.findall(r"^from (freshrank\.serving\.\w+) import", model.read_text(), re.MULTILINE))
     tried = set(re.findall(r"freshrank\.serving\.\w+", WITHOUT))
     assert used - tried <= {
-        "freshrank.serving.cores",
+        "freshrank.serving.cpu",
         "freshrank.serving.protocol",
-        "freshrank.serving.ranked",
-        "freshrank.serving.tensors",
+        "freshrank.serving.ranking.ranked",
+        "freshrank.serving.ranking.tensors",
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from freshrank.serving.metrics import FAMILIES
+from freshrank.serving.ranking.metrics import FAMILIES
 from tests.helm.charts import CHART, helm, named, of_kind, rendered
 from tests.helm.queries import (
     SCENARIO,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.orchestration.cluster import Submission, prepare
+from freshrank.orchestration.kubeflow.submit import Submission, prepare
 from freshrank.recipes import recipe
 from freshrank.settings import settings
 from tests.orchestration.kfp_server import KfpServer, serving

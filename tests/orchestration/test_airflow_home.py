@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import PipelineFailed
-from freshrank.orchestration.airflow_home import airflow_environment, check_outcome, reason, run_dag, step_in
+from freshrank.orchestration.airflow.home import airflow_environment, check_outcome, reason, run_dag, step_in
 from freshrank.settings import PROJECT_ROOT
 
 LOG = """\

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from freshrank.config import TrainingConfig
-from freshrank.datasets.contract import MANIFEST
+from freshrank.datasets.dataset import MANIFEST
 from freshrank.errors import MissingArtifact
-from freshrank.orchestration.pipeline import arguments, outcome
+from freshrank.orchestration.kubeflow.arguments import arguments, outcome
+from freshrank.pipeline.run import Run
 from freshrank.recipes import recipe
-from freshrank.steps import Run
-from freshrank.storage import read_json, write_json
+from freshrank.storage.files import read_json, write_json
 
 RUN_DATE = date(2024, 1, 6)
 

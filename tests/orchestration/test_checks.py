@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from freshrank.errors import ServingError
-from freshrank.orchestration.checks import confirm_served, missing_hour, missing_partition
-from freshrank.serving.local import repository
+from freshrank.orchestration.airflow.checks import confirm_served, missing_hour, missing_partition
+from freshrank.pipeline.run import Run
+from freshrank.serving.deploy.local import repository
 from freshrank.serving.repository import Pointer
-from freshrank.steps import Run
-from freshrank.storage import write_json
-from tests.test_hourly import MORNING, hourly_log_schema
+from freshrank.storage.files import write_json
+from tests.features.test_hourly import MORNING, hourly_log_schema
 from tests.tiny_log import at, day, impression, write_log
 
 RUN_DATE = "2024-01-06"

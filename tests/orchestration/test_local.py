@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import PipelineFailed
-from freshrank.orchestration.local import KEPT_RUNS, LOG, TAIL_LINES, explain, run_pipeline
+from freshrank.orchestration.kubeflow.local import KEPT_RUNS, LOG, TAIL_LINES, explain, run_pipeline
 from freshrank.recipes import recipe
 
 WITHOUT_YESTERDAY = date(2024, 1, 20)

@@ -22,11 +22,11 @@ from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 from airflow.serialization.serialized_objects import DagSerialization
 
 from freshrank.errors import ClusterUnreachable
-from freshrank.orchestration import cluster
-from freshrank.orchestration.operator import KubeflowPipelineOperator, RunLink
-from freshrank.orchestration.trigger import RunTrigger
-from freshrank.steps import Run
-from freshrank.storage import write_json
+from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator, RunLink
+from freshrank.orchestration.airflow.trigger import RunTrigger
+from freshrank.orchestration.kubeflow import submit
+from freshrank.pipeline.run import Run
+from freshrank.storage.files import write_json
 from tests.orchestration.kfp_server import Fault, KfpServer, api
 
 DATE = "2024-01-07"
@@ -48,11 +48,11 @@ def on_cluster(kfp: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
 
 @pytest.fixture
 def submitted(
-    on_cluster: KfpServer, prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., cluster.Submission]:
+    on_cluster: KfpServer, prepared: submit.Submission, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., submit.Submission]:
     """Compiling takes seconds and is tested elsewhere: here it is done once."""
-    monkeypatch.setattr(cluster, "prepare", lambda *_: prepared)
-    return cluster.start
+    monkeypatch.setattr(submit, "prepare", lambda *_: prepared)
+    return submit.start
 
 
 def operator(world: Path, **changes: Any) -> KubeflowPipelineOperator:
@@ -70,7 +70,7 @@ def deferred(task: KubeflowPipelineOperator, pushed: Pushed) -> TaskDeferred:
 def event_of(trigger: Any) -> dict[str, Any]:
     """The trigger as the triggerer makes it, from what the database holds; its one event."""
     path, arguments = trigger.serialize()
-    assert path == "freshrank.orchestration.trigger.RunTrigger"
+    assert path == "freshrank.orchestration.airflow.trigger.RunTrigger"
 
     async def fired() -> list[Any]:
         return [event.payload async for event in RunTrigger(**json.loads(json.dumps(arguments))).run()]
@@ -279,6 +279,7 @@ def test_the_link_to_the_run_survives_in_airflows_database(world: Path) -> None:
 
 def test_the_trigger_loads_no_kfp() -> None:
     """A triggerer imports it before it needs it."""
-    code = "import sys, freshrank.orchestration.trigger; print(sorted({'kfp', 'torch', 'polars'} & set(sys.modules)))"
+    module = "freshrank.orchestration.airflow.trigger"
+    code = f"import sys, {module}; print(sorted({{'kfp', 'torch', 'polars'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"

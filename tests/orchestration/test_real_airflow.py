@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from freshrank.pipeline.run import Run
 from freshrank.settings import PROJECT_ROOT
-from freshrank.steps import Run
-from freshrank.storage import write_json
+from freshrank.storage.files import write_json
 from tests.orchestration.kfp_server import KfpServer
 
 pytestmark = pytest.mark.slow

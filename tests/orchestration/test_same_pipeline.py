@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank.orchestration import cluster as module
-from freshrank.orchestration.cluster import ClusterSettings
-from freshrank.orchestration.pipeline import arguments
+from freshrank.orchestration.kubeflow import submit as module
+from freshrank.orchestration.kubeflow.arguments import arguments
+from freshrank.orchestration.kubeflow.settings import ClusterSettings
 from freshrank.recipes import recipe
 from freshrank.settings import PROJECT_ROOT, Settings, settings
 

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import yaml
 
-from freshrank import backup, cli
-from freshrank.datasets.contract import Dataset
-from freshrank.orchestration import cluster
+from freshrank.cli import main
+from freshrank.datasets.dataset import Dataset
+from freshrank.orchestration.kubeflow import submit
+from freshrank.pipeline import backup
 from freshrank.settings import settings
 from tests.orchestration.kfp_server import KfpServer
 
 
 @pytest.fixture
-def submitted(kfp: KfpServer, prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
+def submitted(kfp: KfpServer, prepared: submit.Submission, monkeypatch: pytest.MonkeyPatch) -> KfpServer:
     """Compiled once for all tests, in an image."""
     monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:2")
-    monkeypatch.setattr(cluster, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(submit, "prepare", lambda *_: prepared)
     return kfp
 
 
@@ -33,7 +34,7 @@ def run(*arguments: str) -> int:
     """Exit code of ``freshrank submit`` with these arguments."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["freshrank", "submit", *arguments])
-        cli.main()
+        main.main()
     return int(end.value.code or 0)
 
 
@@ -105,7 +106,7 @@ def test_whoever_submits_from_a_workspace_of_his_own_is_told(
 
 
 @pytest.fixture
-def in_a_pod(prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch) -> Iterator[cluster.Submission]:
+def in_a_pod(prepared: submit.Submission, monkeypatch: pytest.MonkeyPatch) -> Iterator[submit.Submission]:
     """As in the pods of the chart; the workspace's volume is one that every Linux has."""
     for name, value in {"CLUSTER_IMAGE": "registry.example/freshrank:2", "HOME": "/dev/shm",
                         "TRITON_REPLICAS_HOST": "freshrank-triton-control.ranking.svc"}.items():  # fmt: skip
@@ -115,9 +116,9 @@ def in_a_pod(prepared: cluster.Submission, monkeypatch: pytest.MonkeyPatch) -> I
     settings.cache_clear()
 
 
-def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: cluster.Submission) -> None:
+def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: submit.Submission) -> None:
     """Workspace, image, Triton and data are where the steps find them."""
-    assert cluster.doubts(in_a_pod) == []
+    assert submit.doubts(in_a_pod) == []
 
 
 @pytest.mark.parametrize(
@@ -130,18 +131,18 @@ def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: cluster.Submissio
     ],
 )
 def test_what_the_last_step_would_lack_is_told_before_the_first(
-    in_a_pod: cluster.Submission, variables: dict[str, str], doubt: str, monkeypatch: pytest.MonkeyPatch
+    in_a_pod: submit.Submission, variables: dict[str, str], doubt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise it came up after the training. A secret is not repeated; one that is referenced is no doubt."""
     for name, value in variables.items():
         monkeypatch.setenv(f"FRESHRANK_{name}", value)
     settings.cache_clear()
-    (told,) = cluster.doubts(in_a_pod)
+    (told,) = submit.doubts(in_a_pod)
     assert told.startswith(doubt)
     assert "hunter2" not in told
     secrets = {"FRESHRANK_REDIS_URL": "s:k", "FRESHRANK_TRITON_CONTROL_TOKEN": "s:k"}
     monkeypatch.setenv("FRESHRANK_CLUSTER_SECRET_ENV", json.dumps(secrets))
-    assert bool(cluster.doubts(in_a_pod)) == ("a secret" not in doubt)
+    assert bool(submit.doubts(in_a_pod)) == ("a secret" not in doubt)
 
 
 def test_doubts_come_before_the_run(
@@ -174,10 +175,10 @@ def test_waiting_ends_with_code_7_and_the_step_when_the_run_fails(
 
 
 def test_a_run_can_be_cancelled_by_its_id(
-    submitted: KfpServer, prepared: cluster.Submission, capsys: pytest.CaptureFixture[str]
+    submitted: KfpServer, prepared: submit.Submission, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No data is needed for it."""
-    cluster.start(prepared)
+    submit.start(prepared)
     assert run("--cancel", "run-0") == 0
     assert submitted.terminated == ["run-0"]
     assert "run run-0: cancelled" in capsys.readouterr().out

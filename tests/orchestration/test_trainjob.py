@@ -13,14 +13,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from freshrank import steps
 from freshrank.errors import ConfigError, PipelineFailed
-from freshrank.orchestration import trainjob
-from freshrank.orchestration.cluster import ClusterSettings
-from freshrank.orchestration.trainjob import NoTrainer, TrainJobs, manifest
+from freshrank.orchestration.kubeflow import trainjob
+from freshrank.orchestration.kubeflow.settings import ClusterSettings
+from freshrank.orchestration.kubeflow.trainjob import NoTrainer, TrainJobs, manifest
+from freshrank.pipeline import steps
+from freshrank.pipeline.train_worker import main as work
 from freshrank.recipes import recipe
 from freshrank.settings import settings
-from freshrank.train_worker import main as work
 from tests.orchestration.kubernetes_api import COMPLETE, FAILED, RUNNING, KubernetesApi, kubernetes_api
 
 CLUSTER = ClusterSettings(
@@ -92,7 +92,7 @@ def test_every_node_runs_torchrun_on_all_its_gpus(job: dict[str, Any]) -> None:
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 2)
     assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "2", "memory": "64Gi"}
-    assert trainer["command"] == ["python", "-m", "freshrank.train_agent"]
+    assert trainer["command"] == ["python", "-m", "freshrank.training.torchrun_agent"]
     assert "--rdzv-conf=join_timeout=600" in trainer["args"]
     assert "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)" in trainer["args"]
 
@@ -100,7 +100,7 @@ def test_every_node_runs_torchrun_on_all_its_gpus(job: dict[str, Any]) -> None:
 def test_the_worker_is_asked_what_the_step_was_asked(job: dict[str, Any]) -> None:
     """Kubernetes reads $( in arguments as a variable unless it is doubled."""
     *_, module, worker, request = job["spec"]["trainer"]["args"]
-    assert (module, worker) == ("-m", "freshrank.train_worker")
+    assert (module, worker) == ("-m", "freshrank.pipeline.train_worker")
     assert json.loads(request.replace("$$(", "$(")) == REQUEST
     assert "$(x)" not in request.replace("$$(", "")
 

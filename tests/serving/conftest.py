@@ -7,9 +7,9 @@ import pytest
 from ranking_world import RankingWorld, served_world
 from served import Served
 
-from freshrank.bench.surroundings import free_ports
+from freshrank.bench.measure import free_ports
+from freshrank.serving.deploy.local_server import TritonServer
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.server import TritonServer
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import numpy as np
 from ranking_world import RankingWorld
 
-from freshrank.columns import Columns
-from freshrank.feature_store import FeatureStore
+from freshrank.features.columns import Columns
+from freshrank.features.store import FeatureStore
 from freshrank.schema import ITEM_ID, USER_ID, Entity
-from freshrank.serving.online import Online
+from freshrank.serving.ranking.online_store import Online
 
 UNKNOWN = 10_000_000
 

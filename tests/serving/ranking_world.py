@@ -10,19 +10,19 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from freshrank import steps
-from freshrank.bench.surroundings import free_ports
+from freshrank.bench.measure import free_ports
+from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.config import CalibrationConfig, ModelConfig, TechniquesConfig, TrainingConfig, WindowConfig
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.export import OnnxRanker
-from freshrank.frames import Frame, load_frame
-from freshrank.serving.local import repository, server
-from freshrank.serving.publish import publish
+from freshrank.features.frames import Frame, load_frame
+from freshrank.pipeline import steps
+from freshrank.serving.deploy.local import repository, server
+from freshrank.serving.deploy.local_server import TritonServer
+from freshrank.serving.deploy.publish import publish
 from freshrank.serving.repository import ModelRepository, Pointer
-from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 
 WORLD = WorldConfig(users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=4000,
                     query_items=True)  # fmt: skip

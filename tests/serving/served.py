@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tiny_bundles import OUTPUTS, request, write_bundle
 
-from freshrank.serving.client import TritonClient
-from freshrank.serving.golden import Tensors
-from freshrank.serving.publish import publish
+from freshrank.bundle.golden import Tensors
+from freshrank.serving.deploy.local_server import TritonServer
+from freshrank.serving.deploy.publish import publish
 from freshrank.serving.repository import ModelRepository, Pointer
-from freshrank.serving.server import TritonServer
+from freshrank.serving.triton import TritonClient
 
 
 @dataclass

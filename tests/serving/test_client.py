@@ -16,18 +16,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import Schema
-from freshrank.serving.client import (
-    UNKNOWN_ID,
-    Answer,
-    AsyncClient,
-    Client,
-    Codes,
-    TritonClient,
-    _context,
-    _microseconds,
-    _require_project,
-    unknown_id,
-)
+from freshrank.serving.client.client import Answer, AsyncClient, Client, _context, _microseconds
+from freshrank.serving.client.ids import UNKNOWN_ID, Codes, unknown_id
+from freshrank.serving.triton import TritonClient, _require_project
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 

@@ -14,14 +14,15 @@ from pydantic import ValidationError
 from ranking_world import RUN_DATE, RankingWorld, noon, served_world
 from scipy.stats import binomtest
 
+from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.errors import ConfigError, ServingError
-from freshrank.export import OnnxRanker
-from freshrank.serving.client import Client, TritonClient
+from freshrank.serving.client.client import Client
+from freshrank.serving.deploy.publish import rollback
+from freshrank.serving.deploy.run_experiment import described, planned, start, stop
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
-from freshrank.serving.experiments import described, planned, start, stop
-from freshrank.serving.publish import rollback
+from freshrank.serving.ranking.request_log import inputs_of, read_log
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.request_log import inputs_of, read_log
+from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 
 USERS = range(1, 151)

@@ -10,19 +10,19 @@ import polars as pl
 import pytest
 from ranking_world import RUN_DATE, WORLD, RankingWorld
 
-from freshrank import steps
-from freshrank.columns import Columns
-from freshrank.datasets.contract import Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import simulate
-from freshrank.feature_store import FeatureStore
-from freshrank.frames import Frame
-from freshrank.hourly import HOUR, build_hourly, delay, life, only_standing
+from freshrank.features.columns import Columns
+from freshrank.features.frames import Frame
+from freshrank.features.hourly import HOUR, build_hourly, delay, life, only_standing
+from freshrank.features.store import FeatureStore
+from freshrank.pipeline import steps
 from freshrank.schema import ITEM_ID, Entity, Origin, dump_schema
-from freshrank.serving.client import on_wire
-from freshrank.serving.online import Online, online_rows
-from freshrank.serving.ranked import Ranked
-from freshrank.serving.ranking import RankingService
+from freshrank.serving.ranking.online_store import Online, online_rows
+from freshrank.serving.ranking.ranked import Ranked
+from freshrank.serving.ranking.service import RankingService
 from freshrank.serving.repository import Pointer
+from freshrank.serving.triton import on_wire
 from freshrank.settings import settings
 
 NOON = datetime.combine(RUN_DATE, time(12), UTC)

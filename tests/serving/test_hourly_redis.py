@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freshrank.bench.redis_server import RedisServer
-from freshrank.feature_store import FeatureStore
-from freshrank.hourly import only_standing
+from freshrank.bench.serving.redis_server import RedisServer
+from freshrank.features.hourly import only_standing
+from freshrank.features.store import FeatureStore
 from freshrank.schema import Entity
-from freshrank.serving.online import Online, RedisRows, online_rows
+from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
 from freshrank.settings import settings
-from freshrank.workspace import Workspace
-from tests.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
+from freshrank.storage.workspace import Workspace
+from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
 from tests.tiny_log import at, write_log
 
 

@@ -15,7 +15,7 @@ from served import Served
 from tiny_bundles import expected, request
 
 from freshrank.errors import ServerUnreachable
-from freshrank.serving.publish import publish, rollback
+from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.repository import ModelRepository
 
 PUBLISH_STEPS = ("install", "load", "verify", "warm-up", "switch", "tidy")

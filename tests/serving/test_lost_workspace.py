@@ -13,11 +13,11 @@ import pytest
 from ranking_world import RUN_DATE, RankingWorld, noon
 
 from freshrank.errors import ServingError
-from freshrank.serving.client import Client
+from freshrank.serving.client.client import Client
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
-from freshrank.serving.latest import LOOK_SECONDS, LookedTooLong
-from freshrank.serving.ranked import Ranked
-from freshrank.serving.ranking import RankingService, Watch
+from freshrank.serving.ranking.latest import LOOK_SECONDS, LookedTooLong
+from freshrank.serving.ranking.ranked import Ranked
+from freshrank.serving.ranking.service import RankingService, Watch
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.settings import settings
 

@@ -7,11 +7,11 @@ import pytest
 from online_reads import assert_reads_as_feast
 from ranking_world import RankingWorld
 
-from freshrank.columns import Columns
-from freshrank.feature_store import FeatureStore
+from freshrank.features.columns import Columns
+from freshrank.features.store import FeatureStore
 from freshrank.schema import ITEM_ID, Entity
-from freshrank.serving.features import ItemCache
-from freshrank.serving.online import Found, Online, online_rows
+from freshrank.serving.ranking.features import ItemCache
+from freshrank.serving.ranking.online_store import Found, Online, online_rows
 
 UNKNOWN = 10_000_000
 

@@ -12,12 +12,12 @@ import pytest
 from served import Served
 from tiny_bundles import OUTPUTS, SIGNATURE, expected, request
 
+from freshrank.bundle.golden import Tensors
 from freshrank.errors import ServingError
-from freshrank.serving.client import TritonClient
-from freshrank.serving.golden import Tensors
-from freshrank.serving.publish import publish, rollback
+from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.repository import ModelRepository, Pointer
-from freshrank.storage import read_json, write_json
+from freshrank.serving.triton import TritonClient
+from freshrank.storage.files import read_json, write_json
 
 
 def same_bytes(left: Tensors, right: Tensors) -> bool:
@@ -173,7 +173,7 @@ def kill_publication(bundle: Path, running: Served, delay: float) -> None:
     """Publish in another process and kill it ``delay`` seconds after it began."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from freshrank.serving.publish import publish\n"
+        "from freshrank.serving.deploy.publish import publish\n"
         "from freshrank.serving.repository import ModelRepository\n"
         "repository = ModelRepository(Path(sys.argv[3]))\n"
         "print('go', flush=True)\n"

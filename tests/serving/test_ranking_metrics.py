@@ -10,9 +10,9 @@ import pytest
 from metric_families import Families
 from ranking_world import RankingWorld
 
-from freshrank.serving.metrics import DEFAULTS_EVERY, RankingMetrics
-from freshrank.serving.ranked import Ranked
-from freshrank.serving.ranking import RankingService
+from freshrank.serving.ranking.metrics import DEFAULTS_EVERY, RankingMetrics
+from freshrank.serving.ranking.ranked import Ranked
+from freshrank.serving.ranking.service import RankingService
 from freshrank.settings import settings
 
 

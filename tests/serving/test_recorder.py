@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from freshrank.serving.recorder import Recorder
-from freshrank.serving.warm_up_requests import MOST_RECORDED, recorded_path, warm_up_requests
+from freshrank.serving.probe_requests import MOST_RECORDED, recorded_path, warm_up_requests
+from freshrank.serving.ranking.recorder import Recorder
 
 
 def request(user: int) -> dict:

@@ -8,11 +8,11 @@ import pytest
 from online_reads import assert_reads_as_feast
 from ranking_world import RUN_DATE, RankingWorld, never_asked, noon, served_world
 
-from freshrank.bench.redis_server import RedisServer
-from freshrank.feature_store import FeatureStore
-from freshrank.serving.client import Answer, Client
-from freshrank.serving.features import PAUSE_SECONDS
-from freshrank.serving.online import Online, RedisRows, online_rows
+from freshrank.bench.serving.redis_server import RedisServer
+from freshrank.features.store import FeatureStore
+from freshrank.serving.client.client import Answer, Client
+from freshrank.serving.ranking.features import PAUSE_SECONDS
+from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
 from freshrank.settings import settings
 
 TOLERANCE = 1e-5

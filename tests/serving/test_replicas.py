@@ -21,15 +21,15 @@ from ranking_world import RUN_DATE, RankingWorld, noon
 from served import Served
 from test_warm_up_requests import unseen
 
-from freshrank import cli
-from freshrank.bench.surroundings import free_ports
+from freshrank.bench.measure import free_ports
+from freshrank.cli import serving
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
-from freshrank.serving.client import Answer, Client
-from freshrank.serving.experiments import planned, start, stop
-from freshrank.serving.publish import publish, rollback
-from freshrank.serving.replicas import Replicas, resolved, statuses
+from freshrank.serving.client.client import Answer, Client
+from freshrank.serving.deploy.local_server import TritonServer
+from freshrank.serving.deploy.publish import publish, rollback
+from freshrank.serving.deploy.replicas import Replicas, resolved, statuses
+from freshrank.serving.deploy.run_experiment import planned, start, stop
 from freshrank.serving.repository import RANKER, ModelRepository
-from freshrank.serving.server import TritonServer
 from freshrank.settings import settings
 
 PATIENCE = 3.0
@@ -334,14 +334,14 @@ def test_status_lists_every_replica(
     """With what it has loaded, or why it says nothing; exit code 1 when one is not as it should be."""
     monkeypatch.setenv("FRESHRANK_TRITON_REPLICAS", ", ".join([*trio.urls, "127.0.0.1:1"]))
     settings.cache_clear()
-    assert cli._replicas_status(Replicas.configured(), trio.repository) == 1
+    assert serving._replicas_status(Replicas.configured(), trio.repository) == 1
     settings.cache_clear()
     lines = capsys.readouterr().out.splitlines()
     loaded = trio.loaded()
     assert lines[:3] == [f"{url}  ranker versions {seen}" for url, seen in zip(trio.urls, loaded, strict=True)]
     assert lines[3].startswith("127.0.0.1:1  no Triton answers")
     assert lines[4] == f"served version: {trio.served()} (run 2022-05-01); not loaded on 127.0.0.1:1"
-    assert cli._replicas_status(trio.fixed, trio.repository) == 0
+    assert serving._replicas_status(trio.fixed, trio.repository) == 0
 
 
 def test_a_host_name_stands_for_all_its_addresses() -> None:

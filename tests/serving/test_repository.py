@@ -8,10 +8,10 @@ from google.protobuf import text_format
 from tiny_bundles import SIGNATURE, expected, request, write_bundle
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from freshrank.bundle.golden import GoldenCase, enlarged
 from freshrank.errors import ServingError
-from freshrank.serving.golden import GoldenCase, enlarged
 from freshrank.serving.repository import ModelRepository, Platform, Pointer
-from freshrank.storage import write_json
+from freshrank.storage.files import write_json
 
 
 def config_of(repository: ModelRepository, versions: list[int]) -> ModelConfig:

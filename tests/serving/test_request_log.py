@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from freshrank.serving import request_log as module
-from freshrank.serving.ranked import Ranked
-from freshrank.serving.request_log import RequestLog, inputs_of, read_log
+from freshrank.serving.ranking import request_log as module
+from freshrank.serving.ranking.ranked import Ranked
+from freshrank.serving.ranking.request_log import RequestLog, inputs_of, read_log
 
 
 def ranked(number: int, candidates: int = 3) -> Ranked:

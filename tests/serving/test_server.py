@@ -14,8 +14,8 @@ from served import Served
 from tiny_bundles import OUTPUTS, expected, request
 
 from freshrank.errors import ServingError
-from freshrank.serving.server import SHARED_MEMORY, Ports, TritonServer
-from freshrank.storage import write_json
+from freshrank.serving.deploy.local_server import SHARED_MEMORY, Ports, TritonServer
+from freshrank.storage.files import write_json
 
 NewServer = Callable[[], Served]
 
@@ -125,7 +125,7 @@ def test_a_server_started_by_one_process_is_stopped_by_another(new_server: NewSe
     program = (
         "import sys; from pathlib import Path\n"
         "from freshrank.serving.repository import ModelRepository\n"
-        "from freshrank.serving.server import Ports, TritonServer\n"
+        "from freshrank.serving.deploy.local_server import Ports, TritonServer\n"
         "TritonServer(ModelRepository(Path(sys.argv[1])), Ports.model_validate_json(sys.argv[2])).start()\n"
     )
     arguments = [str(served.repository.root), served.server.ports.model_dump_json()]
@@ -140,7 +140,7 @@ def test_foreground_server_stops_with_its_terminal(new_server: NewServer) -> Non
     program = (
         "import sys; from pathlib import Path\n"
         "from freshrank.serving.repository import ModelRepository\n"
-        "from freshrank.serving.server import Ports, TritonServer\n"
+        "from freshrank.serving.deploy.local_server import Ports, TritonServer\n"
         "TritonServer(ModelRepository(Path(sys.argv[1])), Ports.model_validate_json(sys.argv[2])).run()\n"
     )
     arguments = [str(served.repository.root), served.server.ports.model_dump_json()]

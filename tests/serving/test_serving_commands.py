@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from served import Served
 
+from freshrank.serving.deploy.local_server import Ports, TritonServer
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.server import Ports, TritonServer
 from tests.homes import Home
 
 

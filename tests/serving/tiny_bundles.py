@@ -7,8 +7,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from freshrank.serving.golden import Tensors
-from freshrank.storage import write_json
+from freshrank.bundle.golden import Tensors
+from freshrank.storage.files import write_json
 
 UTILITY = np.array([1.0, 0.5], dtype=np.float32)
 SIGNATURE = {

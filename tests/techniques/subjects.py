@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from freshrank.config import PLAIN, HistoryMaskingConfig, ModelConfig, ResidualConfig, TechniquesConfig
-from freshrank.encoding import NEW, Catalog, Encoder
+from freshrank.features.encoder import Catalog, Encoder
+from freshrank.features.vocabulary import NEW
 from freshrank.models.ranker import Ranker
-from freshrank.pretraining import ContentFields
 from freshrank.schema import Entity
 from freshrank.techniques.feature_dropout import drop_rows
 from freshrank.techniques.history_masking import Youth, draw_youth, thinned
-from freshrank.techniques.pretraining import Fields
 from freshrank.techniques.residual import Residual
 from freshrank.techniques.seam import Seam
-from freshrank.training import TensorFrame
-from freshrank.transforms import Batch, Counters, absent_of, mask_history, without_item_history
+from freshrank.techniques.self_supervision import Fields
+from freshrank.training.augmentations import Counters, absent_of, mask_history, without_item_history
+from freshrank.training.batches import Batch, TensorFrame
+from freshrank.training.pretrain_items import ContentFields
 from tests.worlds import random_frame, tiny_schema
 
 ITEMS, GENRES, TONES, DIM = 30, 4, 8, 6

@@ -15,10 +15,10 @@ from freshrank.techniques.aldi import Student, ranking_alignment, rating_alignme
 from freshrank.techniques.feature_dropout import draw_rows
 from freshrank.techniques.meta_embedding import IdGenerator, alignment
 from freshrank.techniques.mixup import mixup
-from freshrank.techniques.pretraining import Contrastive, Vime, pretrain
 from freshrank.techniques.score_reg import score_reg
 from freshrank.techniques.seam import Seam
-from freshrank.training import masked_bce
+from freshrank.techniques.self_supervision import Contrastive, Vime, pretrain
+from freshrank.training.objective import masked_bce
 from tests.techniques.subjects import MASKING, SUBJECTS, Example, Subject
 
 ROWS = 64

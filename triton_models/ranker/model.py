@@ -11,9 +11,9 @@ from typing import Any
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-from freshrank.serving.cores import usable_cores
-from freshrank.serving.golden import GoldenCase, difference, golden_cases
-from freshrank.serving.tensors import to_array, to_tensor
+from freshrank.bundle.golden import GoldenCase, difference, golden_cases
+from freshrank.serving.cpu import usable_cores
+from freshrank.serving.ranking.tensors import to_array, to_tensor
 
 TOLERANCE = 1e-5
 
@@ -24,7 +24,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
-        # Written and checked by freshrank.serving.bundle, whose import would take the processor from requests.
+        # Written and checked by freshrank.bundle.format, whose import would take the processor from requests.
         signature = json.loads((directory / "signature.json").read_text())
         self.inputs, self.outputs = ([spec["name"] for spec in signature[side]] for side in ("inputs", "outputs"))
         self.session = _session(directory / "ranker.onnx", int(parameters["threads"]["string_value"]))

@@ -1,4 +1,4 @@
-"""Triton Python model ``ranking``: freshrank.serving.ranking between two conversions, and a call to ``ranker``.
+"""Triton Python model ``ranking``: freshrank.serving.ranking.service between two conversions, and a call to ``ranker``.
 
 ``initialize`` sends every kind of tensor through the conversions of a request and refuses to load when one comes
 back changed. It needs no published version: until there is one, requests are answered with UNAVAILABLE.
@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from freshrank.bundle.golden import Tensors
 from freshrank.errors import ServingError
-from freshrank.serving.golden import Tensors
-from freshrank.serving.metrics import RankingMetrics
 from freshrank.serving.protocol import INPUTS, OUTPUTS
-from freshrank.serving.ranked import Ranked
-from freshrank.serving.ranking import BadRequest, NothingPublished, RankingService, Watch
-from freshrank.serving.recorder import Recorder
+from freshrank.serving.ranking.metrics import RankingMetrics
+from freshrank.serving.ranking.query import BadRequest
+from freshrank.serving.ranking.ranked import Ranked
+from freshrank.serving.ranking.recorder import Recorder
+from freshrank.serving.ranking.request_log import RequestLog
+from freshrank.serving.ranking.served import NothingPublished
+from freshrank.serving.ranking.service import RankingService, Watch
+from freshrank.serving.ranking.tensors import to_array, to_tensor
 from freshrank.serving.repository import RANKER, ModelRepository
-from freshrank.serving.request_log import RequestLog
-from freshrank.serving.tensors import to_array, to_tensor
 from freshrank.settings import settings
-from freshrank.workspace import Workspace
+from freshrank.storage.workspace import Workspace
 
 RANKER_OUTPUTS = ["probabilities", "score"]
 
-log = logging.getLogger("freshrank.serving.ranking")
+log = logging.getLogger("freshrank.serving.ranking.service")
 
 
 class TritonPythonModel:

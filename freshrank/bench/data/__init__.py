@@ -1,0 +1,1 @@
+"""Features and validation at size."""

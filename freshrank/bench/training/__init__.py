@@ -1,0 +1,1 @@
+"""Examples per second and memory of training."""

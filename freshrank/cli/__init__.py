@@ -1,0 +1,1 @@
+"""Arguments in, sentences out; no logic."""

@@ -1,0 +1,57 @@
+"""`freshrank ...`: the pieces as commands. An error a user can mend is one sentence and an exit code."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from freshrank import __version__
+from freshrank.cli.app import app
+from freshrank.cli.bench import bench
+from freshrank.cli.data import features, imports
+from freshrank.cli.options import Day, Protocol
+from freshrank.cli.serving import experiment
+from freshrank.cli.terminal import err, out, say
+from freshrank.errors import FreshrankError
+
+app.add_typer(imports, name="import")
+app.add_typer(features, name="features")
+app.add_typer(bench, name="bench")
+app.add_typer(experiment, name="experiment")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what every step does.")] = False,
+) -> None:
+    if version:
+        say(__version__)
+        raise typer.Exit
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(name)s %(message)s")  # fmt: skip
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option("--data", help="KuaiRand's files, or schema.yaml + tables, or an "
+                                              "imported dataset. Default: a small simulated world.")] = None,
+    day: Day = None,
+    protocol: Protocol = "staggered",
+) -> None:  # fmt: skip
+    """The whole daily run through a real Airflow, Kubeflow, Feast and Triton; then rank 100 candidates for a user."""
+    from freshrank.cli import demo as demo_module
+    from freshrank.reports.report import print_summary
+
+    print_summary(demo_module.demo(data, day, protocol, out), out)
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except FreshrankError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""Numbers only: metrics, intervals, the gate."""

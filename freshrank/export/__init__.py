@@ -1,0 +1,1 @@
+"""Calibration, exposure parity and the ONNX export."""

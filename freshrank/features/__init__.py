@@ -1,0 +1,1 @@
+"""From log to arrays, the same for training and serving."""

@@ -1,0 +1,183 @@
+"""One day of the log, aggregated: the compact state that snapshots are summed from.
+
+A day's run reads its own day of the log and the parts of the days before it, never their log. So a backfill and one
+run a day give the same numbers by construction. ``<features>/daily/date=YYYY-MM-DD/`` holds, each with the ``day``:
+
+``user.parquet``, ``item.parquet``  per entity: ``impressions``, ``positive_<action>``, ``observed_<action>``
+``affinity_<column>.parquet``       per user and category: ``impressions``, ``positive_<action>``
+``engaged.parquet``                 per user the last ``sequence_length`` impressions with an action: time, item,
+                                    ``mask`` (bit per positive action)
+``built.json``                      fingerprint of what it was built from, rows of the log, how many of them came late
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import date, timedelta
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from freshrank.datasets.dataset import Dataset
+from freshrank.features.engines import Engine, Table, open_engine
+from freshrank.schema import EVENT_TIMESTAMP, IN_HISTORY, ITEM_ID, USAGE, USER_ID, Entity, Kind, Schema
+from freshrank.storage.files import atomic_directory, fingerprint, read_json, write_json
+from freshrank.storage.workspace import Workspace
+
+CODE_VERSION = 1
+"""Raise it when the same log gives other numbers, so that stored parts are rebuilt."""
+KEYS = {Entity.USER: USER_ID, Entity.ITEM: ITEM_ID}
+DAY = "day"
+CATEGORY = "category"
+MASK = "mask"
+ENGAGED = "engaged"
+_BUILT = "built.json"
+
+log = logging.getLogger(__name__)
+
+
+class Built(BaseModel):
+    """What a day's parts were made of."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    rows: int
+    late: int = 0
+    """Rows that came after the day was first built."""
+
+
+def parts_directory(workspace: Workspace, day: date) -> Path:
+    return workspace.features / "daily" / f"date={day.isoformat()}"
+
+
+def part_path(workspace: Workspace, day: date, part: str) -> Path:
+    return parts_directory(workspace, day) / f"{part}.parquet"
+
+
+def affinity_part(column: str) -> str:
+    return f"affinity_{column}"
+
+
+def part_names(schema: Schema) -> list[str]:
+    return [*KEYS, ENGAGED, *map(affinity_part, schema.history.affinity)]
+
+
+def parts_fingerprint(dataset: Dataset, day: date) -> str:
+    """Changes when the day's log does, or the categories of items that existed by its end."""
+    history = dataset.schema.history
+    settings = {"actions": dataset.schema.actions, "length": history.sequence_length, "affinity": history.affinity}
+    items = dataset.items_fingerprint(day, history.affinity)
+    return fingerprint({"version": CODE_VERSION, "settings": settings, "items": items,
+                        "log": dataset.log_fingerprint([day])})  # fmt: skip
+
+
+def built(workspace: Workspace, day: date) -> Built | None:
+    """What the parts of ``day`` were made of; None where there are none."""
+    path = parts_directory(workspace, day) / _BUILT
+    return Built.model_validate(read_json(path)) if path.exists() else None
+
+
+def stale_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> list[date]:
+    """Those of ``days`` in the log whose parts are missing or of other inputs, ascending."""
+    return [day for day in sorted(set(days) & set(dataset.days)) if not _is_current(dataset, workspace, day)]
+
+
+def _is_current(dataset: Dataset, workspace: Workspace, day: date) -> bool:
+    found = built(workspace, day)
+    return found is not None and found.fingerprint == parts_fingerprint(dataset, day)
+
+
+def build_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> Iterator[date]:
+    """Write the parts of each of ``days``, and give it out once it is written."""
+    if not days:
+        return
+    queries: dict[str, str] = {}
+    with open_engine() as engine:
+        items = engine.read([dataset.path / "items.parquet"])
+        for day in days:
+            log = engine.view("log_of_day", read_log(engine, dataset, day))
+            queries = queries or {n: engine.compile(t) for n, t in day_parts(log, items, dataset.schema).items()}
+            _write(engine, dataset, workspace, day, queries)
+            yield day
+
+
+def _write(engine: Engine, dataset: Dataset, workspace: Workspace, day: date, queries: dict[str, str]) -> None:
+    before, rows = built(workspace, day), dataset.rows(day)
+    late = (before.late + max(0, rows - before.rows)) if before else 0
+    if before and late > before.late:
+        log.warning("history: %d rows of %s came late, after its features were built; later days' snapshots are built "
+                    "anew with them, though what was served did not know them", rows - before.rows, day)  # fmt: skip
+    with atomic_directory(parts_directory(workspace, day)) as directory:
+        for name, query in queries.items():
+            engine.write(query, directory / f"{name}.parquet")
+        found = Built(fingerprint=parts_fingerprint(dataset, day), rows=rows, late=late)
+        write_json(directory / _BUILT, found.model_dump())
+
+
+def read_log(engine: Engine, dataset: Dataset, day: date) -> Table:
+    """The impressions of ``day`` that feed history: keys, event_timestamp, ``day``, actions."""
+    import ibis
+
+    log = engine.read([dataset.partition(day)])
+    log = log.filter(log[USAGE].isin([usage.value for usage in IN_HISTORY]))
+    return log.select(USER_ID, ITEM_ID, EVENT_TIMESTAMP, *dataset.schema.actions, **{DAY: ibis.literal(day)})
+
+
+def day_parts(log: Table, items: Table, schema: Schema) -> dict[str, Table]:
+    """Every part of one day, by name."""
+    parts = {entity.value: _counts(log, [key], schema.actions) for entity, key in KEYS.items()}
+    parts[ENGAGED] = _engaged(log, schema)
+    parts |= {affinity_part(column): _by_category(log, items, schema, column) for column in schema.history.affinity}
+    return parts
+
+
+def _counts(log: Table, keys: list[str], actions: list[str], observed: bool = True) -> Table:
+    """Impressions, and per action the positive and the observed ones, per ``keys``."""
+    sums = {"impressions": log.count()}
+    sums |= {f"positive_{action}": positive(log, action).sum() for action in actions}
+    if observed:
+        sums |= {f"observed_{action}": log[action].count() for action in actions}
+    counted = log.group_by(*keys, DAY).aggregate(**{name: value.cast("int64") for name, value in sums.items()})
+    return counted.order_by(keys)
+
+
+def positive(log: Table, action: str) -> Any:
+    return (log[action] == 1).fill_null(False).cast("int64")
+
+
+def _by_category(log: Table, items: Table, schema: Schema, column: str) -> Table:
+    several = schema.items[column].kind is Kind.MULTI_VALUED
+    categories = items.select(ITEM_ID, **{CATEGORY: items[column][0] if several else items[column]})
+    joined = log.inner_join(categories.drop_null(CATEGORY), ITEM_ID)
+    return _counts(joined, [USER_ID, CATEGORY], schema.actions, observed=False)
+
+
+def _engaged(log: Table, schema: Schema) -> Table:
+    """No sequence reaches further back into a day than its own length."""
+    mask = reduce(lambda left, right: left + right, [
+        positive(log, action) * (1 << bit) for bit, action in enumerate(schema.actions)
+    ])  # fmt: skip
+    engaged = log.mutate(**{MASK: mask}).filter(lambda t: t[MASK] > 0)
+    last = latest(engaged, schema.history.sequence_length)
+    return last.select(USER_ID, DAY, EVENT_TIMESTAMP, ITEM_ID, MASK).order_by(SEQUENCE_ORDER)
+
+
+SEQUENCE_ORDER = [USER_ID, EVENT_TIMESTAMP, ITEM_ID, MASK]
+
+
+def latest(engaged: Table, length: int) -> Table:
+    """The last ``length`` rows of each user, by time, item and mask."""
+    import ibis
+
+    order = [ibis.desc(engaged[name]) for name in SEQUENCE_ORDER[1:]]
+    place = ibis.row_number().over(ibis.window(group_by=USER_ID, order_by=order))
+    numbered = engaged.mutate(place=place)
+    return numbered.filter(numbered.place < length).drop("place")
+
+
+def reach_days(dataset: Dataset, day: date) -> list[date]:
+    """The days in the log that the snapshot of ``day`` is summed from, ascending."""
+    first = day - timedelta(days=dataset.schema.lookback_days + 1)
+    return [seen for seen in dataset.days if first <= seen < day]

@@ -1,0 +1,1 @@
+"""The Airflow operator, its trigger and the local Airflow."""

@@ -1,0 +1,1 @@
+"""The Kubeflow pipeline, run locally or submitted to a cluster."""

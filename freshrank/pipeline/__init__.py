@@ -1,0 +1,1 @@
+"""What a day does: its steps, and what they leave."""

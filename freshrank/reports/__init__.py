@@ -1,0 +1,1 @@
+"""Pages and figures: they show what was judged and judge nothing."""

@@ -1,0 +1,1 @@
+"""What a web server imports to ask for a ranking."""

@@ -1,0 +1,1 @@
+"""What moves the pointer: publications, roll-backs, experiments, local servers."""

@@ -1,0 +1,261 @@
+"""One pass over the training days: batches by user and day, the paper's objective, Adam.
+
+Rows of the same user and day stand together in a batch, so the user block and its sequence encoder run once
+per user and day and not once per impression; users are shuffled within the whole training range.
+"""
+
+import copy
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import polars as pl
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freshrank.config import ModelConfig, TechniquesConfig, TrainingConfig
+from freshrank.errors import ConfigError
+from freshrank.features.encoder import Encoder
+from freshrank.features.frames import Frame
+from freshrank.models.ranker import Ranker, count_parameters
+from freshrank.schema import Schema
+from freshrank.training.augmentations import batch_transforms
+from freshrank.training.batches import Batch as Batch
+from freshrank.training.batches import Encoded, Source
+from freshrank.training.checkpoints import Checkpoints
+from freshrank.training.device import Device
+from freshrank.training.distributed import ALONE, Group
+from freshrank.training.objective import objective
+from freshrank.training.pretrain_items import pretrain_items
+from freshrank.training.state import Draws, State, TrainingCurve
+from freshrank.training.trained import Trained
+
+log = logging.getLogger(__name__)
+SMALLEST_BATCH = 32
+_MEASURED_STEPS = 15
+
+Watch = Callable[[int, Ranker, Batch], None]
+
+
+def train_ranker(
+    frame: Frame,
+    items: pl.DataFrame,
+    schema: Schema,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    watch: Watch | None = None,
+) -> Trained:
+    """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
+
+    ``watch`` is called before every step with its number (from 1), the ranker and the batch; it may look, not touch.
+
+    Raises:
+        DataError: no row with an observed label, or an action without a single positive.
+        ConfigError: the sibling prior names a column that the schema has no siblings by.
+    """
+    seen = model_schema(schema, techniques)
+    encoded = Encoded.of(frame, items, seen, model.min_count, Device.choose(training).name)
+    return train_encoded(encoded, model, techniques, training, watch)
+
+
+def train_encoded(
+    encoded: Encoded[Source],
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    watch: Watch | None = None,
+    checkpoints: Checkpoints | None = None,
+    group: Group = ALONE,
+) -> Trained:
+    """Fit a ranker on a source that is encoded already, with the encoder's ``min_count`` that of ``model``.
+
+    A training kept in ``checkpoints`` goes on where it was. Every rank of ``group`` calls this and gets one ranker.
+    """
+    encoder, data, options = encoded.encoder, encoded.data, Device.options(training)
+    torch.manual_seed(training.seed)
+    ranker = Ranker(encoder, model, techniques).to(options[0].name)
+    kept = checkpoints.device if checkpoints else None
+    device = next((option for option in options if str(option) == kept), None) or fastest(
+        options, ranker, data, techniques, training, group
+    )
+    log.info("training on %s, %d rows, %d user-days", device, len(data), data.user_days)
+    started = time.perf_counter()
+    if techniques.pretraining:
+        pretrain_items(ranker.item, encoded.newest_items(), techniques.pretraining, training.seed)
+    curve = fit(ranker, data, encoder, techniques, training, device, watch, checkpoints, group)
+    seconds = time.perf_counter() - started
+    facts = _facts(ranker, encoder, model, training, data, curve, device) | {
+        "examples_per_second": round(len(data) * training.epochs / seconds, 1)
+    }
+    return Trained(ranker.cpu().eval(), encoder, model, techniques, facts)
+
+
+def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
+    """What a ranker reads of ``schema``: all but the siblings, and with the sibling prior those it is given.
+
+    Raises:
+        ConfigError: it names a column that the schema has no siblings by.
+    """
+    if techniques.sibling_prior is None:
+        return schema.without_siblings()
+    declared = schema.history.siblings
+    wanted = declared if techniques.sibling_prior.columns is None else techniques.sibling_prior.columns
+    if unknown := sorted(set(wanted) - set(declared)):
+        raise ConfigError(f"techniques.sibling_prior.columns: received {unknown}, expected some of the schema's "
+                          f"history.siblings {list(declared)}; declare it there and import again")  # fmt: skip
+    if not wanted:
+        log.warning("the sibling prior has no features: schema.yaml declares no history.siblings, or none was named")
+    return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))
+
+
+def fit(
+    ranker: Ranker,
+    data: Source,
+    encoder: Encoder,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    device: Device,
+    watch: Watch | None = None,
+    checkpoints: Checkpoints | None = None,
+    group: Group = ALONE,
+) -> TrainingCurve:
+    """Train ``ranker`` in place, one optimiser step per batch."""
+    size = batch_size(training, len(data))
+    steps = training.epochs * -(-len(data) // size)
+    state = _start(ranker, training, steps, device, group)
+    # Draws of its own: switching mixup on leaves batches, hidden ids and initial weights as they were.
+    transforms, mixing = batch_transforms(encoder, techniques, training, state.draws), state.draws.generator(2)
+    if checkpoints:
+        checkpoints.restore(state)
+    loss_of = _Loss.of(ranker, techniques, device, group)
+    ranker.train()
+    fed = data.feed(size, training.epochs, training.seed, state.step, group)
+    for batch, weight in track(fed, "training", total=steps - state.step, disable=not sys.stderr.isatty()):
+        state.step += 1
+        batch = functools.reduce(lambda batch, transform: transform(batch), transforms, batch)
+        if watch:
+            watch(state.step, ranker, batch)
+        _, parts = _step(loss_of, state.optimizer, device, batch, mixing, weight)
+        state.schedule.step()
+        state.sums.add(parts, weight)
+        if state.step % max(1, steps // 50) == 0 or state.step == steps:
+            state.curve.add(state.step, state.sums.take(group))
+        if checkpoints and checkpoints.due(state.step):
+            checkpoints.save(state)
+    return state.curve
+
+
+def _start(ranker: Ranker, training: TrainingConfig, steps: int, device: Device, group: Group) -> State:
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
+                                  fused=True)  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    draws = Draws(training.seed, group.rank)
+    draws.seed_torch()
+    return State(ranker, optimizer, schedule, draws, str(device))
+
+
+class _Loss(nn.Module):
+    """:func:`objective` as a module, which is what torch's DistributedDataParallel wraps."""
+
+    def __init__(self, ranker: Ranker, techniques: TechniquesConfig, compiled: bool) -> None:
+        super().__init__()
+        self.ranker, self.techniques = ranker, techniques
+        self.run = torch.compile(objective) if compiled else objective
+
+    def forward(self, batch: Batch, mixing: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.run(self.ranker, batch, self.techniques, mixing)
+
+    @classmethod
+    def of(cls, ranker: Ranker, techniques: TechniquesConfig, device: Device, group: Group) -> nn.Module:
+        """Over several ranks, gradients are averaged while they are computed."""
+        loss = cls(ranker, techniques, device.compiled)
+        # A batch without a sequence, say, leaves parameters without a gradient.
+        return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+def _step(
+    loss_of: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: Device,
+    batch: Batch,
+    mixing: torch.Generator,
+    weight: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss before the step, and its parts; ``weight`` is the batch's among those of all ranks."""
+    with torch.autocast(device.name, device.dtype, enabled=device.dtype != torch.float32):
+        loss, parts = loss_of(batch, mixing)
+    optimizer.zero_grad(set_to_none=True)
+    (loss * weight).backward()
+    optimizer.step()
+    return loss, parts
+
+
+def fastest(
+    options: Sequence[Device],
+    ranker: Ranker,
+    data: Source,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+    group: Group = ALONE,
+) -> Device:
+    """The one of ``options`` whose steps measure fastest on the first batch; ranker and draws stay as they are."""
+    if len(options) == 1:
+        return options[0]
+    batch = next(data.feed(batch_size(training, len(data)), 1, training.seed, 0, group)).batch
+    seconds = [step_seconds(option, copy.deepcopy(ranker), batch, techniques) for option in options]
+    log.info("seconds per step: %s", ", ".join(f"{o} {s:.4f}" for o, s in zip(options, seconds, strict=True)))
+    return options[int(group.gathered(torch.tensor(seconds))[0].argmin())]
+
+
+def step_seconds(device: Device, ranker: Ranker, batch: Batch, techniques: TechniquesConfig) -> float:
+    """Median of some steps of ``ranker`` on ``batch``, after others that compile and warm up; trains ``ranker``."""
+    loss_of, mixing, found = _Loss(ranker, techniques, device.compiled), torch.Generator().manual_seed(0), []
+    optimizer = torch.optim.AdamW(ranker.parameters(), fused=True)
+    ranker.train()
+    with torch.random.fork_rng():
+        for _ in range(_MEASURED_STEPS):
+            started = time.perf_counter()
+            loss, _ = _step(loss_of, optimizer, device, batch, mixing)
+            float(loss.detach())  # waits for a GPU
+            found.append(time.perf_counter() - started)
+    return median(found[_MEASURED_STEPS // 3 :])
+
+
+def batch_size(training: TrainingConfig, rows: int) -> int:
+    """The configured size, halved until an epoch has ``min_steps`` steps: a small log must not end untrained."""
+    size = training.batch_size
+    while size > SMALLEST_BATCH and rows < size * training.min_steps:
+        size //= 2
+    return size
+
+
+def _facts(
+    ranker: Ranker,
+    encoder: Encoder,
+    model: ModelConfig,
+    training: TrainingConfig,
+    data: Source,
+    curve: TrainingCurve,
+    device: Device,
+) -> dict[str, object]:
+    parameters = count_parameters(ranker)
+    with torch.random.fork_rng():
+        plain = count_parameters(Ranker(encoder.without_siblings(), model))
+    return {
+        "device": str(device),
+        "rows": len(data),
+        "batch_size": batch_size(training, len(data)),
+        "cold_rows": data.cold_rows,
+        "user_days": data.user_days,
+        "parameters": parameters,
+        "parameter_increase": parameters / plain - 1,
+        "curve": {"steps": curve.steps, "losses": curve.losses},
+        "training": json.loads(training.model_dump_json()),
+    }

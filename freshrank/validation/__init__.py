@@ -1,0 +1,1 @@
+"""May this day be trained on?"""
