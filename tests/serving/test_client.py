@@ -18,7 +18,7 @@ from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import Schema
 from freshrank.serving.client.client import Answer, AsyncClient, Client, _context, _microseconds
 from freshrank.serving.client.ids import UNKNOWN_ID, Codes, unknown_id
-from freshrank.serving.triton import TritonClient, _require_project
+from freshrank.serving.triton import TritonClient, refuse_other_project
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 
@@ -191,7 +191,7 @@ def test_the_server_of_another_dataset_is_not_asked(world: RankingWorld, asked: 
 def test_a_server_that_does_not_say_whom_it_serves_is_not_trusted() -> None:
     """The configuration of an older freshrank has no project."""
     with pytest.raises(ServingError, match=r"h:1 does not say which dataset it serves, expected 'my_log'.*stop --data"):
-        _require_project("h:1", ModelConfig(), "my_log")
+        refuse_other_project("h:1", ModelConfig(), "my_log")
 
 
 def test_a_server_without_a_publication_is_heard_and_not_taken_for_absent(new_server: Callable[[], Served]) -> None:

@@ -19,7 +19,7 @@ import pytest
 from publishing_steps import at_step
 from ranking_world import RUN_DATE, RankingWorld, noon
 from served import Served
-from test_warm_up_requests import unseen
+from test_probe_requests import unseen
 
 from freshrank.bench.measure import free_ports
 from freshrank.cli import serving
