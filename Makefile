@@ -39,10 +39,10 @@ test: $(STAMP) $(HEAVY) ## Run the tests, but for the slow ones
 test-slow: $(STAMP) $(HEAVY) ## Run the tests that take minutes
 	$(PYTEST) -m slow
 
-lint: $(STAMP) ## Check style and types
+lint: $(STAMP) docs ## Check style, types and documentation
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy $(PACKAGES)
+	$(VENV)/bin/mypy $(PACKAGES) docs/hooks.py
 
 format: $(STAMP) ## Lay the code out
 	$(VENV)/bin/ruff check --fix
