@@ -16,7 +16,7 @@ DATASET := $(or $(DATA),.freshrank/data/simulated)
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test test-slow lint format lock images clean
+.PHONY: help setup demo serve stop test test-slow lint format docs lock images clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,14 +39,19 @@ test: $(STAMP) $(HEAVY) ## Run the tests, but for the slow ones
 test-slow: $(STAMP) $(HEAVY) ## Run the tests that take minutes
 	$(PYTEST) -m slow
 
-lint: $(STAMP) ## Check style and types
+lint: $(STAMP) docs ## Check style, types and documentation
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy $(PACKAGES)
+	$(VENV)/bin/mypy $(PACKAGES) docs/hooks.py
 
 format: $(STAMP) ## Lay the code out
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## Build the documentation into site/; a broken link is an error
+	$(VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 # torch's CUDA companions depend on the build of torch, so the lock leaves them to pip (see setup).
 RESOLVE = $(UV) pip compile pyproject.toml --quiet --no-header --no-annotate
@@ -54,7 +59,7 @@ COMPANIONS := ^(nvidia-|cuda-|triton==)
 
 lock: $(STAMP) ## Resolve requirements/*.lock anew from pyproject.toml, keeping pinned versions that still fit
 	$(RESOLVE) --output-file requirements/runtime.lock
-	$(RESOLVE) --extra test --constraint requirements/runtime.lock --output-file requirements/test.lock
+	$(RESOLVE) --extra test --extra docs --constraint requirements/runtime.lock --output-file requirements/test.lock
 	sed -i -E '/$(COMPANIONS)/d' requirements/runtime.lock requirements/test.lock
 
 # A pushed image also says what it was built from and what is in it; Docker's own store cannot hold that.
@@ -64,7 +69,7 @@ images: ## Build the three images: [REGISTRY=host/path] [VERSION=tag] [PYTHON_IM
 	docker buildx bake --file helm/images/docker-bake.hcl $(if $(PUSH),--push --provenance=mode=max --sbom=true,--load)
 
 clean: ## Remove caches and build outputs; .venv and the workspace .freshrank stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The tests talk to a real Redis, which no Python package carries.
