@@ -14,8 +14,8 @@ from pydantic_settings import BaseSettings
 from typer import Context
 from typer.main import get_command
 
-from freshrank.cli import app
-from freshrank.orchestration.cluster import ALL_SETTINGS
+from freshrank.cli.main import app
+from freshrank.orchestration.kubeflow.settings import ALL_SETTINGS
 
 REPOSITORY = Path(__file__).parent.parent
 ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "helm/README.md")

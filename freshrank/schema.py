@@ -35,10 +35,22 @@ SNAPSHOT = "snapshot_timestamp"
 ITEM_AGE = "item_age_days"
 SEQUENCE_ITEMS = "sequence_item_ids"
 SEQUENCE_ACTIONS = "sequence_actions"
-RESERVED = {REQUEST_ID, EVENT_TIMESTAMP, USER_ID, ITEM_ID, QUERY_ITEM_ID, CREATED_AT, POSITION, USAGE,
-            JUDGED_CREATED_AT}  # fmt: skip
-REQUIRED = {"impressions": (REQUEST_ID, EVENT_TIMESTAMP, USER_ID, ITEM_ID), "items": (ITEM_ID, CREATED_AT),
-            "users": (USER_ID,)}  # fmt: skip
+RESERVED = {
+    REQUEST_ID,
+    EVENT_TIMESTAMP,
+    USER_ID,
+    ITEM_ID,
+    QUERY_ITEM_ID,
+    CREATED_AT,
+    POSITION,
+    USAGE,
+    JUDGED_CREATED_AT,
+}
+REQUIRED = {
+    "impressions": (REQUEST_ID, EVENT_TIMESTAMP, USER_ID, ITEM_ID),
+    "items": (ITEM_ID, CREATED_AT),
+    "users": (USER_ID,),
+}
 TABLES = tuple(REQUIRED)
 
 
@@ -236,8 +248,10 @@ class Schema(BaseModel):
                 allowed = sorted(role.value for role in _ROLES[table])
                 raise ValueError(f"column '{table}.{name}' has role '{column.role}'; expected one of {allowed}")
             if column.role is Role.CONTEXT and column.kind not in (Kind.CATEGORICAL, Kind.NUMERIC):
-                raise ValueError(f"column '{table}.{name}' is a context of kind '{column.kind}'; a request can carry "
-                                 "categorical and numeric context only")  # fmt: skip
+                raise ValueError(
+                    f"column '{table}.{name}' is a context of kind '{column.kind}'; a request can carry "
+                    "categorical and numeric context only"
+                )
             if name in RESERVED and column.role in _MODELLED | {Role.ACTION}:
                 raise ValueError(f"column '{table}.{name}' is a reserved name and cannot have role '{column.role}'")
 
@@ -245,8 +259,9 @@ class Schema(BaseModel):
         fitting = [n for n, c in self.items.items() if c.kind in (Kind.CATEGORICAL, Kind.MULTI_VALUED)]
         for name in self.history.affinity:
             if name not in fitting:
-                raise ValueError(f"history.affinity names '{name}'; expected categorical or multi-valued item "
-                                 f"columns: {fitting}")  # fmt: skip
+                raise ValueError(
+                    f"history.affinity names '{name}'; expected categorical or multi-valued item columns: {fitting}"
+                )
 
     def _check_siblings(self) -> None:
         kinds = (Kind.CATEGORICAL, Kind.MULTI_VALUED, Kind.NUMERIC)
@@ -254,12 +269,16 @@ class Schema(BaseModel):
         for entry in self.history.siblings:
             columns = sibling_columns(entry)
             if len(set(columns)) != len(columns) or len(columns) > 2 or not set(columns) <= set(fitting):
-                raise ValueError(f"history.siblings names '{entry}'; expected one categorical, multi-valued or numeric "
-                                 f"item column, or two different ones joined by '+', of {fitting}")  # fmt: skip
+                raise ValueError(
+                    f"history.siblings names '{entry}'; expected one categorical, multi-valued or numeric "
+                    f"item column, or two different ones joined by '+', of {fitting}"
+                )
         names = [feature.name for feature in self.features()]
         if doubled := [feature.name for feature in self._siblings() if names.count(feature.name) > 1]:
-            raise ValueError(f"history.siblings {list(self.history.siblings)} give features of equal names {doubled}; "
-                             "expected each entry once, and no column of such a name")  # fmt: skip
+            raise ValueError(
+                f"history.siblings {list(self.history.siblings)} give features of equal names {doubled}; "
+                "expected each entry once, and no column of such a name"
+            )
 
     def with_siblings(self, entries: tuple[str, ...]) -> "Schema":
         """This schema with ``entries`` as its only siblings; with none of them, as if it had never had any."""
@@ -303,11 +322,17 @@ class Schema(BaseModel):
             *self._counters(Entity.ITEM),
             *self._hourly_counters(),
             *self._siblings(),
-            Feature(name=ITEM_AGE, entity=Entity.ROW, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC,
-                    transform="log1p", stored=False),
+            Feature(
+                name=ITEM_AGE,
+                entity=Entity.ROW,
+                group=Group.NON_HISTORICAL,
+                kind=Kind.NUMERIC,
+                transform="log1p",
+                stored=False,
+            ),
             *self._declared("impressions", Entity.ROW, Role.CONTEXT, stored=False),
             *self._crosses(),
-        ]  # fmt: skip
+        ]
 
     def coded(self) -> dict[str, str]:
         """Historical feature -> the column whose codes it holds, where ids or categories are text."""
@@ -324,11 +349,19 @@ class Schema(BaseModel):
 
     def _declared(self, table: str, entity: Entity, role: Role, stored: bool = True) -> list[Feature]:
         return [
-            Feature(name=name, entity=entity, group=Group.NON_HISTORICAL, kind=_stored_kind(column),
-                    default=column.default, transform=column.transform, dim=_dim(column), stored=stored)
+            Feature(
+                name=name,
+                entity=entity,
+                group=Group.NON_HISTORICAL,
+                kind=_stored_kind(column),
+                default=column.default,
+                transform=column.transform,
+                dim=_dim(column),
+                stored=stored,
+            )
             for name, column in self.table(table).items()
             if column.role is role
-        ]  # fmt: skip
+        ]
 
     def _counters(self, entity: Entity) -> list[Feature]:
         counts, rates = [], []
@@ -347,18 +380,30 @@ class Schema(BaseModel):
     def _sequences(self) -> list[Feature]:
         length = self.history.sequence_length
         return [
-            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE, dim=length,
-                    origin=Origin.SNAPSHOT)
+            Feature(
+                name=name,
+                entity=Entity.USER,
+                group=Group.HISTORICAL,
+                kind=Kind.SEQUENCE,
+                dim=length,
+                origin=Origin.SNAPSHOT,
+            )
             for name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)
-        ]  # fmt: skip
+        ]
 
     def _affinities(self) -> list[Feature]:
         names = [name for column in self.history.affinity for name in affinity_lists(column, self.actions)]
         return [
-            Feature(name=name, entity=Entity.USER, group=Group.HISTORICAL, kind=Kind.SEQUENCE,
-                    dim=self.history.affinity_size, origin=Origin.SNAPSHOT)
+            Feature(
+                name=name,
+                entity=Entity.USER,
+                group=Group.HISTORICAL,
+                kind=Kind.SEQUENCE,
+                dim=self.history.affinity_size,
+                origin=Origin.SNAPSHOT,
+            )
             for name in names
-        ]  # fmt: skip
+        ]
 
     def _siblings(self) -> list[Feature]:
         """Not historical: what a new item has too, and what dropping an item's own history leaves it."""
@@ -411,8 +456,15 @@ def sibling_names(entry: str, actions: list[str]) -> list[str]:
 
 
 def _sibling(name: str, default: float | None = None, transform: Transform = "none") -> Feature:
-    return Feature(name=name, entity=Entity.ITEM, group=Group.NON_HISTORICAL, kind=Kind.NUMERIC, default=default,
-                   transform=transform, origin=Origin.SNAPSHOT)  # fmt: skip
+    return Feature(
+        name=name,
+        entity=Entity.ITEM,
+        group=Group.NON_HISTORICAL,
+        kind=Kind.NUMERIC,
+        default=default,
+        transform=transform,
+        origin=Origin.SNAPSHOT,
+    )
 
 
 def _historical(
@@ -423,14 +475,28 @@ def _historical(
     stored: bool = True,
 ) -> Feature:
     origin = Origin.SNAPSHOT if stored else Origin.TABLE
-    return Feature(name=name, entity=entity, group=Group.HISTORICAL, kind=Kind.NUMERIC, default=default,
-                   transform=transform, stored=stored, origin=origin)  # fmt: skip
+    return Feature(
+        name=name,
+        entity=entity,
+        group=Group.HISTORICAL,
+        kind=Kind.NUMERIC,
+        default=default,
+        transform=transform,
+        stored=stored,
+        origin=origin,
+    )
 
 
 def _hourly(name: str, transform: Transform = "none") -> Feature:
     """Without a default: no impressions and no counters are different things."""
-    return Feature(name=name, entity=Entity.ITEM, group=Group.HISTORICAL, kind=Kind.NUMERIC, transform=transform,
-                   origin=Origin.HOURLY)  # fmt: skip
+    return Feature(
+        name=name,
+        entity=Entity.ITEM,
+        group=Group.HISTORICAL,
+        kind=Kind.NUMERIC,
+        transform=transform,
+        origin=Origin.HOURLY,
+    )
 
 
 def _stored_kind(column: Column) -> Kind:

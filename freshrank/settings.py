@@ -19,9 +19,20 @@ from freshrank.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
-_REDIS_OPTIONS = {"client_name", "db", "health_check_interval", "max_connections", "password", "protocol", "ssl",
-                  "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout",
-                  "username"}  # fmt: skip
+_REDIS_OPTIONS = {
+    "client_name",
+    "db",
+    "health_check_interval",
+    "max_connections",
+    "password",
+    "protocol",
+    "ssl",
+    "retry_on_timeout",
+    "socket_connect_timeout",
+    "socket_keepalive",
+    "socket_timeout",
+    "username",
+}
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -32,8 +43,10 @@ def store_url(url: str) -> str:
     except ValueError:
         raise ValueError("expected a URL: file:///directory or s3://bucket/prefix") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("expected a URL without credentials or a query: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
-                         "and AWS_ENDPOINT_URL in the environment")  # fmt: skip
+        raise ValueError(
+            "expected a URL without credentials or a query: set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+            "and AWS_ENDPOINT_URL in the environment"
+        )
     known = {"file": not parts.netloc and len(parts.path) > 1, "s3": bool(parts.netloc)}
     if url and not known.get(parts.scheme, False):
         raise ValueError("expected file:///directory or s3://bucket/prefix")
@@ -44,8 +57,10 @@ def redis_address(url: SecretStr) -> SecretStr:
     """``url`` as Feast reads it; ValueError, which repeats none of it but an option's name, where it could not."""
     nodes, options = _redis_parts(url)
     if len(nodes) != 1 or not re.fullmatch(r"[^\s:/@]+:\d{1,5}", nodes[0]):
-        raise ValueError("expected host:port and options with commas between, such as cache:6379,db=0,ssl=true,"
-                         "password=…; neither redis://… nor a comma in a password")  # fmt: skip
+        raise ValueError(
+            "expected host:port and options with commas between, such as cache:6379,db=0,ssl=true,"
+            "password=…; neither redis://… nor a comma in a password"
+        )
     for name in (option.partition("=")[0] for option in options):
         if name not in _REDIS_OPTIONS and not name.startswith("ssl_"):
             raise ValueError(f"expected options among {sorted(_REDIS_OPTIONS)} and ssl_*, there is one named {name!r}")
@@ -67,8 +82,10 @@ def store_endpoint() -> str | None:
     """AWS_ENDPOINT_URL, None where it is not set; ConfigError where it carries credentials, for it is no secret."""
     url = os.environ.get("AWS_ENDPOINT_URL")
     if url and "@" in url:
-        raise ConfigError("AWS_ENDPOINT_URL: received a value that is not repeated here, expected a URL without "
-                          "credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")  # fmt: skip
+        raise ConfigError(
+            "AWS_ENDPOINT_URL: received a value that is not repeated here, expected a URL without "
+            "credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     return url or None
 
 
@@ -153,8 +170,9 @@ def from_environment(kind: type[S]) -> S:
     except SettingsError as error:
         raise ConfigError(_not_json(kind, error)) from None
     except ValidationError as error:
-        raise ConfigError("; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"])
-                                    for each in error.errors())) from None  # fmt: skip
+        raise ConfigError(
+            "; ".join(_problem(kind, str(each["loc"][0]), each["input"], each["msg"]) for each in error.errors())
+        ) from None
 
 
 def as_env_file(kind: type[BaseSettings]) -> Iterator[str]:
@@ -190,8 +208,10 @@ def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
     known = {f"{kind.model_config['env_prefix']}{name.upper()}" for kind in kinds for name in kind.model_fields}
     found = sorted(name for name in os.environ if name.startswith("FRESHRANK_") and name not in known)
     nearest = {name: get_close_matches(name, known, 1) for name in found}
-    return [f"{name}: no setting reads it" + "".join(f"; did you mean {other}?" for other in nearest[name])
-            for name in found]  # fmt: skip
+    return [
+        f"{name}: no setting reads it" + "".join(f"; did you mean {other}?" for other in nearest[name])
+        for name in found
+    ]
 
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:

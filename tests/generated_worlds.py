@@ -81,15 +81,24 @@ def schemas(draw: st.DrawFn) -> Schema:
         "affinity_size": draw(st.integers(1, 3)),
         "siblings": draw(_some([*alike, *pairs])),
     }
-    return Schema.model_validate({
-        "name": "generated",
-        "utc_offset_hours": draw(st.sampled_from([0, 8, -3.5])),
-        "impressions": {"request_id": key, "event_timestamp": time, "user_id": key, "item_id": key, **query, **actions,
-                        **context},
-        "items": {"item_id": key, "created_at": time, **items},
-        "users": {"user_id": key, **draw(_columns("profile", Role.PROFILE, _ALL))},
-        "history": history,
-    })  # fmt: skip
+    return Schema.model_validate(
+        {
+            "name": "generated",
+            "utc_offset_hours": draw(st.sampled_from([0, 8, -3.5])),
+            "impressions": {
+                "request_id": key,
+                "event_timestamp": time,
+                "user_id": key,
+                "item_id": key,
+                **query,
+                **actions,
+                **context,
+            },
+            "items": {"item_id": key, "created_at": time, **items},
+            "users": {"user_id": key, **draw(_columns("profile", Role.PROFILE, _ALL))},
+            "history": history,
+        }
+    )
 
 
 def _some(names: list[str]) -> st.SearchStrategy[list[str]]:
@@ -102,12 +111,18 @@ def worlds(draw: st.DrawFn) -> GeneratedWorld:
     schema = draw(schemas())
     births = {item: draw(st.integers(-20 * 24, 24 * DAYS - 2)) for item in ITEMS}
     births[ITEMS[0]] = -24
-    items = pl.DataFrame({"item_id": ITEMS, "created_at": [_at(births[item], schema) for item in ITEMS]},
-                         schema={"item_id": pl.Int64, "created_at": _UTC})  # fmt: skip
+    items = pl.DataFrame(
+        {"item_id": ITEMS, "created_at": [_at(births[item], schema) for item in ITEMS]},
+        schema={"item_id": pl.Int64, "created_at": _UTC},
+    )
     users = pl.DataFrame({"user_id": USERS}, schema={"user_id": pl.Int64})
     log = _log(schema, draw(st.lists(_impressions(births), min_size=6, max_size=14)), draw(_impressions(births)))
-    tables = [("items", Role.CONTENT, items), ("users", Role.PROFILE, users), ("impressions", Role.CONTEXT, log),
-              ("impressions", Role.ACTION, log)]  # fmt: skip
+    tables = [
+        ("items", Role.CONTENT, items),
+        ("users", Role.PROFILE, users),
+        ("impressions", Role.CONTEXT, log),
+        ("impressions", Role.ACTION, log),
+    ]
     filled = {(table, role): draw(_values(schema, table, role, len(frame))) for table, role, frame in tables}
     return GeneratedWorld(
         schema,
@@ -120,36 +135,72 @@ def worlds(draw: st.DrawFn) -> GeneratedWorld:
 def rich_world() -> GeneratedWorld:
     """All that a schema may declare at once, every column with some values and some missing."""
     key, time = {"role": "key"}, {"role": "time"}
-    content = {"category": {"kind": "categorical"}, "tags": {"kind": "multi_valued", "max_values": 2},
-               "title": {"kind": "text", "max_values": 2}, "length": {"kind": "numeric", "transform": "log1p"},
-               "price": {"kind": "numeric", "default": 0.5}, "image": {"kind": "embedding", "dim": 2}}  # fmt: skip
-    schema = Schema.model_validate({
-        "name": "generated",
-        "utc_offset_hours": 8,
-        "impressions": {"request_id": key, "event_timestamp": time, "user_id": key, "item_id": key,
-                        "query_item_id": key, "click": {"role": "action"}, "save": {"role": "action"},
-                        "surface": {"role": "context", "kind": "categorical"},
-                        "battery": {"role": "context", "kind": "numeric"}},
-        "items": {"item_id": key, "created_at": time, **{n: {"role": "content", **c} for n, c in content.items()}},
-        "users": {"user_id": key, **{n: {"role": "profile", **c} for n, c in content.items()}},
-        "history": {"windows": [1, 2], "sequence_length": 2, "affinity": ["category", "tags"], "affinity_size": 2,
-                    "siblings": ["category", "category+length"]},
-    })  # fmt: skip
+    content = {
+        "category": {"kind": "categorical"},
+        "tags": {"kind": "multi_valued", "max_values": 2},
+        "title": {"kind": "text", "max_values": 2},
+        "length": {"kind": "numeric", "transform": "log1p"},
+        "price": {"kind": "numeric", "default": 0.5},
+        "image": {"kind": "embedding", "dim": 2},
+    }
+    schema = Schema.model_validate(
+        {
+            "name": "generated",
+            "utc_offset_hours": 8,
+            "impressions": {
+                "request_id": key,
+                "event_timestamp": time,
+                "user_id": key,
+                "item_id": key,
+                "query_item_id": key,
+                "click": {"role": "action"},
+                "save": {"role": "action"},
+                "surface": {"role": "context", "kind": "categorical"},
+                "battery": {"role": "context", "kind": "numeric"},
+            },
+            "items": {"item_id": key, "created_at": time, **{n: {"role": "content", **c} for n, c in content.items()}},
+            "users": {"user_id": key, **{n: {"role": "profile", **c} for n, c in content.items()}},
+            "history": {
+                "windows": [1, 2],
+                "sequence_length": 2,
+                "affinity": ["category", "tags"],
+                "affinity_size": 2,
+                "siblings": ["category", "category+length"],
+            },
+        }
+    )
     births = [-24, -24, -1, 30, 50]
     items = pl.DataFrame({"item_id": ITEMS, "created_at": [_at(hour, schema) for hour in births]})
-    shown = [(1, 1, 1, None), (2, 1, 2, 1), (3, 2, UNKNOWN, None), (20, 3, 3, 2), (26, 1, 3, 1), (40, 1, 4, UNKNOWN),
-             (41, UNKNOWN, 1, 4), (49, 1, 1, 3), (50, 1, 5, None), (51, 2, UNKNOWN, 5), (60, 3, 3, UNKNOWN),
-             (70, UNKNOWN, 2, 1), (71, 1, 4, 4)]  # fmt: skip
+    shown = [
+        (1, 1, 1, None),
+        (2, 1, 2, 1),
+        (3, 2, UNKNOWN, None),
+        (20, 3, 3, 2),
+        (26, 1, 3, 1),
+        (40, 1, 4, UNKNOWN),
+        (41, UNKNOWN, 1, 4),
+        (49, 1, 1, 3),
+        (50, 1, 5, None),
+        (51, 2, UNKNOWN, 5),
+        (60, 3, 3, UNKNOWN),
+        (70, UNKNOWN, 2, 1),
+        (71, 1, 4, 4),
+    ]
     count = len(shown)
-    log = pl.DataFrame({
-        "request_id": range(count),
-        "event_timestamp": [_at(hour, schema) for hour, *_ in shown],
-        **{name: [row[place] for row in shown] for place, name in enumerate(("user_id", "item_id", QUERY_ITEM_ID), 1)},
-        "click": pl.Series([None if row % 5 == 4 else row % 2 for row in range(count)], dtype=pl.Int8),
-        "save": pl.Series([None if row % 3 == 2 else int(row % 4 == 0) for row in range(count)], dtype=pl.Int8),
-        "surface": [None if row % 3 == 1 else row % 4 for row in range(count)],
-        "battery": [None if row % 4 == 3 else row / 7 for row in range(count)],
-    })  # fmt: skip
+    log = pl.DataFrame(
+        {
+            "request_id": range(count),
+            "event_timestamp": [_at(hour, schema) for hour, *_ in shown],
+            **{
+                name: [row[place] for row in shown]
+                for place, name in enumerate(("user_id", "item_id", QUERY_ITEM_ID), 1)
+            },
+            "click": pl.Series([None if row % 5 == 4 else row % 2 for row in range(count)], dtype=pl.Int8),
+            "save": pl.Series([None if row % 3 == 2 else int(row % 4 == 0) for row in range(count)], dtype=pl.Int8),
+            "surface": [None if row % 3 == 1 else row % 4 for row in range(count)],
+            "battery": [None if row % 4 == 3 else row / 7 for row in range(count)],
+        }
+    )
     values: dict[str, list[Any]] = {
         "category": [3, None, 3, 0, 3],
         "tags": [[1, 2, 3], [], None, [2], [1]],
@@ -173,8 +224,12 @@ def _impressions(draw: st.DrawFn, births: dict[int, int]) -> dict[str, int | Non
     hour = draw(st.integers(0, 24 * DAYS - 1))
     shown = [*(item for item, born in births.items() if born <= hour), UNKNOWN, UNKNOWN + 1]
     query = draw(st.sampled_from([None, *shown]))
-    return {"hour": hour, "item_id": draw(st.sampled_from(shown)), "query_item_id": query,
-            "user_id": draw(st.sampled_from([*USERS, UNKNOWN]))}  # fmt: skip
+    return {
+        "hour": hour,
+        "item_id": draw(st.sampled_from(shown)),
+        "query_item_id": query,
+        "user_id": draw(st.sampled_from([*USERS, UNKNOWN])),
+    }
 
 
 def _log(schema: Schema, rows: list[dict[str, Any]], first: dict[str, Any]) -> pl.DataFrame:

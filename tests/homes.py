@@ -13,9 +13,17 @@ from freshrank.storage.files import read_json, sha256_of
 
 WORLD = WorldConfig(users=400, days=7, items_at_start=250, new_items_per_day=25, impressions_per_day=4000)
 DAY_1, DAY_2 = date(2024, 1, 7), date(2024, 1, 8)
-LENIENT = ["gate.fresh_margin=0.5", "gate.overall_margin=0.5", "gate.max_ece=0.5", "gate.max_score_gap=1",
-           "gate.min_lists=10", "gate.min_fresh_lists=5", "gate.max_calibration_ratio=10",
-           "model.mlp=[32, 16]", "training.batch_size=256"]  # fmt: skip
+LENIENT = [
+    "gate.fresh_margin=0.5",
+    "gate.overall_margin=0.5",
+    "gate.max_ece=0.5",
+    "gate.max_score_gap=1",
+    "gate.min_lists=10",
+    "gate.min_fresh_lists=5",
+    "gate.max_calibration_ratio=10",
+    "model.mlp=[32, 16]",
+    "training.batch_size=256",
+]
 """The tiny world's intervals are wide: bounds under which an honest model passes."""
 
 
@@ -39,8 +47,9 @@ class Home:
         return [sys.executable, "-m", "freshrank", "-v", arguments[0], "--data", str(self.data), *arguments[1:]]
 
     def freshrank(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*arguments), env=self.environment, capture_output=True, text=True,
-                              check=False)  # fmt: skip
+        return subprocess.run(
+            self.command(*arguments), env=self.environment, capture_output=True, text=True, check=False
+        )
 
     def run_arguments(self, day: date, *overrides: str) -> list[str]:
         sets = [part for override in (*LENIENT, *overrides) for part in ("--set", override)]

@@ -31,40 +31,49 @@ def at(number: int, hour: float = 12) -> datetime:
 
 
 def log_schema() -> Schema:
-    return Schema.model_validate({
-        "name": "tiny_log",
-        "utc_offset_hours": OFFSET_HOURS,
-        "impressions": {
-            "request_id": {"role": "key"},
-            "event_timestamp": {"role": "time"},
-            "user_id": {"role": "key"},
-            "item_id": {"role": "key"},
-            "click": {"role": "action"},
-            "save": {"role": "action"},
-            "surface": {"role": "context", "kind": "categorical"},
-        },
-        "items": {
-            "item_id": {"role": "key"},
-            "created_at": {"role": "time"},
-            "category": {"role": "content", "kind": "categorical"},
-            "tags": {"role": "content", "kind": "multi_valued", "max_values": 2},
-            "duration": {"role": "content", "kind": "numeric"},
-            "vector": {"role": "content", "kind": "embedding", "dim": 2},
-        },
-        "users": {
-            "user_id": {"role": "key"},
-            "country": {"role": "profile", "kind": "categorical"},
-            "age": {"role": "profile", "kind": "numeric"},
-        },
-        "history": HistoryConfig(windows=(1, 3), sequence_length=3, affinity=("category", "tags"), affinity_size=2),
-    })  # fmt: skip
+    return Schema.model_validate(
+        {
+            "name": "tiny_log",
+            "utc_offset_hours": OFFSET_HOURS,
+            "impressions": {
+                "request_id": {"role": "key"},
+                "event_timestamp": {"role": "time"},
+                "user_id": {"role": "key"},
+                "item_id": {"role": "key"},
+                "click": {"role": "action"},
+                "save": {"role": "action"},
+                "surface": {"role": "context", "kind": "categorical"},
+            },
+            "items": {
+                "item_id": {"role": "key"},
+                "created_at": {"role": "time"},
+                "category": {"role": "content", "kind": "categorical"},
+                "tags": {"role": "content", "kind": "multi_valued", "max_values": 2},
+                "duration": {"role": "content", "kind": "numeric"},
+                "vector": {"role": "content", "kind": "embedding", "dim": 2},
+            },
+            "users": {
+                "user_id": {"role": "key"},
+                "country": {"role": "profile", "kind": "categorical"},
+                "age": {"role": "profile", "kind": "numeric"},
+            },
+            "history": HistoryConfig(windows=(1, 3), sequence_length=3, affinity=("category", "tags"), affinity_size=2),
+        }
+    )
 
 
 def impression(
     number: int, user: int, item: int, click: int | None = 0, save: int | None = 0, hour: float = 12, usage: str = "all"
 ) -> dict[str, Any]:
-    return {"event_timestamp": at(number, hour), "user_id": user, "item_id": item, "click": click, "save": save,
-            "surface": 1, "usage": usage}  # fmt: skip
+    return {
+        "event_timestamp": at(number, hour),
+        "user_id": user,
+        "item_id": item,
+        "click": click,
+        "save": save,
+        "surface": 1,
+        "usage": usage,
+    }
 
 
 ITEMS = pl.DataFrame(
@@ -76,9 +85,15 @@ ITEMS = pl.DataFrame(
         "duration": [0.0, 2.5, None, 4.0, 5.0, 6.0],
         "vector": [[0.0, 1.0], [0.5, 0.25], None, [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]],
     },
-    schema={"item_id": pl.Int64, "created_at": UTC_TIMESTAMP, "category": pl.Int64, "tags": pl.List(pl.Int64),
-            "duration": pl.Float64, "vector": pl.List(pl.Float64)},
-)  # fmt: skip
+    schema={
+        "item_id": pl.Int64,
+        "created_at": UTC_TIMESTAMP,
+        "category": pl.Int64,
+        "tags": pl.List(pl.Int64),
+        "duration": pl.Float64,
+        "vector": pl.List(pl.Float64),
+    },
+)
 USERS = pl.DataFrame({"user_id": [1, 2, 3, 4], "country": [5, None, 6, 5], "age": [0.0, 30.0, None, 41.5]})
 
 

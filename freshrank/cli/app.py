@@ -2,5 +2,9 @@
 
 import typer
 
-app = typer.Typer(name="freshrank", no_args_is_help=True, pretty_exceptions_enable=False, help=(
-    "Retrain a ranker every day so that new items are served well, prove it, and serve it from Triton."))  # fmt: skip
+app = typer.Typer(
+    name="freshrank",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=("Retrain a ranker every day so that new items are served well, prove it, and serve it from Triton."),
+)

@@ -13,23 +13,48 @@ from freshrank.recipes import DEFAULT_RECIPE, recipe
 
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes its evidence.")
 
-BenchData = Annotated[Path, typer.Option("--data", help="KuaiRand's files (imported under --protocol and as the "
-                                         "oracle), or an imported dataset.")]  # fmt: skip
-BenchProtocol = Annotated[Literal["staggered", "sparse", "strict"], typer.Option("--protocol", help=(
-    "How KuaiRand's items are made cold. An imported dataset keeps the one it was imported under."))]  # fmt: skip
-BenchRows = Annotated[str | None, typer.Option("--rows", help="Names, comma-separated; the baseline is always among "
-                                               "them. Default: all. A wrong one brings up the list.")]  # fmt: skip
-BenchOracle = Annotated[Path | None, typer.Option("--oracle", help="Imported dataset in which the same items are warm: "
-                                                  "the reference of the cold gap closed.")]  # fmt: skip
-BenchJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per "
-                                               "core.")]  # fmt: skip
+BenchData = Annotated[
+    Path,
+    typer.Option(
+        "--data", help="KuaiRand's files (imported under --protocol and as the oracle), or an imported dataset."
+    ),
+]
+BenchProtocol = Annotated[
+    Literal["staggered", "sparse", "strict"],
+    typer.Option(
+        "--protocol",
+        help=("How KuaiRand's items are made cold. An imported dataset keeps the one it was imported under."),
+    ),
+]
+BenchRows = Annotated[
+    str | None,
+    typer.Option(
+        "--rows",
+        help="Names, comma-separated; the baseline is always among them. Default: all. A wrong one brings up the list.",
+    ),
+]
+BenchOracle = Annotated[
+    Path | None,
+    typer.Option(
+        "--oracle", help="Imported dataset in which the same items are warm: the reference of the cold gap closed."
+    ),
+]
+BenchJobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per core.")
+]
 BenchOut = Annotated[Path, typer.Option("--out", help="Folder of the evidence; its page is OUT.md.")]
-Evidence = Annotated[Path | None, typer.Option("--out", help="JSON file to write; a picture may go beside it. Default: "
-                                                "bench/NAME.json in the workspace.")]  # fmt: skip
+Evidence = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="JSON file to write; a picture may go beside it. Default: bench/NAME.json in the workspace."
+    ),
+]
 TrainDays = Annotated[int, typer.Option("--train-days", min=1, help="Days trained on.")]
 EvaluationDays = Annotated[int, typer.Option("--evaluation-days", min=1, help="Days judged.")]
-Lists = Annotated[Literal["user", "request"], typer.Option("--lists", help="What is ranked together: all a user saw on "
-                                                           "the evaluation days, or a request.")]  # fmt: skip
+Lists = Annotated[
+    Literal["user", "request"],
+    typer.Option("--lists", help="What is ranked together: all a user saw on the evaluation days, or a request."),
+]
 
 
 @bench.command("table1")
@@ -40,15 +65,16 @@ def bench_table1(
     rows: BenchRows = None,
     jobs: BenchJobs = None,
     target: BenchOut = Path("docs/evidence"),
-    untuned: Annotated[bool, typer.Option("--untuned", help="The papers' settings instead of those that "
-                                          "`freshrank bench tune` found.")] = False,
+    untuned: Annotated[
+        bool, typer.Option("--untuned", help="The papers' settings instead of those that `freshrank bench tune` found.")
+    ] = False,
     timing_repeats: Annotated[int, typer.Option(min=0, help="Side-by-side timings per row; 0 for none.")] = 3,
     day: Day = None,
     train_days: TrainDays = 10,
     evaluation_days: EvaluationDays = 3,
     lists: Lists = "user",
     oracle: BenchOracle = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train and judge every row of the paper's table 1; what is done is kept, so a stopped run goes on."""
     from freshrank.bench.paper.rows import chosen
     from freshrank.bench.paper.table1 import Options, table1
@@ -99,8 +125,10 @@ def bench_epoch(
 
     target = _evidence(target, "epoch")
     found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
-    say(f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
-        f"threads; losses differ by at most {found.loss_difference:.1e}")  # fmt: skip
+    say(
+        f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
+        f"threads; losses differ by at most {found.loss_difference:.1e}"
+    )
 
 
 @bench.command("train")
@@ -126,15 +154,25 @@ def bench_train(
     from freshrank.dates import parse_day
 
     target = _evidence(target, "train")
-    plan = Plan(days=days, steps=steps, peer_steps=peer_steps, rounds=rounds, window_rows=window_rows,
-                peers=tuple(_names(peers) or ()))  # fmt: skip
+    plan = Plan(
+        days=days,
+        steps=steps,
+        peer_steps=peer_steps,
+        rounds=rounds,
+        window_rows=window_rows,
+        peers=tuple(_names(peers) or ()),
+    )
     found = train(data, parse_day(run_date_of(data, day)), plan, target, out)
     for name, system in found.systems.items():
-        say(f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
-            f"{system.peak_mib:,.0f} MiB")  # fmt: skip
+        say(
+            f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
+            f"{system.peak_mib:,.0f} MiB"
+        )
     for ratio in found.ratios:
-        say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
-            f"{ratio.target} {'met' if ratio.met else 'NOT met'}")  # fmt: skip
+        say(
+            f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
+            f"{ratio.target} {'met' if ratio.met else 'NOT met'}"
+        )
     _say_where(target)
 
 

@@ -41,15 +41,33 @@ def import_kuairand(
 def import_parquet(
     source: Source,
     target: Target,
-    allow_unknown_items: Annotated[bool, typer.Option("--allow-unknown-items", help=(
-        "Keep impressions of items absent from items: counted in manifest.json and used as items without content. "
-        "Without it they are refused."))] = False,
-    add: Annotated[bool, typer.Option("--add", help=(
-        "Keep the days that --out holds and SOURCE does not; a day in both is SOURCE's. Items and users are replaced "
-        "as ever, so bring both whole."))] = False,
-    replace_days: Annotated[bool, typer.Option("--replace-days", help=(
-        "With --add: also replace a day of which SOURCE holds fewer rows than --out."))] = False,
-) -> None:  # fmt: skip
+    allow_unknown_items: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unknown-items",
+            help=(
+                "Keep impressions of items absent from items: counted in manifest.json and used as items without "
+                "content. Without it they are refused."
+            ),
+        ),
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help=(
+                "Keep the days that --out holds and SOURCE does not; a day in both is SOURCE's. Items and users are "
+                "replaced as ever, so bring both whole."
+            ),
+        ),
+    ] = False,
+    replace_days: Annotated[
+        bool,
+        typer.Option(
+            "--replace-days", help=("With --add: also replace a day of which SOURCE holds fewer rows than --out.")
+        ),
+    ] = False,
+) -> None:
     """Import any log: a directory with schema.yaml and the tables impressions, items and users as Parquet."""
     from freshrank.datasets import parquet
     from freshrank.datasets.dataset import existing
@@ -81,9 +99,11 @@ def _report_import(dataset: "Dataset", before: "Dataset | None" = None) -> None:
     missing, shown = dataset.missing_days, 10
     more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
     span = "1 day" if len(dataset.days) == 1 else f"{len(dataset.days)} days"
-    say(f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
+    say(
+        f"{dataset.path}: {rows:,} impressions on {span}, {dataset.days[0]} .. "
         f"{dataset.days[-1]}; schema '{dataset.schema.name}', actions {actions}"
-        + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else ""))  # fmt: skip
+        + (f"; no impressions on {', '.join(map(str, missing[:shown]))}{more}" if missing else "")
+    )
     if before:
         then, now = before.manifest["days"], dataset.manifest["days"]
         added, replaced = now.keys() - then.keys(), [day for day in now if day in then and now[day] != then[day]]
@@ -123,8 +143,10 @@ def features_get(
     if user is None and not item:
         raise ConfigError("features get: received no id, expected --user ID or --item ID")
     if at and not item:
-        raise ConfigError(f"--at: received {at!r} without --item, expected both: only hourly counters of items "
-                          "depend on the time; leave --at out, or name an item")  # fmt: skip
+        raise ConfigError(
+            f"--at: received {at!r} without --item, expected both: only hourly counters of items "
+            "depend on the time; leave --at out, or name an item"
+        )
     run = Run(data, run_date_of(data, None))
     store, codes = FeatureStore(run.dataset, run.workspace), Codes(run.dataset.path / MAPPINGS)
     texts = run.dataset.texts()

@@ -60,12 +60,17 @@ def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
         console.print(f"no ranking was asked for: {error}")
         return
     known = sum(row["known"] for row in answer.rows())
-    console.print(f"\nranked {len(answer.rows())} candidates for user {user}; {len(answer.rows()) - known} of them are "
-                  "unknown items. The best five:")  # fmt: skip
+    console.print(
+        f"\nranked {len(answer.rows())} candidates for user {user}; {len(answer.rows()) - known} of them are "
+        "unknown items. The best five:"
+    )
     console.print(ranking_table(answer, top=5))
     best = ",".join(str(row["item"]) for row in answer.rows()[:5])
-    console.print(f"ask again: freshrank rank --data {dataset.path} --user {user} --candidates {best} "
-                  f"--at {request_time(dataset, run_date).isoformat()}", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"ask again: freshrank rank --data {dataset.path} --user {user} --candidates {best} "
+        f"--at {request_time(dataset, run_date).isoformat()}",
+        soft_wrap=True,
+    )
 
 
 def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> tuple[int, "Answer"]:

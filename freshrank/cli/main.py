@@ -31,17 +31,25 @@ def _root(
     if version:
         say(__version__)
         raise typer.Exit
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(name)s %(message)s")  # fmt: skip
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
 
 
 @app.command()
 def demo(
-    data: Annotated[Path | None, typer.Option("--data", help="KuaiRand's files, or schema.yaml + tables, or an "
-                                              "imported dataset. Default: a small simulated world.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="KuaiRand's files, or schema.yaml + tables, or an imported dataset. Default: a small simulated world.",
+        ),
+    ] = None,
     day: Day = None,
     protocol: Protocol = "staggered",
-) -> None:  # fmt: skip
+) -> None:
     """The whole daily run through a real Airflow, Kubeflow, Feast and Triton; then rank 100 candidates for a user."""
     from freshrank.cli import demo as demo_module
     from freshrank.reports.report import print_summary

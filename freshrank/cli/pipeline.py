@@ -66,8 +66,15 @@ def train(
     from freshrank.pipeline import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "train")
-    facts = steps.train(data, run_date_of(data, day), config.windows.model_dump_json(), config.model.model_dump_json(),
-                        config.techniques.model_dump_json(), config.training.model_dump_json(), where)  # fmt: skip
+    facts = steps.train(
+        data,
+        run_date_of(data, day),
+        config.windows.model_dump_json(),
+        config.model.model_dump_json(),
+        config.techniques.model_dump_json(),
+        config.training.model_dump_json(),
+        where,
+    )
     _print_facts(f"ranker: {where}", facts)
 
 
@@ -84,9 +91,14 @@ def calibrate(
     from freshrank.pipeline import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "bundle")
-    facts = steps.calibrate(data, run_date_of(data, day), config.windows.model_dump_json(),
-                            config.calibration.model_dump_json(), ranker or _folder(data, day, "train"),
-                            where)  # fmt: skip
+    facts = steps.calibrate(
+        data,
+        run_date_of(data, day),
+        config.windows.model_dump_json(),
+        config.calibration.model_dump_json(),
+        ranker or _folder(data, day, "train"),
+        where,
+    )
     _print_facts(f"bundle: {where}", facts)
 
 
@@ -103,8 +115,15 @@ def evaluate(
     from freshrank.pipeline import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "evaluation")
-    steps.evaluate(data, run_date_of(data, day), config.windows.model_dump_json(), config.evaluation.model_dump_json(),
-                   config.gate.model_dump_json(), bundle or _folder(data, day, "bundle"), where)  # fmt: skip
+    steps.evaluate(
+        data,
+        run_date_of(data, day),
+        config.windows.model_dump_json(),
+        config.evaluation.model_dump_json(),
+        config.gate.model_dump_json(),
+        bundle or _folder(data, day, "bundle"),
+        where,
+    )
     _print_run(data, run_date_of(data, day))
 
 
@@ -137,8 +156,14 @@ def publish(
             return
         deploy.require_kept(data, run_date_of(data, day))
     judged = evaluation or _folder(data, day, "evaluation")
-    result = deploy.deploy(data, run_date_of(data, day), bundle or _folder(data, day, "bundle"), judged,
-                          _folder(data, day, "published"), force)  # fmt: skip
+    result = deploy.deploy(
+        data,
+        run_date_of(data, day),
+        bundle or _folder(data, day, "bundle"),
+        judged,
+        _folder(data, day, "published"),
+        force,
+    )
     say(f"served version: {result['version']}")
 
 

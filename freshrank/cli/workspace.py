@@ -57,11 +57,16 @@ def restore(
 @app.command()
 def prune(
     data: Data,
-    keep_days: Annotated[int | None, typer.Option(min=0, help="Days before the log's next run of which runs, reports "
-                                                  "and what they read stay. Default: FRESHRANK_KEEP_DAYS, else 30.")
-                         ] = None,
+    keep_days: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Days before the log's next run of which runs, reports "
+            "and what they read stay. Default: FRESHRANK_KEEP_DAYS, else 30.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Remove from the workspace what no later run, no roll-back and no report of the last days needs.
 
     What was written within a day stays. Models, datasets and the online store are never touched.
@@ -81,9 +86,10 @@ def prune(
 
 @app.command("settings")
 def show_settings(
-    cluster: Annotated[bool, typer.Option("--cluster", help="What only a cluster needs, too: FRESHRANK_KFP_*, "
-                                          "FRESHRANK_CLUSTER_*.")] = False,
-) -> None:  # fmt: skip
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="What only a cluster needs, too: FRESHRANK_KFP_*, FRESHRANK_CLUSTER_*.")
+    ] = False,
+) -> None:
     """Every environment variable, what it means and how it is set, as an env file; defaults are commented out."""
     from freshrank.orchestration.kubeflow.settings import ALL_SETTINGS
     from freshrank.settings import as_env_file, unknown_variables

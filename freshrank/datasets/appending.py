@@ -85,26 +85,35 @@ def check_kept(
     _refuse_vanished(shown.filter(pl.col(CREATED_AT).is_null()), allow_unknown_items, findings)
     early = shown.filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
     findings.refuse_rows(
-        f"items.{CREATED_AT}", "it is later than an impression of the item on a day that is kept",
+        f"items.{CREATED_AT}",
+        "it is later than an impression of the item on a day that is kept",
         "correct created_at, or import the whole log without --add",
         early.select(pl.struct(ITEM_ID, EVENT_TIMESTAMP, CREATED_AT)).to_series(),
-    )  # fmt: skip
+    )
 
 
 def _warn_of_lost_users(earlier: "Dataset", users: pl.DataFrame) -> None:
     before = earlier.users().select(USER_ID)
     if gone := len(before.join(users, on=USER_ID, how="anti")):
-        log.warning("%s: %s of the %s users that were there are not in this table: they count as unknown from now on; "
-                    "bring the whole table", earlier.path, f"{gone:,}", f"{len(before):,}")  # fmt: skip
+        log.warning(
+            "%s: %s of the %s users that were there are not in this table: they count as unknown from now on; "
+            "bring the whole table",
+            earlier.path,
+            f"{gone:,}",
+            f"{len(before):,}",
+        )
 
 
 def _refuse_vanished(shown: pl.DataFrame, allow_unknown_items: bool, findings: Findings) -> None:
     if allow_unknown_items:
         findings.count("kept impressions of items absent from items", len(shown))
     else:
-        findings.refuse_rows(f"items.{ITEM_ID}", "an item that a kept day shows is absent from items",
-                             "bring the whole table of items, or import with --allow-unknown-items",
-                             shown[ITEM_ID])  # fmt: skip
+        findings.refuse_rows(
+            f"items.{ITEM_ID}",
+            "an item that a kept day shows is absent from items",
+            "bring the whole table of items, or import with --allow-unknown-items",
+            shown[ITEM_ID],
+        )
 
 
 def take_over(source: Path, target: Path) -> None:

@@ -85,8 +85,11 @@ class Findings:
         earlier, first = self._text.setdefault(mapping, (text, where))
         if earlier != text:
             kinds = ("numbers", "text")
-            self.refuse(where, f"holds {kinds[text]}, but {first} holds {kinds[earlier]}",
-                        "store them alike in all tables and files, or import into another directory")  # fmt: skip
+            self.refuse(
+                where,
+                f"holds {kinds[text]}, but {first} holds {kinds[earlier]}",
+                "store them alike in all tables and files, or import into another directory",
+            )
 
     @property
     def sound(self) -> bool:
@@ -125,8 +128,11 @@ def checked_columns(present: pl.Schema, table: str, schema: Schema, findings: Fi
             if _check_type(f"{table}.{name}", name, column, present[name], findings):
                 sound[name] = column
         elif name in schema.table(table) and name != USAGE:
-            findings.refuse(f"{table}.{name}", f"the column is missing; the table has {sorted(present.names())}",
-                            "add it, or name the one it is kept in as its 'source' in schema.yaml")  # fmt: skip
+            findings.refuse(
+                f"{table}.{name}",
+                f"the column is missing; the table has {sorted(present.names())}",
+                "add it, or name the one it is kept in as its 'source' in schema.yaml",
+            )
     return sound
 
 
@@ -185,8 +191,9 @@ def check_rows(frame: pl.DataFrame, table: str, columns: dict[str, Column], find
     for name, column in columns.items():
         where, values = f"{table}.{name}", frame[name]
         if name in REQUIRED[table]:
-            findings.refuse_rows(where, "the key is null", "drop these rows or fill the key",
-                                 _rows_of(frame, values.is_null(), table))  # fmt: skip
+            findings.refuse_rows(
+                where, "the key is null", "drop these rows or fill the key", _rows_of(frame, values.is_null(), table)
+            )
         if values.dtype != pl.Null:
             _check_domain(where, name, column, values, findings)
 
@@ -200,8 +207,12 @@ def _rows_of(frame: pl.DataFrame, mask: pl.Series, table: str) -> pl.Series:
 def _check_domain(where: str, name: str, column: Column, values: pl.Series, findings: Findings) -> None:
     if name == USAGE:
         known = [usage.value for usage in Usage]
-        findings.refuse_rows(where, "the usage is unknown", f"use one of {known} or null",
-                             values.filter(values.is_not_null() & ~values.is_in(known)))  # fmt: skip
+        findings.refuse_rows(
+            where,
+            "the usage is unknown",
+            f"use one of {known} or null",
+            values.filter(values.is_not_null() & ~values.is_in(known)),
+        )
     elif column.role is Role.ACTION:
         _check_labels(where, values, findings)
     elif column.kind is Kind.NUMERIC:
@@ -214,8 +225,12 @@ def _check_domain(where: str, name: str, column: Column, values: pl.Series, find
 
 def _check_labels(where: str, values: pl.Series, findings: Findings) -> None:
     labels = _count_nan(where, values.cast(pl.Float64), findings)
-    findings.refuse_rows(where, "the label is outside {0, 1, null}", "store 1 for the action, 0 for none, null for not "
-                         "observed", values.filter(labels.is_not_null() & ~labels.is_in([0.0, 1.0])))  # fmt: skip
+    findings.refuse_rows(
+        where,
+        "the label is outside {0, 1, null}",
+        "store 1 for the action, 0 for none, null for not observed",
+        values.filter(labels.is_not_null() & ~labels.is_in([0.0, 1.0])),
+    )
 
 
 def _count_nan(where: str, values: pl.Series, findings: Findings) -> pl.Series:
@@ -225,18 +240,30 @@ def _count_nan(where: str, values: pl.Series, findings: Findings) -> pl.Series:
 
 def _check_finite(where: str, values: pl.Series, findings: Findings) -> None:
     single = _count_nan(where, values.cast(pl.Float32), findings)
-    findings.refuse_rows(where, "the value is infinite as float32", "replace it by null or a finite number",
-                         values.filter(single.is_infinite().fill_null(value=False)))  # fmt: skip
+    findings.refuse_rows(
+        where,
+        "the value is infinite as float32",
+        "replace it by null or a finite number",
+        values.filter(single.is_infinite().fill_null(value=False)),
+    )
 
 
 def _check_vectors(where: str, column: Column, values: pl.Series, findings: Findings) -> None:
     lengths = values.list.len()
-    findings.refuse_rows(where, f"the vector's length is not dim = {column.dim}", "correct dim in schema.yaml, or the "
-                         "vectors; null stands for none", lengths.filter(lengths != column.dim))  # fmt: skip
+    findings.refuse_rows(
+        where,
+        f"the vector's length is not dim = {column.dim}",
+        "correct dim in schema.yaml, or the vectors; null stands for none",
+        lengths.filter(lengths != column.dim),
+    )
     elements = values.list.eval(pl.element().cast(pl.Float32))
     infinite = elements.list.eval(pl.element().is_infinite()).list.any().fill_null(value=False)
-    findings.refuse_rows(where, "the vector holds an infinite element", "replace the vector by null",
-                         values.filter(infinite).cast(pl.List(pl.String)).list.head(4).list.join(", "))  # fmt: skip
+    findings.refuse_rows(
+        where,
+        "the vector holds an infinite element",
+        "replace the vector by null",
+        values.filter(infinite).cast(pl.List(pl.String)).list.head(4).list.join(", "),
+    )
     findings.count(f"{where}: vectors with NaN read as null", int(_holds_nan(elements).sum()))
 
 
@@ -247,8 +274,12 @@ def _holds_nan(vectors: pl.Series) -> pl.Series:
 def _check_codes(where: str, values: pl.Series, findings: Findings) -> None:
     if values.dtype.is_float():
         values = _count_nan(where, values, findings)
-        findings.refuse_rows(where, "the value is not a whole number", "declare the column numeric, or round it",
-                             values.filter(values.is_not_null() & (values != values.round())))  # fmt: skip
+        findings.refuse_rows(
+            where,
+            "the value is not a whole number",
+            "declare the column numeric, or round it",
+            values.filter(values.is_not_null() & (values != values.round())),
+        )
     elif values.dtype.is_integer():
         lost = values.is_not_null() & values.cast(pl.Int64, strict=False).is_null()
         findings.refuse_rows(where, "the value does not fit into int64", "store it as text", values.filter(lost))
@@ -259,12 +290,17 @@ def check_unique(frame: pl.DataFrame, table: str, key: list[str], findings: Find
     if all(name in frame.columns for name in key):
         # Structs, not pl.format: that panics on one text column of which the filter left some chunks empty (2.1).
         repeated = frame.filter(~pl.struct(key).is_first_distinct())
-        findings.refuse_rows(f"{table}.{'+'.join(key)}", "the key is repeated", "keep one row per key",
-                             repeated.select(pl.struct(key)).to_series())  # fmt: skip
+        findings.refuse_rows(
+            f"{table}.{'+'.join(key)}",
+            "the key is repeated",
+            "keep one row per key",
+            repeated.select(pl.struct(key)).to_series(),
+        )
 
 
-def check_references(log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, allow_unknown_items: bool,
-                     findings: Findings) -> None:  # fmt: skip
+def check_references(
+    log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, allow_unknown_items: bool, findings: Findings
+) -> None:
     """Hold the log against the items and users it names; unknown users are cold users, counted and let pass."""
     where = f"impressions.{ITEM_ID}"
     if _comparable(log, items, ITEM_ID):
@@ -272,8 +308,12 @@ def check_references(log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame
         if allow_unknown_items:
             findings.count("impressions of items absent from items", len(unknown))
         else:
-            findings.refuse_rows(where, "the item is absent from items", "add it to items, drop these rows, or import "
-                                 "with --allow-unknown-items", unknown)  # fmt: skip
+            findings.refuse_rows(
+                where,
+                "the item is absent from items",
+                "add it to items, drop these rows, or import with --allow-unknown-items",
+                unknown,
+            )
         if CREATED_AT in items.columns:
             _check_creation(log, items, findings)
     if _comparable(log, users, USER_ID):
@@ -288,8 +328,12 @@ def _check_creation(log: pl.DataFrame, items: pl.DataFrame, findings: Findings) 
     created = items.select(ITEM_ID, CREATED_AT).unique(ITEM_ID, keep="first")
     early = log.join(created, on=ITEM_ID).filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
     shown = pl.struct(ITEM_ID, EVENT_TIMESTAMP, CREATED_AT)
-    findings.refuse_rows(f"impressions.{EVENT_TIMESTAMP}", "the impression precedes its item's created_at",
-                         "correct created_at, or drop these rows", early.select(shown).to_series())  # fmt: skip
+    findings.refuse_rows(
+        f"impressions.{EVENT_TIMESTAMP}",
+        "the impression precedes its item's created_at",
+        "correct created_at, or drop these rows",
+        early.select(shown).to_series(),
+    )
 
 
 def keys_as_written(frame: pl.DataFrame, columns: dict[str, Column]) -> pl.DataFrame:

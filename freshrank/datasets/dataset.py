@@ -36,8 +36,10 @@ class Dataset:
     def open(cls, path: Path) -> "Dataset":
         """Open an imported directory; a :class:`DataError` says how to import one that is not."""
         if not (path / MANIFEST).exists():
-            raise DataError(f"{path}: no {MANIFEST}, so this is not an imported dataset; run "
-                            f"`freshrank import parquet {path} --out DIR` or `freshrank import kuairand`")  # fmt: skip
+            raise DataError(
+                f"{path}: no {MANIFEST}, so this is not an imported dataset; run "
+                f"`freshrank import parquet {path} --out DIR` or `freshrank import kuairand`"
+            )
         return cls(path, load_schema(path / "schema.yaml"), read_json(path / MANIFEST))
 
     @property

@@ -45,9 +45,16 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 UTC_OFFSET_HOURS = 8
 LAUNCHES = "staggered_launches.parquet"
 _KEPT_PERCENT = 5
-_USER_CATEGORIES = ["user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
-                    "fans_user_num_range", "friend_user_num_range", "register_days_range",
-                    *(f"onehot_feat{i}" for i in range(18))]  # fmt: skip
+_USER_CATEGORIES = [
+    "user_active_degree",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+    *(f"onehot_feat{i}" for i in range(18)),
+]
 _USER_COUNTS = ["follow_user_num", "fans_user_num", "friend_user_num", "register_days"]
 _ITEM_CATEGORIES = ["author_id", "video_type", "upload_type", "music_id", "music_type"]
 _SIBLINGS = ("author_id", "tag", "music_id", "upload_type", "video_duration", "tag+video_duration")
@@ -150,11 +157,15 @@ def _find(src: Path) -> _Layout:
         if not missing:
             return layout
         if missing == [LAUNCHES]:
-            raise DataError(f"{src}: lacks {LAUNCHES}, the launch days that every protocol judges by; "
-                            "copy it there from the KuaiRand slice")  # fmt: skip
+            raise DataError(
+                f"{src}: lacks {LAUNCHES}, the launch days that every protocol judges by; "
+                "copy it there from the KuaiRand slice"
+            )
     found = sorted(path.name for path in src.glob("*"))
-    raise DataError(f"{src}: expected the slice ({', '.join(_SLICE.files)}) or the published files "
-                    f"({', '.join(_PUBLISHED.files)}); it holds {found}")  # fmt: skip
+    raise DataError(
+        f"{src}: expected the slice ({', '.join(_SLICE.files)}) or the published files "
+        f"({', '.join(_PUBLISHED.files)}); it holds {found}"
+    )
 
 
 def _read(path: Path) -> pl.DataFrame:
@@ -204,8 +215,13 @@ def unique_events(log: pl.DataFrame) -> pl.DataFrame:
 
 def _impressions(log: pl.DataFrame) -> pl.DataFrame:
     day = pl.col("date").cast(pl.String).str.to_date("%Y%m%d")
-    return _contract_rows(log.with_columns(clock_within_day(pl.col("time_ms"), day).alias(EVENT_TIMESTAMP),
-                                           click=pl.col("is_click"), usage=pl.lit(Usage.ALL.value)))  # fmt: skip
+    return _contract_rows(
+        log.with_columns(
+            clock_within_day(pl.col("time_ms"), day).alias(EVENT_TIMESTAMP),
+            click=pl.col("is_click"),
+            usage=pl.lit(Usage.ALL.value),
+        )
+    )
 
 
 def clock_within_day(time_ms: pl.Expr, day: pl.Expr) -> pl.Expr:
@@ -227,8 +243,14 @@ def _history(history: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
     uploads = items.select(pl.col(ITEM_ID).alias("video_id"), "uploaded")
     timed = interpolated_times(history.with_columns(pl.col("video_id").cast(pl.Int64)).join(uploads, on="video_id"))
     certain = pl.when(~pl.col("repeat_in_window")).then("long_view")
-    return _contract_rows(timed.with_columns(certain.alias("long_view"), click=pl.lit(None, pl.Int8),
-                                             tab=pl.lit(None, pl.Int8), usage=pl.lit(Usage.HISTORY.value)))  # fmt: skip
+    return _contract_rows(
+        timed.with_columns(
+            certain.alias("long_view"),
+            click=pl.lit(None, pl.Int8),
+            tab=pl.lit(None, pl.Int8),
+            usage=pl.lit(Usage.HISTORY.value),
+        )
+    )
 
 
 def interpolated_times(history: pl.DataFrame) -> pl.DataFrame:

@@ -54,8 +54,10 @@ def _files(src: Path, table: str) -> list[Path]:
     single, directory = src / f"{table}.parquet", src / table
     paths = [single] if single.is_file() else sorted(directory.rglob("*.parquet"))
     if not paths:
-        raise DataError(f"{src}: no table '{table}'; expected {single.name} or Parquet files under {table}/, "
-                        f"found {sorted(path.name for path in src.glob('*'))}")  # fmt: skip
+        raise DataError(
+            f"{src}: no table '{table}'; expected {single.name} or Parquet files under {table}/, "
+            f"found {sorted(path.name for path in src.glob('*'))}"
+        )
     return paths
 
 
@@ -79,9 +81,11 @@ def _columns(path: Path, frame: pl.LazyFrame) -> list[str]:
 def _check_sources(path: Path, sources: dict[str, str], present: list[str]) -> None:
     absent = sorted(set(sources) - set(present))
     if absent:
-        raise DataError(f"{path}: schema.yaml names source column(s) {absent} that are not there; "
-                        f"the file has {sorted(present)}; correct 'source' in schema.yaml, or add the column(s) to "
-                        "the file")  # fmt: skip
+        raise DataError(
+            f"{path}: schema.yaml names source column(s) {absent} that are not there; "
+            f"the file has {sorted(present)}; correct 'source' in schema.yaml, or add the column(s) to "
+            "the file"
+        )
 
 
 def _blame(files: dict[str, list[Path]]) -> None:

@@ -21,8 +21,10 @@ def prepare(data: Path | None, protocol: "Protocol") -> Path:
     if data is None:
         return _simulated(where / "simulated")
     if not data.is_dir():
-        raise ConfigError(f"data: {data} is not a directory; expected KuaiRand's files, or schema.yaml with Parquet "
-                          "tables, or an imported dataset")  # fmt: skip
+        raise ConfigError(
+            f"data: {data} is not a directory; expected KuaiRand's files, or schema.yaml with Parquet "
+            "tables, or an imported dataset"
+        )
     if (data / MANIFEST).exists():
         return data
     if (data / "schema.yaml").exists():

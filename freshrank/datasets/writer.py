@@ -96,19 +96,31 @@ def write_dataset(
 def _warn_of_losses(earlier: Dataset, dataset: Dataset) -> None:
     if gone := sorted(set(earlier.days) - set(dataset.days)):
         held = "1 day that was there before is" if len(gone) == 1 else f"{len(gone)} days that were there before are"
-        log.warning("%s: %s not in this import (%s .. %s); it replaced the dataset as a whole: import the whole log up "
-                    "to the newest day to have them back, and single days with --add",
-                    dataset.path, held, gone[0], gone[-1])  # fmt: skip
+        log.warning(
+            "%s: %s not in this import (%s .. %s); it replaced the dataset as a whole: import the whole log up "
+            "to the newest day to have them back, and single days with --add",
+            dataset.path,
+            held,
+            gone[0],
+            gone[-1],
+        )
     shrunk = [day for day in earlier.days if day in dataset.days and dataset.rows(day) < earlier.rows(day)]
     for day in shrunk:
-        log.warning("%s: %s had %s impressions and has %s now: this import brought the day again, and replaced it",
-                    dataset.path, day, f"{earlier.rows(day):,}", f"{dataset.rows(day):,}")  # fmt: skip
+        log.warning(
+            "%s: %s had %s impressions and has %s now: this import brought the day again, and replaced it",
+            dataset.path,
+            day,
+            f"{earlier.rows(day):,}",
+            f"{dataset.rows(day):,}",
+        )
 
 
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: holds something that is not an imported dataset and would be replaced; "
-                        "name a new or an empty directory")  # fmt: skip
+        raise DataError(
+            f"{out}: holds something that is not an imported dataset and would be replaced; "
+            "name a new or an empty directory"
+        )
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -141,8 +153,13 @@ class _Writer:
         self.findings.raise_refusals()
         (self.directory / "schema.yaml").write_text(dump_schema(_without_sources(self.schema)))
         mappings = self.mappings.write(self.directory / MAPPINGS)
-        manifest = {"source": source, "files": files, "days": days, "mappings": mappings,
-                    "counts": dict(self.findings.counts)}  # fmt: skip
+        manifest = {
+            "source": source,
+            "files": files,
+            "days": days,
+            "mappings": mappings,
+            "counts": dict(self.findings.counts),
+        }
         write_json(self.directory / MANIFEST, manifest)
 
     def _checked(self, table: str, frame: Frame, key: str) -> pl.DataFrame:

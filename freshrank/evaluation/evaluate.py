@@ -115,8 +115,14 @@ def _list_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Itera
             positives=int(table.positive(name, action).sum()),
         )
         value = float(hit[:, action].sum() / support.lists) if support.lists else None
-        yield Metric(slice=name, metric=metric, action=label, value=value, support=support,
-                     note=None if support.lists else _no_list(table, name, label))  # fmt: skip
+        yield Metric(
+            slice=name,
+            metric=metric,
+            action=label,
+            value=value,
+            support=support,
+            note=None if support.lists else _no_list(table, name, label),
+        )
     weights, note = _weights(table, name, holds)
     counted = holds[:, weights != 0].any(axis=1).sum()
     value = float(_rates(holds, hit) @ weights) if counted else None
@@ -128,17 +134,32 @@ def _item_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Itera
     for action, label in enumerate(table.schema.actions):
         positive = table.positive(name, action)
         items = table.items[table.listed][positive]
-        support = Support(rows=len(items), lists=len(np.unique(table.lists[positive])), positives=len(items),
-                          items=len(np.unique(items)))  # fmt: skip
+        support = Support(
+            rows=len(items),
+            lists=len(np.unique(table.lists[positive])),
+            positives=len(items),
+            items=len(np.unique(items)),
+        )
         counted[action] = len(items) > 0
         if len(items):
             rates[action] = np.average(rank[positive] < table.config.k, weights=statistics.item_weights(items))
-        yield Metric(slice=name, metric=metric, action=label, weighting=Weighting.ITEM, support=support,
-                     value=float(rates[action]) if len(items) else None,
-                     note=None if len(items) else _no_list(table, name, label))  # fmt: skip
+        yield Metric(
+            slice=name,
+            metric=metric,
+            action=label,
+            weighting=Weighting.ITEM,
+            support=support,
+            value=float(rates[action]) if len(items) else None,
+            note=None if len(items) else _no_list(table, name, label),
+        )
     weights, note = _weights(table, name, counted[None])
-    yield Metric(slice=name, metric=metric, weighting=Weighting.ITEM, note=note,
-                 value=float(rates @ weights) if weights.any() else None)  # fmt: skip
+    yield Metric(
+        slice=name,
+        metric=metric,
+        weighting=Weighting.ITEM,
+        note=note,
+        value=float(rates @ weights) if weights.any() else None,
+    )
 
 
 def _no_list(table: Table, name: str, action: str) -> str:
@@ -169,8 +190,11 @@ def _ndcg(table: Table, name: str, action: int) -> Metric:
     positive = table.positive(name, action)
     value = statistics.ndcg(positive, table.rank, table.lists, table.list_count, table.config.k)
     label = table.schema.actions[action]
-    support = Support(lists=len(np.unique(table.lists[positive])), positives=int(positive.sum()),
-                      rows=int(table.slices[name][table.listed].sum()))  # fmt: skip
+    support = Support(
+        lists=len(np.unique(table.lists[positive])),
+        positives=int(positive.sum()),
+        rows=int(table.slices[name][table.listed].sum()),
+    )
     note = _no_list(table, name, label) if value is None else None
     return Metric(slice=name, metric=MetricName.NDCG, action=label, value=value, support=support, note=note)
 
@@ -191,14 +215,28 @@ def _row_metrics(table: Table, name: str, action: int, weighting: Weighting) -> 
         (MetricName.AUC, one_class, lambda: float(areas[1][0])),
         (MetricName.LOG_LOSS, empty, lambda: statistics.log_loss(probabilities, labels, weights)),
         (MetricName.ECE, empty, lambda: statistics.expected_calibration_error(probabilities, labels, bins, weights)),
-        (MetricName.CALIBRATION_RATIO, none_positive,
-         lambda: float(np.average(probabilities, weights=weights) / np.average(labels, weights=weights))),
-    ]  # fmt: skip
-    support = Support(rows=len(labels), lists=len(np.unique(table.judged.list_id[rows])), positives=int(labels.sum()),
-                      items=len(np.unique(table.items[rows])))  # fmt: skip
+        (
+            MetricName.CALIBRATION_RATIO,
+            none_positive,
+            lambda: float(np.average(probabilities, weights=weights) / np.average(labels, weights=weights)),
+        ),
+    ]
+    support = Support(
+        rows=len(labels),
+        lists=len(np.unique(table.judged.list_id[rows])),
+        positives=int(labels.sum()),
+        items=len(np.unique(table.items[rows])),
+    )
     for metric, note, compute in computed:
-        yield Metric(slice=name, metric=metric, action=label, weighting=weighting, value=None if note else compute(),
-                     note=note, support=support)  # fmt: skip
+        yield Metric(
+            slice=name,
+            metric=metric,
+            action=label,
+            weighting=weighting,
+            value=None if note else compute(),
+            note=note,
+            support=support,
+        )
 
 
 def _one_row(labels: Floats, weights: Floats | None) -> Floats:
@@ -258,8 +296,9 @@ def _reliability(table: Table) -> Iterator[ReliabilityBin]:
             if len(labels):
                 bins = statistics.reliability(probabilities, labels, table.config.ece_bins)
                 for predicted, observed, rows in zip(*bins, strict=True):
-                    yield ReliabilityBin(slice=name, action=label, predicted=predicted, observed=observed,
-                                         rows=int(rows))  # fmt: skip
+                    yield ReliabilityBin(
+                        slice=name, action=label, predicted=predicted, observed=observed, rows=int(rows)
+                    )
 
 
 def compare(
@@ -275,24 +314,36 @@ def compare(
     """
     _check_same_rows(challenger, baseline)
     ours, theirs = Table(challenger, schema, config), Table(baseline, schema, config)
-    invalid = _invalid(challenger, baseline) or (None if ours.list_count else
-              f"no list of at least {config.min_candidates} candidates")  # fmt: skip
+    invalid = _invalid(challenger, baseline) or (
+        None if ours.list_count else f"no list of at least {config.min_candidates} candidates"
+    )
     share = ours.fresh_share if fresh_share is None else fresh_share
     rows = [] if invalid or share is None else [*_differences(ours, theirs, share)]
-    return Comparison(k=config.k, confidence=config.confidence, draws=config.bootstrap, lists=ours.list_count,
-                      fresh_share=share, invalid=invalid, rows=rows)  # fmt: skip
+    return Comparison(
+        k=config.k,
+        confidence=config.confidence,
+        draws=config.bootstrap,
+        lists=ours.list_count,
+        fresh_share=share,
+        invalid=invalid,
+        rows=rows,
+    )
 
 
 def _check_same_rows(challenger: Judged, baseline: Judged) -> None:
     for name in ("list_id", "item_id", "labels"):
         ours, theirs = getattr(challenger, name), getattr(baseline, name)
         if ours.shape != theirs.shape:
-            raise DataError(f"compare: {name} has shape {ours.shape} for the challenger and {theirs.shape} for the "
-                            "baseline; judge both on the same rows in the same order")  # fmt: skip
+            raise DataError(
+                f"compare: {name} has shape {ours.shape} for the challenger and {theirs.shape} for the "
+                "baseline; judge both on the same rows in the same order"
+            )
         differs = np.flatnonzero((ours != theirs) & ~((ours != ours) & (theirs != theirs)))
         if len(differs):
-            raise DataError(f"compare: {name} differs at row {differs[0]}: challenger {ours.flat[differs[0]]}, "
-                            f"baseline {theirs.flat[differs[0]]}; judge both on the same rows")  # fmt: skip
+            raise DataError(
+                f"compare: {name} differs at row {differs[0]}: challenger {ours.flat[differs[0]]}, "
+                f"baseline {theirs.flat[differs[0]]}; judge both on the same rows"
+            )
 
 
 def _invalid(challenger: Judged, baseline: Judged) -> str | None:

@@ -93,13 +93,21 @@ def _judged_actions(challenger: Evaluation) -> list[str]:
 
 def _predictions(comparison: Comparison, challenger: Evaluation) -> Reason:
     if challenger.invalid:
-        return Reason(check="predictions", passed=False if challenger.rows else None,
-                      sentence=f"The challenger cannot be judged: {challenger.invalid}.")  # fmt: skip
+        return Reason(
+            check="predictions",
+            passed=False if challenger.rows else None,
+            sentence=f"The challenger cannot be judged: {challenger.invalid}.",
+        )
     if comparison.invalid:
-        return Reason(check="predictions", passed=None,
-                      sentence=f"The two models cannot be compared: {comparison.invalid}.")  # fmt: skip
-    return Reason(check="predictions", passed=True, value=challenger.rows,
-                  sentence=f"All {challenger.rows:,} predictions are finite probabilities.")  # fmt: skip
+        return Reason(
+            check="predictions", passed=None, sentence=f"The two models cannot be compared: {comparison.invalid}."
+        )
+    return Reason(
+        check="predictions",
+        passed=True,
+        value=challenger.rows,
+        sentence=f"All {challenger.rows:,} predictions are finite probabilities.",
+    )
 
 
 def _comparison_checks(comparison: Comparison, config: GateConfig) -> Iterator[Reason]:
@@ -107,8 +115,13 @@ def _comparison_checks(comparison: Comparison, config: GateConfig) -> Iterator[R
         row = comparison.get(MetricName.HITS, slice)
         enough = row.lists >= needed
         of_slice = "" if slice == ALL else " on a fresh item"
-        yield Reason(check=check, passed=enough or None, value=row.lists, bound=needed,
-                     sentence=f"{row.lists:,} lists hold an action{of_slice}; {needed:,} are needed.")  # fmt: skip
+        yield Reason(
+            check=check,
+            passed=enough or None,
+            value=row.lists,
+            bound=needed,
+            sentence=f"{row.lists:,} lists hold an action{of_slice}; {needed:,} are needed.",
+        )
         margin = config.overall_margin if slice == ALL else config.fresh_margin
         yield _hits(comparison, slice, margin, enough)
 
@@ -117,8 +130,9 @@ def _hits(comparison: Comparison, slice: str, margin: float, enough: bool) -> Re
     row = comparison.get(MetricName.HITS, slice)
     check = f"{'overall' if slice == ALL else 'fresh'} Hits@{comparison.k}"
     if row.difference is None or row.challenger is None or row.baseline is None:
-        return Reason(check=check, passed=None, bound=-margin,
-                      sentence=f"{_capital(check)} could not be compared: {row.note}.")  # fmt: skip
+        return Reason(
+            check=check, passed=None, bound=-margin, sentence=f"{_capital(check)} could not be compared: {row.note}."
+        )
     gained = row.difference
     passed = _not_worse(gained, margin, slice) if enough else None
     needed = f"its low end must exceed {-margin:.4f}" if slice == ALL else f"it must be at least {-margin + 0.0:.4f}"
@@ -172,15 +186,19 @@ def _bounded(metric: Metric, check: str, config: GateConfig, limits: tuple[float
     name = f"{check}: {metric.action}, {metric.slice}"
     what = _PHRASES[check].format(action=metric.action, slice=metric.slice)
     if metric.value is None:
-        return Reason(check=name, passed=None, bound=high,
-                      sentence=f"{what} could not be computed: {metric.note}.")  # fmt: skip
+        return Reason(check=name, passed=None, bound=high, sentence=f"{what} could not be computed: {metric.note}.")
     bound = low if low is not None and metric.value < low else high
     allowed = f"at most {high:.3f}" if low is None else f"between {low:.3f} and {high:.3f}"
     passed: bool | None = metric.value <= high and (low is None or metric.value >= low)
     few = metric.support.positives < config.min_positives
     doubt = f", but rests on {metric.support.positives} positives; {config.min_positives} are needed" if few else ""
-    return Reason(check=name, passed=None if few else passed, value=metric.value, bound=bound,
-                  sentence=f"{what} is {metric.value:.3f}; {allowed} is allowed{doubt}.")  # fmt: skip
+    return Reason(
+        check=name,
+        passed=None if few else passed,
+        value=metric.value,
+        bound=bound,
+        sentence=f"{what} is {metric.value:.3f}; {allowed} is allowed{doubt}.",
+    )
 
 
 def _parameters(increase: float, config: GateConfig) -> Reason:

@@ -35,8 +35,10 @@ class Judged:
             shape = getattr(self, field.name).shape
             expected = self.labels.shape if field.name in ("probabilities", "labels") else self.labels.shape[:1]
             if shape != expected or self.labels.ndim != 2:
-                raise DataError(f"Judged.{field.name}: received shape {shape}, expected {expected or '[N, A]'}; "
-                                "all arrays hold the same rows in the same order")  # fmt: skip
+                raise DataError(
+                    f"Judged.{field.name}: received shape {shape}, expected {expected or '[N, A]'}; "
+                    "all arrays hold the same rows in the same order"
+                )
         strange = self.labels[~np.isin(self.labels, (0, 1)) & ~np.isnan(self.labels)]
         if len(strange):
             raise DataError(f"Judged.labels: received {strange[0]}, expected 0, 1 or NaN (not observed)")
@@ -140,5 +142,12 @@ class Table:
             return "the lists hold only fresh or only warm candidates"
         if not np.allclose(self.judged.score, self.judged.probabilities @ self.utilities, rtol=1e-3, atol=1e-4):
             return "the score is not the utility-weighted sum of the probabilities, so logits cannot be shifted"
-        return metrics.matched_ranks(self.judged.probabilities[self.listed], self.utilities, self.listed_fresh,
-                                        self.lists, self.ties, self.config.k, share)  # fmt: skip
+        return metrics.matched_ranks(
+            self.judged.probabilities[self.listed],
+            self.utilities,
+            self.listed_fresh,
+            self.lists,
+            self.ties,
+            self.config.k,
+            share,
+        )

@@ -142,8 +142,9 @@ class Evaluation(BaseModel):
         for row in self.metrics:
             if (row.metric, row.slice, row.action, row.weighting) == (metric, slice, action, weighting):
                 return row
-        return Metric(slice=slice, metric=metric, action=action, weighting=weighting,
-                      note=self.invalid or "was not computed")  # fmt: skip
+        return Metric(
+            slice=slice, metric=metric, action=action, weighting=weighting, note=self.invalid or "was not computed"
+        )
 
     @property
     def slices(self) -> list[str]:

@@ -58,8 +58,13 @@ def _log_loss(
     labels = models[0].labels[:, action]
     rows = fresh & ~np.isnan(labels)
     distinct, items = np.unique(models[0].item_id[rows], return_inverse=True)
-    row = Difference(slice=FRESH, metric=MetricName.LOG_LOSS, action=label, items=len(distinct),
-                     lists=len(np.unique(models[0].list_id[rows])))  # fmt: skip
+    row = Difference(
+        slice=FRESH,
+        metric=MetricName.LOG_LOSS,
+        action=label,
+        items=len(distinct),
+        lists=len(np.unique(models[0].list_id[rows])),
+    )
     if not len(distinct):
         return row.model_copy(update={"note": f"no fresh row has '{label}' observed"})
     drawn = bootstrap.item_draws(len(distinct), config.warm_up_draws, config.seed)

@@ -54,8 +54,13 @@ def _curves(buckets: list["_Bucket"], action: int) -> Iterator[WarmUpCurve]:
     found = [row for bucket in buckets for row in (*_hits(bucket, action), *_rows(bucket, action))]
     for metric, weighting in CURVES:
         points = [point for name, by, point in found if (name, by) == (metric, weighting)]
-        yield WarmUpCurve(metric=metric, action=buckets[0].table.schema.actions[action], weighting=weighting,
-                          points=points, warm_from=_warm_from(points, metric in LOWER_IS_BETTER))  # fmt: skip
+        yield WarmUpCurve(
+            metric=metric,
+            action=buckets[0].table.schema.actions[action],
+            weighting=weighting,
+            points=points,
+            warm_from=_warm_from(points, metric in LOWER_IS_BETTER),
+        )
 
 
 def _warm_from(points: list[WarmUpPoint], lower_is_better: bool) -> str | None:
@@ -130,8 +135,12 @@ def _rows(bucket: _Bucket, action: int) -> Iterator[_Found]:
     known = ~np.isnan(labels)
     labels, items = labels[known], bucket.items[known]
     probabilities = judged.probabilities[bucket.rows, action][known].astype(np.float64)
-    support = Support(rows=len(labels), positives=int(labels.sum()), items=len(np.unique(items)),
-                      lists=len(np.unique(judged.list_id[bucket.rows][known])))  # fmt: skip
+    support = Support(
+        rows=len(labels),
+        positives=int(labels.sum()),
+        items=len(np.unique(items)),
+        lists=len(np.unique(judged.list_id[bucket.rows][known])),
+    )
     losses = metrics.row_losses(probabilities, labels)
     for weighting in Weighting:
         yield MetricName.LOG_LOSS, weighting, bucket.mean(items, losses, weighting, support)

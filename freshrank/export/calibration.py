@@ -76,8 +76,12 @@ def _fit_one(
     model = LogisticRegression(C=np.inf, max_iter=200).fit(x, y)
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope < MIN_SLOPE:
-        log.warning("calibration of '%s': slope %.4f held at %.2f; the ranker orders this action badly", action,
-                    slope, MIN_SLOPE)  # fmt: skip
+        log.warning(
+            "calibration of '%s': slope %.4f held at %.2f; the ranker orders this action badly",
+            action,
+            slope,
+            MIN_SLOPE,
+        )
         return MIN_SLOPE, _intercept_at(MIN_SLOPE, x[:, 0], float(y.mean()))
     return slope, intercept
 

@@ -85,9 +85,14 @@ def with_parity(platt: Platt, trained: Trained, frame: Frame, catalog: Catalog, 
         return platt
     logits = predict_encoded(trained, TensorFrame(mixed, trained.encoder, catalog))
     rows = mixed.rows
-    shift = parity_shift(platt.scaled(logits), np.asarray(schema.utilities, np.float64),
-                         (rows[ITEM_AGE] < schema.fresh_days).to_numpy(), rows[USER_ROW].to_numpy().astype(np.int64),
-                         rows[ITEM_ID].to_numpy(), config.top)  # fmt: skip
+    shift = parity_shift(
+        platt.scaled(logits),
+        np.asarray(schema.utilities, np.float64),
+        (rows[ITEM_AGE] < schema.fresh_days).to_numpy(),
+        rows[USER_ROW].to_numpy().astype(np.int64),
+        rows[ITEM_ID].to_numpy(),
+        config.top,
+    )
     bounded = float(np.clip(shift, -config.max_fresh_shift, config.max_fresh_shift))
     log.info("exposure parity: fresh logits are moved by %+.3f; parity asks for %+.3f", bounded, shift)
     return platt.model_copy(update={"fresh_shift": bounded})

@@ -23,8 +23,15 @@ from freshrank.training.trained import Trained
 log = logging.getLogger(__name__)
 PARITY_TOLERANCE = 1e-4
 """On logits, torch against onnxruntime: float32 sums in another order."""
-_USER_BLOCKS = ("user_categorical", "user_multi", "user_numeric", "user_embedding", "sequence_items",
-                "sequence_actions", "sequence_categorical")  # fmt: skip
+_USER_BLOCKS = (
+    "user_categorical",
+    "user_multi",
+    "user_numeric",
+    "user_embedding",
+    "sequence_items",
+    "sequence_actions",
+    "sequence_categorical",
+)
 
 
 class CalibratedRanker(nn.Module):
@@ -127,9 +134,16 @@ def _export(model: CalibratedRanker, example: Blocks, path: Path) -> None:
     with warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, blocks, str(temporary), input_names=model.names, output_names=list(OUTPUTS),
-            dynamic_shapes={"blocks": shapes}, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+            model,
+            blocks,
+            str(temporary),
+            input_names=model.names,
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"blocks": shapes},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _check_parity(model: CalibratedRanker, cases: list[Blocks], answers: list[Blocks]) -> None:

@@ -69,8 +69,9 @@ def parts_fingerprint(dataset: Dataset, day: date) -> str:
     history = dataset.schema.history
     settings = {"actions": dataset.schema.actions, "length": history.sequence_length, "affinity": history.affinity}
     items = dataset.items_fingerprint(day, history.affinity)
-    return fingerprint({"version": CODE_VERSION, "settings": settings, "items": items,
-                        "log": dataset.log_fingerprint([day])})  # fmt: skip
+    return fingerprint(
+        {"version": CODE_VERSION, "settings": settings, "items": items, "log": dataset.log_fingerprint([day])}
+    )
 
 
 def built(workspace: Workspace, day: date) -> Built | None:
@@ -107,8 +108,12 @@ def _write(engine: Engine, dataset: Dataset, workspace: Workspace, day: date, qu
     before, rows = built(workspace, day), dataset.rows(day)
     late = (before.late + max(0, rows - before.rows)) if before else 0
     if before and late > before.late:
-        log.warning("history: %d rows of %s came late, after its features were built; later days' snapshots are built "
-                    "anew with them, though what was served did not know them", rows - before.rows, day)  # fmt: skip
+        log.warning(
+            "history: %d rows of %s came late, after its features were built; later days' snapshots are built "
+            "anew with them, though what was served did not know them",
+            rows - before.rows,
+            day,
+        )
     with atomic_directory(parts_directory(workspace, day)) as directory:
         for name, query in queries.items():
             engine.write(query, directory / f"{name}.parquet")
@@ -156,9 +161,10 @@ def _by_category(log: Table, items: Table, schema: Schema, column: str) -> Table
 
 def _engaged(log: Table, schema: Schema) -> Table:
     """No sequence reaches further back into a day than its own length."""
-    mask = reduce(lambda left, right: left + right, [
-        positive(log, action) * (1 << bit) for bit, action in enumerate(schema.actions)
-    ])  # fmt: skip
+    mask = reduce(
+        lambda left, right: left + right,
+        [positive(log, action) * (1 << bit) for bit, action in enumerate(schema.actions)],
+    )
     engaged = log.mutate(**{MASK: mask}).filter(lambda t: t[MASK] > 0)
     last = latest(engaged, schema.history.sequence_length)
     return last.select(USER_ID, DAY, EVENT_TIMESTAMP, ITEM_ID, MASK).order_by(SEQUENCE_ORDER)

@@ -182,8 +182,10 @@ class Encoder:
     def inputs(self, frame: Frame, catalog: "Catalog") -> Blocks:
         """What the ranker takes: user blocks [U, ..], candidate blocks [N, ..] and ``user_index`` [N]."""
         rows = self._rows(frame)
-        users, items = (Columns.of(table, self.layouts[entity])
-                        for table, entity in ((frame.users, Entity.USER), (frame.items, Entity.ITEM)))  # fmt: skip
+        users, items = (
+            Columns.of(table, self.layouts[entity])
+            for table, entity in ((frame.users, Entity.USER), (frame.items, Entity.ITEM))
+        )
         return self.encode(replace(rows, users=users, items=items), integers(frame.items[ITEM_ID]), catalog)
 
     def encode(self, rows: "Rows", item_ids: Int, catalog: "Catalog") -> Blocks:
@@ -325,8 +327,11 @@ class _Counts:
     def add(self, part: Part) -> None:
         frame = part.frame
         item_counts = np.bincount(frame.rows["item_row"].to_numpy(), minlength=len(frame.items))
-        tables = {Entity.USER: (frame.users, None), Entity.ITEM: (frame.items, item_counts),
-                  Entity.ROW: (frame.rows, None)}  # fmt: skip
+        tables = {
+            Entity.USER: (frame.users, None),
+            Entity.ITEM: (frame.items, item_counts),
+            Entity.ROW: (frame.rows, None),
+        }
         for name, entity in self.entities.items():
             table, counts = tables[entity]
             counted = value_counts(table[name], counts)

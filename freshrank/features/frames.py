@@ -100,10 +100,16 @@ def frame_path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
     """Where a day's frame is kept; the name changes when anything that reaches the frame does."""
     past = [seen for seen in dataset.days if seen <= day]
     hourly = {"hourly": HOURLY_VERSION} if dataset.schema.history.hourly else {}
-    inputs = fingerprint({"version": CODE_VERSION, "log": dataset.log_fingerprint(past),
-                          "items": dataset.items_fingerprint(day),
-                          "users": dataset.manifest["files"]["users.parquet"]["sha256"],
-                          "history": history_fingerprint(dataset, day)} | hourly)  # fmt: skip
+    inputs = fingerprint(
+        {
+            "version": CODE_VERSION,
+            "log": dataset.log_fingerprint(past),
+            "items": dataset.items_fingerprint(day),
+            "users": dataset.manifest["files"]["users.parquet"]["sha256"],
+            "history": history_fingerprint(dataset, day),
+        }
+        | hourly
+    )
     return workspace.frames / f"{day.isoformat()}-{inputs}"
 
 
@@ -236,8 +242,15 @@ def _cast(frame: pl.DataFrame, columns: dict[str, pl.DataType]) -> pl.DataFrame:
 
 
 def _row_schema(schema: Schema) -> dict[str, pl.DataType]:
-    columns: dict[str, pl.DataType] = {USER_ROW: pl.UInt32(), ITEM_ROW: pl.UInt32(), REQUEST_ID: pl.Int64(),
-               EVENT_TIMESTAMP: _UTC, DAY: pl.Date(), USER_ID: pl.Int64(), ITEM_ID: pl.Int64()}  # fmt: skip
+    columns: dict[str, pl.DataType] = {
+        USER_ROW: pl.UInt32(),
+        ITEM_ROW: pl.UInt32(),
+        REQUEST_ID: pl.Int64(),
+        EVENT_TIMESTAMP: _UTC,
+        DAY: pl.Date(),
+        USER_ID: pl.Int64(),
+        ITEM_ID: pl.Int64(),
+    }
     if schema.has_query:
         columns[QUERY_ITEM_ID] = pl.Int64()
     columns |= {action: pl.Int8() for action in schema.actions}

@@ -86,9 +86,11 @@ def hour_counters(dataset: Dataset, hours: Sequence[datetime]) -> pl.DataFrame:
     schema = dataset.schema
     counts = _counts(_seen(dataset, hours), hours, schema.actions)
     rows = _young(dataset.items(), hours, schema).join(counts, on=[ITEM_ID, SNAPSHOT], how="left")
-    return rows.select(ITEM_ID, SNAPSHOT, *_features(schema)).select(
-        pl.col(name).cast(dtype) for name, dtype in hourly_schema(schema).items()
-    ).sort(ITEM_ID, SNAPSHOT)  # fmt: skip
+    return (
+        rows.select(ITEM_ID, SNAPSHOT, *_features(schema))
+        .select(pl.col(name).cast(dtype) for name, dtype in hourly_schema(schema).items())
+        .sort(ITEM_ID, SNAPSHOT)
+    )
 
 
 def _seen(dataset: Dataset, hours: Sequence[datetime]) -> pl.LazyFrame:
@@ -125,8 +127,9 @@ def _young(items: pl.DataFrame, hours: Sequence[datetime], schema: Schema) -> pl
     """Items and hours that have a row; ``fresh`` where the row holds numbers."""
     born = items.select(ITEM_ID, pl.col(CREATED_AT).cast(_UTC))
     # Not the whole catalogue times the hours of a day.
-    born = born.filter(pl.col(CREATED_AT).is_between(min(hours) - timedelta(days=schema.fresh_days) - life(schema),
-                                                     max(hours)))  # fmt: skip
+    born = born.filter(
+        pl.col(CREATED_AT).is_between(min(hours) - timedelta(days=schema.fresh_days) - life(schema), max(hours))
+    )
     grid = born.join(pl.DataFrame({SNAPSHOT: pl.Series(hours, dtype=_UTC)}), how="cross")
     fresh = pl.col(SNAPSHOT) - pl.col(CREATED_AT) < timedelta(days=schema.fresh_days)
     return grid.filter(has_counters(pl.col(SNAPSHOT), schema)).with_columns(fresh.alias("fresh"))
@@ -143,8 +146,10 @@ def _features(schema: Schema) -> list[pl.Expr]:
     counts = {impressions: pl.col("impressions").fill_null(0)}
     counts |= {name: pl.col(f"positive_{a}").fill_null(0) for name, a in zip(positives, schema.actions, strict=True)}
     observed = [pl.col(f"observed_{action}") for action in schema.actions]
-    shares = {name: pl.col(f"positive_{a}") / pl.when(seen > 0).then(seen)
-              for name, a, seen in zip(rates, schema.actions, observed, strict=True)}  # fmt: skip
+    shares = {
+        name: pl.col(f"positive_{a}") / pl.when(seen > 0).then(seen)
+        for name, a, seen in zip(rates, schema.actions, observed, strict=True)
+    }
     known = (pl.col(SNAPSHOT) + delay(schema)).alias(CREATED)
     return [known, *(pl.when("fresh").then(value).alias(name) for name, value in (counts | shares).items())]
 
@@ -184,14 +189,18 @@ def _wanted(dataset: Dataset, days: Iterable[date]) -> dict[date, str]:
     """Fingerprint per day whose hours are read on ``days``: right after midnight those of the day before stand."""
     reach = timedelta(days=1)
     wanted = sorted({each for day in days for each in (day - reach, day)})
-    return {day: fingerprint({"version": CODE_VERSION, "inputs": _inputs(dataset, [day - reach, day])})
-            for day in wanted}  # fmt: skip
+    return {
+        day: fingerprint({"version": CODE_VERSION, "inputs": _inputs(dataset, [day - reach, day])}) for day in wanted
+    }
 
 
 def _inputs(dataset: Dataset, days: list[date]) -> dict[str, object]:
     """Of the items their creation says which are fresh; those born later change nothing."""
-    return {"schema": dataset.schema.model_dump(mode="json"), "log": dataset.log_fingerprint(days),
-            "items": dataset.items_fingerprint(days[-1], ())}  # fmt: skip
+    return {
+        "schema": dataset.schema.model_dump(mode="json"),
+        "log": dataset.log_fingerprint(days),
+        "items": dataset.items_fingerprint(days[-1], ()),
+    }
 
 
 def _hours(day: date, schema: Schema) -> list[datetime]:
@@ -231,8 +240,10 @@ def require_log(dataset: Dataset, hour: datetime) -> None:
     newest = dataset.impressions(recent).select(pl.col(EVENT_TIMESTAMP).max()).collect().item() if recent else None
     if newest is None or newest < hour - HOUR:
         held = newest or f"the day {dataset.days[-1]}"
-        raise DataError(f"the log in {dataset.path} ends at {held}, expected impressions of {hour - HOUR} or later; "
-                        f"import the log up to {hour} and try again")  # fmt: skip
+        raise DataError(
+            f"the log in {dataset.path} ends at {held}, expected impressions of {hour - HOUR} or later; "
+            f"import the log up to {hour} and try again"
+        )
 
 
 def stand(counted_us: Int, at_us: Int, schema: Schema) -> np.ndarray:

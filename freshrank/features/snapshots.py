@@ -191,8 +191,9 @@ def day_views(engine: Engine, dataset: Dataset, workspace: Workspace, day: date)
 def read_parts(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:
     """What may enter the snapshot of ``day``, by part."""
     days, reach = _read_days(dataset, day), dataset.schema.lookback_days + 1
-    tables = {name: engine.read([part_path(workspace, seen, name) for seen in days])
-              for name in part_names(dataset.schema)}  # fmt: skip
+    tables = {
+        name: engine.read([part_path(workspace, seen, name) for seen in days]) for name in part_names(dataset.schema)
+    }
     return {name: _aged(table, day, reach) for name, table in tables.items()}
 
 

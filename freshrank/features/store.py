@@ -234,8 +234,13 @@ class FeatureStore:
         start, end = (midnight(day, self.schema.utc_offset_hours) for day in (run_date, run_date + timedelta(days=1)))
         held = max(filter(None, self._history_instants(0).values()), default=start)
         if held > start:
-            log.warning("online store: holds the state of %s and stays; received the earlier %s; to go back, remove %s "
-                        "and what the store holds", held, start, self.workspace.feast)  # fmt: skip
+            log.warning(
+                "online store: holds the state of %s and stays; received the earlier %s; to go back, remove %s "
+                "and what the store holds",
+                held,
+                start,
+                self.workspace.feast,
+            )
             return held
         with self._session() as store:
             for (_, origin), view in self._views().items():
@@ -259,8 +264,11 @@ class FeatureStore:
         require_log(self.dataset, hour)
         pushed = self.workspace.feast / "pushed.json"
         if pushed.exists() and (held := datetime.fromisoformat(read_json(pushed))) > hour:
-            log.warning("hourly counters: the online store holds those of %s and keeps them; received the earlier %s",
-                        held, hour)  # fmt: skip
+            log.warning(
+                "hourly counters: the online store holds those of %s and keeps them; received the earlier %s",
+                held,
+                hour,
+            )
             return 0
         rows = hour_counters(self.dataset, [hour])
         if len(rows):

@@ -121,8 +121,11 @@ class EntityInputs(nn.Module):
         self.widths: dict[str, int] = {}
         self.age = _AGES[config.item_age](encoder.schema.fresh_days)
         if features := encoder.categorical(entity):
-            self._add("categorical", EmbeddingTables([sizes[f.name] for f in features], config.categorical_dim),
-                      len(features) * config.categorical_dim)  # fmt: skip
+            self._add(
+                "categorical",
+                EmbeddingTables([sizes[f.name] for f in features], config.categorical_dim),
+                len(features) * config.categorical_dim,
+            )
         if features := encoder.multi_valued(entity):
             multi = MultiValued(features, [sizes[f.name] for f in features], config.categorical_dim)
             self._add("multi", multi, multi.out_dim)

@@ -77,8 +77,9 @@ class Interaction(nn.Module):
         dim = self.summarization.out_dim
         self.crosses = nn.ModuleList([LowRankCross(dim, config.cross_rank) for _ in range(config.cross_layers)])
         widths = [dim, *config.mlp]
-        layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(config.dropout))
-                  for a, b in itertools.pairwise(widths)]  # fmt: skip
+        layers = [
+            nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(config.dropout)) for a, b in itertools.pairwise(widths)
+        ]
         self.mlp = nn.Sequential(*layers)
         self.out_dim = widths[-1]
 

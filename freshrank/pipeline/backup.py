@@ -61,8 +61,12 @@ def back_up_models(workspace: Workspace, keeper: ObjectStore) -> Pointer | None:
 def _model_files(workspace: Workspace, repository: ModelRepository) -> Iterator[str]:
     roots = [repository.version_directory(version) for version in repository.versions()]
     files = [path for root in roots for path in root.rglob("*") if _MADE_ANEW.isdisjoint(path.relative_to(root).parts)]
-    files += [*(repository.root / "rejected").glob("*.json"), repository.pointer_path, repository.root / EXPERIMENT,
-              _bindings(workspace)]  # fmt: skip
+    files += [
+        *(repository.root / "rejected").glob("*.json"),
+        repository.pointer_path,
+        repository.root / EXPERIMENT,
+        _bindings(workspace),
+    ]
     home = workspace.home.resolve()
     return (str(path.resolve().relative_to(home)) for path in files if path.is_file())
 
@@ -80,8 +84,9 @@ def restore_dataset(data: Path, keeper: ObjectStore, name: str | None = None) ->
     """
     if not (data / MANIFEST).exists():
         if data.exists() and any(data.iterdir()):
-            raise ConfigError(f"{data}: holds something that is not an imported dataset; name a missing or an empty "
-                              "directory")  # fmt: skip
+            raise ConfigError(
+                f"{data}: holds something that is not an imported dataset; name a missing or an empty directory"
+            )
         _fetch_dataset(keeper, name or data.resolve().name, data)
     return Dataset.open(data)
 
@@ -89,8 +94,10 @@ def restore_dataset(data: Path, keeper: ObjectStore, name: str | None = None) ->
 def _fetch_dataset(keeper: ObjectStore, name: str, data: Path) -> None:
     if keeper.fetch(f"datasets/{name}", data) is None:
         held = keeper.names("datasets")
-        raise MissingArtifact(f"{keeper.url}/datasets/{name}: nothing is kept there, only {held}; "
-                              "name one of these, or run `freshrank backup --data DIR` where it is")  # fmt: skip
+        raise MissingArtifact(
+            f"{keeper.url}/datasets/{name}: nothing is kept there, only {held}; "
+            "name one of these, or run `freshrank backup --data DIR` where it is"
+        )
 
 
 def restore_models(workspace: Workspace, keeper: ObjectStore, force: bool = False) -> Pointer | None:

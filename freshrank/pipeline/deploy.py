@@ -39,13 +39,23 @@ def deploy(
     fingerprint_ = read_json(require_artifact(Path(bundle) / "bundle.json", "freshrank calibrate"))["fingerprint"]
     judged_fingerprint = read_json(Path(evaluation) / "headline.json")["fingerprint"]
     if verdict != "blessed" or judged_fingerprint != fingerprint_:
-        raise ServingError(f"deploy: the verdict on bundle {judged_fingerprint} is '{verdict}'; expected 'blessed' for "
-                           f"bundle {fingerprint_}; what serves is unchanged")  # fmt: skip
+        raise ServingError(
+            f"deploy: the verdict on bundle {judged_fingerprint} is '{verdict}'; expected 'blessed' for "
+            f"bundle {fingerprint_}; what serves is unchanged"
+        )
     repository = ModelRepository(run.workspace.triton)
     if served := _newer(repository, run_date, force):
-        log.warning("step=deploy date=%s: run %s already serves as version %d and stays; to serve this one instead: "
-                    "freshrank publish --data %s --date %s --bundle %s --evaluation %s --force", run.date,
-                    served.run_date, served.version, data, run_date, bundle, evaluation)  # fmt: skip
+        log.warning(
+            "step=deploy date=%s: run %s already serves as version %d and stays; to serve this one instead: "
+            "freshrank publish --data %s --date %s --bundle %s --evaluation %s --force",
+            run.date,
+            served.run_date,
+            served.version,
+            data,
+            run_date,
+            bundle,
+            evaluation,
+        )
         pointer = served
     else:
         pointer = publish(Path(bundle), Replicas.configured(), repository, force=force)
@@ -75,8 +85,12 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
     if not of_day:
         return None
     if served := _newer(repository, run_date, force):
-        log.warning("step=publish date=%s: run %s already serves as version %d and stays; --force serves this one",
-                    run.date, served.run_date, served.version)  # fmt: skip
+        log.warning(
+            "step=publish date=%s: run %s already serves as version %d and stays; --force serves this one",
+            run.date,
+            served.run_date,
+            served.version,
+        )
         return served.version
     bundle = repository.version_directory(of_day[-1])
     return publish(bundle, Replicas.configured(), repository, force=force).version
@@ -107,8 +121,9 @@ def _copy_models(run: Run) -> None:
         if store := object_store.configured():
             backup.back_up_models(run.workspace, store)
     except StorageError as error:
-        log.warning("step=deploy date=%s: the models are not copied, `freshrank backup` does it again: %s", run.date,
-                    error)  # fmt: skip
+        log.warning(
+            "step=deploy date=%s: the models are not copied, `freshrank backup` does it again: %s", run.date, error
+        )
 
 
 def register_served(data: FreshrankPath, run_date: str) -> None:

@@ -79,8 +79,9 @@ def prune(
     """
     with ModelRepository(workspace.triton).lock() as repository, workspace.unused() as unused:
         if not unused:
-            log.warning("prune: features are being read or built just now: of %s all stays this time",
-                        ", ".join(READ_BY_RUNS))  # fmt: skip
+            log.warning(
+                "prune: features are being read or built just now: of %s all stays this time", ", ".join(READ_BY_RUNS)
+            )
         plan = Plan(dataset, workspace, repository, keep_days, now or datetime.now(UTC))
         found = [(each, _bytes(each.path)) for each in plan.found() if unused or each.kind not in READ_BY_RUNS]
         if not dry_run:
@@ -145,8 +146,17 @@ class Plan:
         """Folders that things are removed from."""
         space = self.workspace
         steps = _entries(space.steps)
-        return [space.run(self.next_run).parent, space.frames, space.shards, space.features, space.features / "daily",
-                space.checkpoints, *steps, space.pipelines, space.requests]  # fmt: skip
+        return [
+            space.run(self.next_run).parent,
+            space.frames,
+            space.shards,
+            space.features,
+            space.features / "daily",
+            space.checkpoints,
+            *steps,
+            space.pipelines,
+            space.requests,
+        ]
 
     def is_at_work(self, path: Path) -> bool:
         """Whether anything in ``path`` was written of late."""
@@ -206,8 +216,11 @@ class Plan:
         """What has no day: a step that takes it, a training that goes on, a submission write or touch it."""
         roots = [(CHECKPOINTS, self.workspace.checkpoints), *((STEPS, root) for root in _entries(self.workspace.steps))]
         found = [(kind, path, root) for kind, root in roots for path in _entries(root)]
-        found += [(PIPELINES, path, self.workspace.pipelines) for path in _entries(self.workspace.pipelines)
-                  if path.suffix == ".yaml"]  # fmt: skip
+        found += [
+            (PIPELINES, path, self.workspace.pipelines)
+            for path in _entries(self.workspace.pipelines)
+            if path.suffix == ".yaml"
+        ]
         yield from (Found(*each) for each in found if self._age(each[1]) >= max(self.keep, SPARED))
 
     def _of_requests(self) -> Iterator[Found]:

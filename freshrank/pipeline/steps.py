@@ -122,9 +122,30 @@ def train_inputs(
 
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    code = _code(columns, encoder, frames, snapshots, hourly, shards, stream, distributed, checkpoints, training_module,
-                 augmentations, inputs, ranker, aldi, feature_dropout, history_masking, mixup, residual, score_reg,
-                 meta_embedding, pretrain_items, objectives)  # fmt: skip
+    code = _code(
+        columns,
+        encoder,
+        frames,
+        snapshots,
+        hourly,
+        shards,
+        stream,
+        distributed,
+        checkpoints,
+        training_module,
+        augmentations,
+        inputs,
+        ranker,
+        aldi,
+        feature_dropout,
+        history_masking,
+        mixup,
+        residual,
+        score_reg,
+        meta_embedding,
+        pretrain_items,
+        objectives,
+    )
     return run, {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
 
 
@@ -148,8 +169,10 @@ def train(
     from freshrank.training.trained import DESCRIPTION, Trained
 
     run, key = train_inputs(data, run_date, windows, model, techniques, training)
-    fit, shape, switches = (_config(section, text) for section, text in ((TrainingConfig, training),
-                            (ModelConfig, model), (TechniquesConfig, techniques)))  # fmt: skip
+    fit, shape, switches = (
+        _config(section, text)
+        for section, text in ((TrainingConfig, training), (ModelConfig, model), (TechniquesConfig, techniques))
+    )
 
     def learned(group: distributed.Group) -> Trained:
         seen = training_module.model_schema(run.dataset.schema, switches)
@@ -196,8 +219,14 @@ def calibrate(
     run = Run(data, run_date)
     wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
     trained_key = read_json(require_artifact(Path(model_dir) / "key.json", "freshrank train"))
-    key = {"train": trained_key["key"], "data": run.read(wanted), "days": wanted, "calibration": calibration,
-           "date": run.date, "code": _code(calibration_module, exposure_parity, onnx_export)}  # fmt: skip
+    key = {
+        "train": trained_key["key"],
+        "data": run.read(wanted),
+        "days": wanted,
+        "calibration": calibration,
+        "date": run.date,
+        "code": _code(calibration_module, exposure_parity, onnx_export),
+    }
 
     def compute(directory: Path) -> None:
         schema, items = run.dataset.schema, run.dataset.items()
@@ -208,16 +237,24 @@ def calibrate(
         platt = calibration_module.fit_platt(logits, labels, schema.actions, settings)
         if settings.exposure == "parity":
             platt = exposure_parity.with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), settings)
-        facts = {"fingerprint": fingerprint(key), "run_date": run_date, "dataset": schema.name,
-                 "training": trained.facts, "platt": platt.model_dump(),
-                 "config": trained_key["config"] | {"calibration": json.loads(calibration)}}  # fmt: skip
+        facts = {
+            "fingerprint": fingerprint(key),
+            "run_date": run_date,
+            "dataset": schema.name,
+            "training": trained.facts,
+            "platt": platt.model_dump(),
+            "config": trained_key["config"] | {"calibration": json.loads(calibration)},
+        }
         onnx_export.export_bundle(trained, platt, frame, items, directory, facts)
 
     run.step("calibrate", key, out, compute)
     platt = calibration_module.Platt.model_validate(read_json(Path(out) / "bundle.json")["platt"])
     found = {"slope": platt.slope, "intercept": platt.intercept}
-    by_action = {f"{part}_{action}": value for part, values in found.items()
-                 for action, value in zip(run.dataset.schema.actions, values, strict=True)}  # fmt: skip
+    by_action = {
+        f"{part}_{action}": value
+        for part, values in found.items()
+        for action, value in zip(run.dataset.schema.actions, values, strict=True)
+    }
     return by_action | {"fresh_shift": platt.fresh_shift}
 
 
@@ -278,8 +315,14 @@ def evaluate(
     wanted = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION)
     champion = champion_module.champion(run)
     code = _code(judging, metrics, warm_up_curve, threshold_sweep, gate_module, judged, popularity, figures, report)
-    key = {"bundle": facts["fingerprint"], "data": run.read(wanted), "days": wanted, "sections": [evaluation, gate],
-           "champion": champion.fingerprint if champion else None, "code": code}  # fmt: skip
+    key = {
+        "bundle": facts["fingerprint"],
+        "data": run.read(wanted),
+        "days": wanted,
+        "sections": [evaluation, gate],
+        "champion": champion.fingerprint if champion else None,
+        "code": code,
+    }
 
     def compute(directory: Path) -> None:
         config, schema = _config(EvaluationConfig, evaluation), run.dataset.schema
@@ -295,8 +338,9 @@ def evaluate(
         verdict = gate_module.judge(comparison, challenger, _config(GateConfig, gate), increase)
         log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
         for reason in verdict.obstacles:
-            log.info("step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed,
-                     reason.sentence)  # fmt: skip
+            log.info(
+                "step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed, reason.sentence
+            )
         sections = {"evaluation": json.loads(evaluation), "gate": json.loads(gate)}
         judgement = judged.Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
         judgement.write(directory, run)

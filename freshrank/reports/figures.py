@@ -109,8 +109,15 @@ def _buckets(evaluation: Evaluation, prefix: str) -> list[str]:
     return [name for name in evaluation.slices if name.startswith(prefix)]
 
 
-def _line(axes: "Axes", evaluation: Evaluation, metric: MetricName, action: str | None, prefix: str,
-          style: dict[str, Any], label: str) -> None:  # fmt: skip
+def _line(
+    axes: "Axes",
+    evaluation: Evaluation,
+    metric: MetricName,
+    action: str | None,
+    prefix: str,
+    style: dict[str, Any],
+    label: str,
+) -> None:
     names = _buckets(evaluation, prefix)
     found = [evaluation.get(metric, name, action).value for name in names]
     axes.plot(range(len(names)), [float("nan") if v is None else v for v in found], label=label, **style)
@@ -126,8 +133,9 @@ def _bucket_axis(axes: "Axes", evaluation: Evaluation, metric: MetricName, actio
     axes.set_xlim(-0.4, len(names) - 0.6)
 
 
-def _pair(axes: "Axes", challenger: Evaluation, baseline: Evaluation, metric: MetricName, action: str | None,
-          prefix: str) -> None:  # fmt: skip
+def _pair(
+    axes: "Axes", challenger: Evaluation, baseline: Evaluation, metric: MetricName, action: str | None, prefix: str
+) -> None:
     _line(axes, baseline, metric, action, prefix, _CHAMPION, "baseline")
     _line(axes, challenger, metric, action, prefix, _CHALLENGER, "challenger")
     _bucket_axis(axes, challenger, metric, action, prefix)
@@ -158,8 +166,9 @@ def _spoken(challenger: Evaluation, baseline: Evaluation, metric: MetricName, ac
         return "no value" if value is None else f"{value:.3f}"
 
     buckets = _buckets(challenger, prefix)
-    parts = [f"{n.removeprefix(prefix)}: baseline {said(baseline, n)}, challenger {said(challenger, n)}"
-             for n in buckets]  # fmt: skip
+    parts = [
+        f"{n.removeprefix(prefix)}: baseline {said(baseline, n)}, challenger {said(challenger, n)}" for n in buckets
+    ]
     return f"By {prefix.removesuffix(':')}, {'; '.join(parts)}."
 
 
@@ -183,10 +192,15 @@ def _warm_up(pairs: list[tuple[WarmUpCurve, WarmUpCurve]], action: str, k: int) 
             one.set_xticks(range(len(labels)), labels, fontsize=7, rotation=50, ha="right", rotation_mode="anchor")
         axes[0].legend()
 
-    said = [f"{_curve_name(ours, k)} challenger {ours.warm_from or 'unknown'}, baseline {theirs.warm_from or 'unknown'}"
-            for ours, theirs in pairs if (ours.metric, ours.weighting) in _COMPARABLE]  # fmt: skip
-    spoken = [f"{_curve_name(ours, k)} of the challenger {_points(ours)}; of the baseline {_points(theirs)}."
-              for ours, theirs in pairs]  # fmt: skip
+    said = [
+        f"{_curve_name(ours, k)} challenger {ours.warm_from or 'unknown'}, baseline {theirs.warm_from or 'unknown'}"
+        for ours, theirs in pairs
+        if (ours.metric, ours.weighting) in _COMPARABLE
+    ]
+    spoken = [
+        f"{_curve_name(ours, k)} of the challenger {_points(ours)}; of the baseline {_points(theirs)}."
+        for ours, theirs in pairs
+    ]
     return Picture(
         title=f"Warm-up of {action}",
         caption="Against the impressions an item had since its birth (in brackets: items), with bootstrap intervals. "
@@ -200,8 +214,14 @@ def _warm_up(pairs: list[tuple[WarmUpCurve, WarmUpCurve]], action: str, k: int) 
 def _band(axes: "Axes", curve: WarmUpCurve, style: dict[str, Any], label: str) -> None:
     known = [(place, point.interval) for place, point in enumerate(curve.points) if point.interval]
     places = [place for place, _ in known]
-    axes.fill_between(places, [found.low for _, found in known], [found.high for _, found in known],
-                      color=style["color"], alpha=0.16, linewidth=0)  # fmt: skip
+    axes.fill_between(
+        places,
+        [found.low for _, found in known],
+        [found.high for _, found in known],
+        color=style["color"],
+        alpha=0.16,
+        linewidth=0,
+    )
     axes.plot(places, [found.value for _, found in known], label=label, markersize=3.5, linewidth=1.3, **style)
 
 
@@ -249,8 +269,15 @@ def _reliability(challenger: Evaluation) -> Picture:
         for one, action in zip(axes, actions, strict=True):
             for name, colour, marker in ((WARM, BLUE, "s"), (FRESH, VERMILION, "o")):
                 bins = [b for b in challenger.reliability if (b.slice, b.action) == (name, action)]
-                one.plot([b.predicted for b in bins], [b.observed for b in bins], color=colour, marker=marker,
-                         markersize=4, linewidth=1.4, label=name)  # fmt: skip
+                one.plot(
+                    [b.predicted for b in bins],
+                    [b.observed for b in bins],
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.4,
+                    label=name,
+                )
             top = max([max(b.predicted, b.observed) for b in challenger.reliability if b.action == action], default=1)
             one.plot([0, top], [0, top], color=INK, linewidth=0.9, linestyle=":", label="calibrated")
             one.set(title=action, xlabel="mean prediction", ylabel="observed rate")
@@ -282,8 +309,15 @@ def _score_gap(challenger: Evaluation, baseline: Evaluation) -> Picture:
 
     def paint(axes: list["Axes"]) -> None:
         places = range(len(groups))
-        axes[0].bar([p - 0.19 for p in places], heights(baseline), 0.36, color="#c9c9c9", edgecolor=GREY, hatch="///",
-                    label="baseline")  # fmt: skip
+        axes[0].bar(
+            [p - 0.19 for p in places],
+            heights(baseline),
+            0.36,
+            color="#c9c9c9",
+            edgecolor=GREY,
+            hatch="///",
+            label="baseline",
+        )
         axes[0].bar([p + 0.19 for p in places], heights(challenger), 0.36, color=BLUE, label="challenger")
         axes[0].axhline(0, color=INK, linewidth=1)
         axes[0].set_xticks(list(places), [name for name, _, _ in groups])

@@ -40,8 +40,19 @@ HEADLINES = {
 }
 MARKS = {True: ("✓", "passes"), False: ("✗", "fails"), None: ("?", "open")}
 _COLOURS = {Decision.BLESSED: "green", Decision.REJECTED: "red", Decision.NOT_ENOUGH_EVIDENCE: "yellow"}
-_LIBRARIES = ("freshrank", "torch", "numpy", "polars", "duckdb", "feast", "kfp", "apache-airflow", "onnxruntime",
-              "scikit-learn", "great-expectations")  # fmt: skip
+_LIBRARIES = (
+    "freshrank",
+    "torch",
+    "numpy",
+    "polars",
+    "duckdb",
+    "feast",
+    "kfp",
+    "apache-airflow",
+    "onnxruntime",
+    "scikit-learn",
+    "great-expectations",
+)
 _ROW_METRICS = (
     (MetricName.LOG_LOSS, "log loss"),
     (MetricName.PR_AUC, "PR-AUC"),
@@ -127,10 +138,10 @@ def write_report(path: Path, report: ReportInput) -> None:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, short=_short,
-                               signed=_signed)  # fmt: skip
+    environment = Environment(
+        autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, short=_short, signed=_signed)
     page = environment.get_template("report.html.j2").render(
         report=report,
         headline=HEADLINES[report.verdict.verdict],
@@ -256,9 +267,17 @@ def _obstacles(verdict: Verdict) -> Table:
 
 
 def _table(summary: RunSummary) -> Table:
-    table = Table("", "baseline", "challenger", "difference", "lists", box=SIMPLE_HEAD,
-                  title=Text(f"{summary.dataset} {summary.run_date}, {summary.comparison.confidence:.0%} intervals"),
-                  title_justify="left", padding=(0, 1))  # fmt: skip
+    table = Table(
+        "",
+        "baseline",
+        "challenger",
+        "difference",
+        "lists",
+        box=SIMPLE_HEAD,
+        title=Text(f"{summary.dataset} {summary.run_date}, {summary.comparison.confidence:.0%} intervals"),
+        title_justify="left",
+        padding=(0, 1),
+    )
     for name, row in _headline_rows(summary.comparison):
         values = [f"{found.value:.4f}" if found else "—" for found in (row.baseline, row.challenger)]
         table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")

@@ -29,8 +29,9 @@ def write_validation_page(report: ValidationReport, path: Path, docs: str | None
     order = sorted(report.results, key=lambda one: (one.success, one.severity is Severity.WARNING))
     page = _environment().get_template("validation.html.j2")
     cohorts = list(dict.fromkeys(one.table for one in report.coverage))
-    text = page.render(report=report, results=order, Severity=Severity, docs=docs, cohorts=cohorts,
-                       coverage=_coverage(report))  # fmt: skip
+    text = page.render(
+        report=report, results=order, Severity=Severity, docs=docs, cohorts=cohorts, coverage=_coverage(report)
+    )
     write_text(path, text)
 
 

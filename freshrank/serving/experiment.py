@@ -84,8 +84,11 @@ class Experiment(BaseModel):
     def assign(self, user_id: int) -> Assignment:
         arm = int(self.arms([user_id])[0])
         version = None if arm == CHAMPION else self.challengers[arm - 1].version
-        shadows = tuple(each.version for each in self.shadows
-                        if _place(f"{self.salt or self.name}/{each.version}", user_id) < each.share)  # fmt: skip
+        shadows = tuple(
+            each.version
+            for each in self.shadows
+            if _place(f"{self.salt or self.name}/{each.version}", user_id) < each.share
+        )
         return Assignment(self.name, arm, version, shadows)
 
 
@@ -123,8 +126,10 @@ class ExperimentFile:
             return Experiment.model_validate(read_json(self.path)) if self.path.exists() else None
         except (OSError, ValueError, ValidationError) as error:
             reason = str(error).replace("\n", " ")
-            raise ServingError(f"{self.path} cannot be read: {reason}; remove it with `freshrank experiment stop`, or "
-                               "start the experiment again") from error  # fmt: skip
+            raise ServingError(
+                f"{self.path} cannot be read: {reason}; remove it with `freshrank experiment stop`, or "
+                "start the experiment again"
+            ) from error
 
     def _complain(self, problem: str) -> None:
         stands = f"'{self._value.name}' goes on" if self._value else "there is no experiment"

@@ -45,8 +45,10 @@ def warm_up_requests(folder: Path) -> list[Tensors]:
     try:
         return [*requests_from_nobody(), *map(_tensors, recorded[-MOST_RECORDED:])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ServingError(f"{path}: {error!r}; expected a list of requests, each of tensors among {list(_DTYPES)} "
-                           f"with at least {list(REQUIRED)}; remove the file or record again") from error  # fmt: skip
+        raise ServingError(
+            f"{path}: {error!r}; expected a list of requests, each of tensors among {list(_DTYPES)} "
+            f"with at least {list(REQUIRED)}; remove the file or record again"
+        ) from error
 
 
 def requests_from_nobody() -> list[Tensors]:

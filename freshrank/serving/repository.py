@@ -132,8 +132,10 @@ class ModelRepository:
             return None
         except (OSError, ValueError) as error:
             reason = str(error).replace("\n", " ")
-            raise ServingError(f"{self.pointer_path} cannot be read: {reason}; mend or restore it, or remove it and "
-                               "publish again: servers that run go on with what it said last") from error  # fmt: skip
+            raise ServingError(
+                f"{self.pointer_path} cannot be read: {reason}; mend or restore it, or remove it and "
+                "publish again: servers that run go on with what it said last"
+            ) from error
 
     def live(self) -> list[int]:
         """Versions that stay loaded and installed: those of the pointer, and of the experiment that runs.

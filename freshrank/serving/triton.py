@@ -29,9 +29,13 @@ CHANNEL_ARGUMENTS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _UNREACHABLE = (
-    "failed to connect to all addresses", "errors resolving", "DNS resolution failed", "Connection refused",
-    "Connection reset", "Socket closed",
-)  # fmt: skip
+    "failed to connect to all addresses",
+    "errors resolving",
+    "DNS resolution failed",
+    "Connection refused",
+    "Connection reset",
+    "Socket closed",
+)
 _HUNG = "timed out before receiving SETTINGS"
 """Something took the connection and said nothing."""
 _REFUSED_CONTROL = "restricted, expecting header"
@@ -129,8 +133,9 @@ class TritonClient:
         Versions that are loaded, listed and unchanged are not touched; on failure all that was loaded stays.
         """
         with refusals(self.url, f"loading {model}"):
-            self._client.load_model(model, headers=self._control, config=config_json,
-                                    client_timeout=self._limited(timeout))  # fmt: skip
+            self._client.load_model(
+                model, headers=self._control, config=config_json, client_timeout=self._limited(timeout)
+            )
 
     def unload(self, model: str) -> None:
         with refusals(self.url, f"unloading {model}"):
@@ -176,8 +181,10 @@ def refusals(url: str, what: str) -> Iterator[None]:
         # The Python backend appends its stack, which the server's log holds as well.
         message = error.message().split("\n\nAt:")[0].strip()
         if _REFUSED_CONTROL in message:
-            message += ("; expected that server's control token: set FRESHRANK_TRITON_CONTROL_TOKEN to it, or unset it "
-                        "where `freshrank serve` runs, which leaves its own in control.token")  # fmt: skip
+            message += (
+                "; expected that server's control token: set FRESHRANK_TRITON_CONTROL_TOKEN to it, or unset it "
+                "where `freshrank serve` runs, which leaves its own in control.token"
+            )
         kind = NoAnswerInTime if error.status() == "StatusCode.DEADLINE_EXCEEDED" else ServingError
         raise kind(f"{what}: Triton says: {message}") from error
 

@@ -233,8 +233,11 @@ class ObjectStore:
     def _stored(self, name: str) -> list[Stored]:
         """Manifests of ``name``, the newest first."""
         found = [(path, _MANIFEST.fullmatch(path.rpartition("/")[2])) for path in self._list(name, "manifests")]
-        return sorted((Stored(int(match[1]), match[2], path) for path, match in found if match),
-                      key=lambda stored: (stored.number, stored.path), reverse=True)  # fmt: skip
+        return sorted(
+            (Stored(int(match[1]), match[2], path) for path, match in found if match),
+            key=lambda stored: (stored.number, stored.path),
+            reverse=True,
+        )
 
     def _prune(self, name: str, keep: int) -> None:
         stored = self._stored(name)
@@ -278,8 +281,12 @@ class ObjectStore:
 
     def _call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Tried again while what failed may pass; then an error that says what to mend."""
-        trying = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait_random_exponential(0.2, max=10),
-                          retry=retry_if_exception(_may_pass), reraise=True)  # fmt: skip
+        trying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_random_exponential(0.2, max=10),
+            retry=retry_if_exception(_may_pass),
+            reraise=True,
+        )
         try:
             return trying(function, *arguments, **named)
         except Exception as error:
@@ -294,8 +301,9 @@ class ObjectStore:
             raise StorageError(f"{named}; expected the right to list, read, write and delete there: {mend}") from error
         if not isinstance(error, OSError) and not _is_of_botocore(error):
             raise error
-        raise StorageError(f"{named}; it failed {ATTEMPTS} times: is the store, AWS_ENDPOINT_URL if set, "
-                           "reachable from here?") from error  # fmt: skip
+        raise StorageError(
+            f"{named}; it failed {ATTEMPTS} times: is the store, AWS_ENDPOINT_URL if set, reachable from here?"
+        ) from error
 
 
 class _Absent(StorageError):
@@ -388,6 +396,8 @@ def local_dataset(data: str | Path) -> Path:
     keeper = ObjectStore(f"{url[1]}://{'/' if url[1] == 'file' else ''}{root}")
     directory = settings().home / "data" / name
     if keeper.fetch(name, directory) is None:
-        raise MissingArtifact(f"{keeper.url}/{name}: no dataset is kept there; run `freshrank backup --data DIR` where "
-                              "it is, and name the URL that it prints")  # fmt: skip
+        raise MissingArtifact(
+            f"{keeper.url}/{name}: no dataset is kept there; run `freshrank backup --data DIR` where "
+            "it is, and name the URL that it prints"
+        )
     return directory

@@ -37,8 +37,11 @@ class Workspace:
         """
         path = self.home / "bindings" / f"{self.dataset}.json"
         known = read_json(path) if path.exists() else {}
-        found = {column: entry for column, entry in dataset.manifest.get("mappings", {}).items()
-                 if known.get(column, {}).get("sha256") != entry["sha256"]}  # fmt: skip
+        found = {
+            column: entry
+            for column, entry in dataset.manifest.get("mappings", {}).items()
+            if known.get(column, {}).get("sha256") != entry["sha256"]
+        }
         for column in set(found) & set(known):
             if dataset.mapping_digest(column, known[column]["rows"]) != known[column]["digest"]:
                 raise ConfigError(

@@ -197,8 +197,9 @@ def _codes(field: Tensor, bins: int) -> Tensor:
 def _numbered(field: Tensor) -> Tensor:
     """Equal values of an integer field [B] or [B, width] as equal numbers from 0 on, int64 [B]."""
     single = field.numel() == len(field)  # much faster than rows are
-    numbers: Tensor = torch.unique(field.flatten() if single else field, dim=None if single else 0,
-                                   return_inverse=True)[1]  # fmt: skip
+    numbers: Tensor = torch.unique(
+        field.flatten() if single else field, dim=None if single else 0, return_inverse=True
+    )[1]
     return numbers
 
 

@@ -67,10 +67,14 @@ class Counters:
         schema, actions = encoder.schema, encoder.schema.actions
         place = {feature.name: column for column, feature in enumerate(encoder.numeric(Entity.ITEM))}
         names = [
-            (days, impressions_of(Entity.ITEM, days), [f"item_{a}_{days}d" for a in actions],
-             [f"item_{a}_rate_{days}d" for a in actions])
+            (
+                days,
+                impressions_of(Entity.ITEM, days),
+                [f"item_{a}_{days}d" for a in actions],
+                [f"item_{a}_rate_{days}d" for a in actions],
+            )
             for days in schema.history.windows
-        ]  # fmt: skip
+        ]
         if schema.history.hourly:
             names.insert(0, (1, *hourly_names(actions)))
         windows = sorted({days for days, *_ in names})
@@ -90,8 +94,13 @@ def mask_history(batch: Batch, counters: Counters, config: HistoryMaskingConfig,
     numeric, rows = batch.inputs["item_numeric"].clone(), batch.inputs["row_numeric"].clone()
     youth = draw_youth(len(numeric), config.share, config.unseen, config.keep, counters.fresh_days, generator)
     youth = type(youth)(*(drawn.to(numeric.device) for drawn in youth))
-    drawn = thinned(numeric[:, counters.impressions[-1]].cpu(), numeric[:, counters.rates[-1]].cpu(), youth,
-                    counters.windows, generator)  # fmt: skip
+    drawn = thinned(
+        numeric[:, counters.impressions[-1]].cpu(),
+        numeric[:, counters.rates[-1]].cpu(),
+        youth,
+        counters.windows,
+        generator,
+    )
     impressions, positives = (counts.to(numeric) for counts in drawn)
     observed, masked = ~numeric[:, counters.rates[-1]].isnan(), youth.masked
     for place, window in enumerate(counters.window):

@@ -26,8 +26,11 @@ class Device:
         The first is the plainest.
         """
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-        halves = {"auto": [False, True] if cuda and torch.cuda.is_bf16_supported() else [False], "float32": [False],
-                  "bfloat16": [True]}[config.precision]  # fmt: skip
+        halves = {
+            "auto": [False, True] if cuda and torch.cuda.is_bf16_supported() else [False],
+            "float32": [False],
+            "bfloat16": [True],
+        }[config.precision]
         compiled = {"auto": [False, True] if cuda else [False], "on": [True], "off": [False]}[config.compile]
         name = "cuda" if cuda else "cpu"
         return [cls(name, torch.bfloat16 if half else torch.float32, on) for half in halves for on in compiled]

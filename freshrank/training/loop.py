@@ -108,8 +108,10 @@ def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
     declared = schema.history.siblings
     wanted = declared if techniques.sibling_prior.columns is None else techniques.sibling_prior.columns
     if unknown := sorted(set(wanted) - set(declared)):
-        raise ConfigError(f"techniques.sibling_prior.columns: received {unknown}, expected some of the schema's "
-                          f"history.siblings {list(declared)}; declare it there and import again")  # fmt: skip
+        raise ConfigError(
+            f"techniques.sibling_prior.columns: received {unknown}, expected some of the schema's "
+            f"history.siblings {list(declared)}; declare it there and import again"
+        )
     if not wanted:
         log.warning("the sibling prior has no features: schema.yaml declares no history.siblings, or none was named")
     return schema.with_siblings(tuple(entry for entry in declared if entry in wanted))
@@ -153,8 +155,9 @@ def fit(
 
 
 def _start(ranker: Ranker, training: TrainingConfig, steps: int, device: Device, group: Group) -> State:
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay,
-                                  fused=True)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     draws = Draws(training.seed, group.rank)
     draws.seed_torch()

@@ -77,8 +77,16 @@ def pretrain_items(item: EntityInputs, blocks: dict[str, Tensor], config: Pretra
     with torch.random.fork_rng():
         torch.manual_seed(seed + 6)
         objective = _objective(content, fields, config).to(fields[0].device)
-    losses = pretrain(objective, content.embed, fields, item.parameters(), config.steps, config.batch_size,
-                      config.learning_rate, generator)  # fmt: skip
+    losses = pretrain(
+        objective,
+        content.embed,
+        fields,
+        item.parameters(),
+        config.steps,
+        config.batch_size,
+        config.learning_rate,
+        generator,
+    )
     log.info("pretraining: %s on %d items, loss %.3f to %.3f", config.objective, len(fields[0]), losses[0], losses[-1])
     return losses
 

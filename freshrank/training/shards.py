@@ -126,8 +126,13 @@ def write_shards(frames: Iterable[Frame], schema: Schema, directory: Path) -> No
         writers: dict[str, pq.ParquetWriter] = {}
         for frame in filter(lambda frame: len(frame.rows), frames):  # a hash may give some part no user
             ids = frame.items[ITEM_ID].to_numpy()
-            tables = dict(zip(TABLES, (frame.users, frame.items.with_columns(pl.Series(FIRST, ~np.isin(ids, seen))),
-                                       frame.rows), strict=True))  # fmt: skip
+            tables = dict(
+                zip(
+                    TABLES,
+                    (frame.users, frame.items.with_columns(pl.Series(FIRST, ~np.isin(ids, seen))), frame.rows),
+                    strict=True,
+                )
+            )
             seen = np.union1d(seen, ids)
             for name, table in tables.items():
                 arrow = table.to_arrow()

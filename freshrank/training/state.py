@@ -96,16 +96,24 @@ class State:
     """Steps done."""
 
     def tensors(self) -> dict[str, Tensor]:
-        moments = {f"{_MOMENT}{place}.{name}": value for place, values in self.optimizer.state_dict()["state"].items()
-                   for name, value in values.items()}  # fmt: skip
+        moments = {
+            f"{_MOMENT}{place}.{name}": value
+            for place, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
         return {_WEIGHT + name: tensor for name, tensor in self.ranker.state_dict().items()} | moments
 
     def facts(self) -> dict[str, Any]:
         sums = {name: float(total) for name, total in self.sums.sums.items()}
-        return {"step": self.step, "device": self.device, "schedule": self.schedule.state_dict(),
-                "rates": [group["lr"] for group in self.optimizer.param_groups],
-                "curve": {"steps": self.curve.steps, "losses": self.curve.losses},
-                "sums": sums, "count": self.sums.count}  # fmt: skip
+        return {
+            "step": self.step,
+            "device": self.device,
+            "schedule": self.schedule.state_dict(),
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "curve": {"steps": self.curve.steps, "losses": self.curve.losses},
+            "sums": sums,
+            "count": self.sums.count,
+        }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Become the state that :meth:`tensors` and :meth:`facts` were taken of."""

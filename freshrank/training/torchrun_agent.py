@@ -26,11 +26,15 @@ def main(arguments: list[str]) -> None:
         rank, failure = error.get_first_failure()
         sys.exit(f"training failed: the worker of rank {rank} ended with code {failure.exitcode}; its log is above")
     except api.RendezvousTimeoutError:
-        sys.exit("training ended: not all nodes were there within join_timeout (FRESHRANK_TRAIN_CONNECT_SECONDS); "
-                 "started again, it goes on from the checkpoint")  # fmt: skip
+        sys.exit(
+            "training ended: not all nodes were there within join_timeout (FRESHRANK_TRAIN_CONNECT_SECONDS); "
+            "started again, it goes on from the checkpoint"
+        )
     except (api.RendezvousError, DistError) as error:
-        sys.exit(f"training ended: the node that holds the others together is gone ({type(error).__name__}); started "
-                 "again, it goes on from the checkpoint")  # fmt: skip
+        sys.exit(
+            f"training ended: the node that holds the others together is gone ({type(error).__name__}); started "
+            "again, it goes on from the checkpoint"
+        )
 
 
 if __name__ == "__main__":

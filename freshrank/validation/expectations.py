@@ -141,8 +141,12 @@ def names(schema: Schema) -> list[str]:
     """Of the expectations whose severity can be set, each once."""
     config, day = ValidationConfig(), date(2000, 1, 1)
     rates: dict[str, float | None] = dict.fromkeys(["volume", FRESH, *schema.actions], 1.0)
-    checks = [*_contract_checks(schema, day, config), *_positive_checks(schema, config),
-              *_trailing_checks(schema, rates, config), *_birth_checks(schema)]  # fmt: skip
+    checks = [
+        *_contract_checks(schema, day, config),
+        *_positive_checks(schema, config),
+        *_trailing_checks(schema, rates, config),
+        *_birth_checks(schema),
+    ]
     covered = [_covered(name) for table in _COVERED for name in _columns(schema, table)]
     late = [_like_the_week(_of_late(action)) for action in schema.actions]
     return list(dict.fromkeys([*(check.name for check in checks), *late, *covered]))
@@ -197,31 +201,77 @@ def _log_sheet(
 def _contract_checks(schema: Schema, day: date, config: ValidationConfig) -> Iterator[Check]:
     block = Severity.BLOCKING
     for name in REQUIRED["impressions"]:
-        yield Check(f"{name}_present", block, f"no impression lacks its {name}", "no null",
-                    "ExpectColumnValuesToNotBeNull", {"column": name})  # fmt: skip
+        yield Check(
+            f"{name}_present",
+            block,
+            f"no impression lacks its {name}",
+            "no null",
+            "ExpectColumnValuesToNotBeNull",
+            {"column": name},
+        )
     for name in schema.actions:
-        yield Check(f"{name}_is_label", block, f"label {name} is 0, 1 or null (not observed)", "0 or 1",
-                    "ExpectColumnValuesToBeInSet", {"column": name, "value_set": [0, 1]})  # fmt: skip
-    yield Check("no_duplicates", block, "no impression is logged twice", f"one row per ({', '.join(IMPRESSION_KEY)})",
-                "ExpectCompoundColumnsToBeUnique", {"column_list": IMPRESSION_KEY})  # fmt: skip
+        yield Check(
+            f"{name}_is_label",
+            block,
+            f"label {name} is 0, 1 or null (not observed)",
+            "0 or 1",
+            "ExpectColumnValuesToBeInSet",
+            {"column": name, "value_set": [0, 1]},
+        )
+    yield Check(
+        "no_duplicates",
+        block,
+        "no impression is logged twice",
+        f"one row per ({', '.join(IMPRESSION_KEY)})",
+        "ExpectCompoundColumnsToBeUnique",
+        {"column_list": IMPRESSION_KEY},
+    )
     start, end = (midnight(border, schema.utc_offset_hours) for border in (day, day + _ONE_DAY))
-    yield Check("inside_the_day", block, f"every impression happened on {day}", f"{start} up to {end}",
-                "ExpectColumnValuesToBeBetween",
-                {"column": EVENT_TIMESTAMP, "min_value": start, "max_value": end, "strict_max": True})  # fmt: skip
-    yield Check("born_before_shown", block, "no item is shown before it was created", f"{ITEM_AGE} of 0 or more",
-                "ExpectColumnValuesToBeBetween", {"column": ITEM_AGE, "min_value": 0.0})  # fmt: skip
-    yield Check("items_known", Severity.WARNING, "shown items are in the items table",
-                f"at least {config.min_known_items:.1%} of rows", "ExpectColumnValuesToBeNull",
-                {"column": UNKNOWN_ITEM, "mostly": config.min_known_items})  # fmt: skip
+    yield Check(
+        "inside_the_day",
+        block,
+        f"every impression happened on {day}",
+        f"{start} up to {end}",
+        "ExpectColumnValuesToBeBetween",
+        {"column": EVENT_TIMESTAMP, "min_value": start, "max_value": end, "strict_max": True},
+    )
+    yield Check(
+        "born_before_shown",
+        block,
+        "no item is shown before it was created",
+        f"{ITEM_AGE} of 0 or more",
+        "ExpectColumnValuesToBeBetween",
+        {"column": ITEM_AGE, "min_value": 0.0},
+    )
+    yield Check(
+        "items_known",
+        Severity.WARNING,
+        "shown items are in the items table",
+        f"at least {config.min_known_items:.1%} of rows",
+        "ExpectColumnValuesToBeNull",
+        {"column": UNKNOWN_ITEM, "mostly": config.min_known_items},
+    )
 
 
 def _positive_checks(schema: Schema, config: ValidationConfig) -> Iterator[Check]:
     bound, least = f"at least {config.min_positives:,}", {"min_value": config.min_positives}
     for name in schema.actions:
-        yield Check(f"{name}_has_positives", Severity.BLOCKING, f"somebody did {name}", bound,
-                    "ExpectColumnSumToBeBetween", {"column": name, **least})  # fmt: skip
-        yield Check(f"{name}_has_fresh_positives", Severity.WARNING, f"somebody did {name} on a fresh item", bound,
-                    "ExpectColumnSumToBeBetween", {"column": _of_fresh(name), **least})  # fmt: skip
+        yield Check(
+            f"{name}_has_positives",
+            Severity.BLOCKING,
+            f"somebody did {name}",
+            bound,
+            "ExpectColumnSumToBeBetween",
+            {"column": name, **least},
+        )
+        yield Check(
+            f"{name}_has_fresh_positives",
+            Severity.WARNING,
+            f"somebody did {name} on a fresh item",
+            bound,
+            "ExpectColumnSumToBeBetween",
+            {"column": _of_fresh(name), **least},
+        )
 
 
 def _summary(schema: Schema) -> list[pl.Expr]:
@@ -280,17 +330,29 @@ def _late_checks(
         if not (early and before and usual and today[f"{name}_late_rows"]):
             continue
         expected = min(1.0, early * usual / before)
-        shares = [(expected, today[f"{name}_late_rows"]), (early, today[f"{name}_early_rows"]),
-                  (usual, week[f"{name}_late_rows"]), (before, week[f"{name}_early_rows"])]  # fmt: skip
+        shares = [
+            (expected, today[f"{name}_late_rows"]),
+            (early, today[f"{name}_early_rows"]),
+            (usual, week[f"{name}_late_rows"]),
+            (before, week[f"{name}_early_rows"]),
+        ]
         chance = _STANDARD_ERRORS * expected * sqrt(sum((1 - share) / (share * rows) for share, rows in shares))
         hours = f"the last {config.late_hours:g} hours"
-        sentence = (f"the positive rate of {name} in {hours} is like the {number(expected)} that the day's other hours "
-                    "and the trailing week let expect (if not, labels were joined too early)")  # fmt: skip
+        sentence = (
+            f"the positive rate of {name} in {hours} is like the {number(expected)} that the day's other hours "
+            "and the trailing week let expect (if not, labels were joined too early)"
+        )
         for severity, factor in _tiers(config):
             low = min(expected / factor, expected - chance)
             if low > 0:
-                yield Check(_like_the_week(_of_late(name)), severity, sentence, f"at least {number(low)}",
-                            "ExpectColumnMeanToBeBetween", {"column": _of_late(name), "min_value": low})  # fmt: skip
+                yield Check(
+                    _like_the_week(_of_late(name)),
+                    severity,
+                    sentence,
+                    f"at least {number(low)}",
+                    "ExpectColumnMeanToBeBetween",
+                    {"column": _of_late(name), "min_value": low},
+                )
 
 
 def _columns(schema: Schema, table: str) -> list[str]:
@@ -375,27 +437,45 @@ def _filled_checks(one: Coverage, usual: float, config: ValidationConfig) -> Ite
     kind = "ExpectColumnProportionOfNonNullValuesToBeBetween"
     if not usual and one.table in (_LOG, _WARM_ITEMS):
         # The items table is replaced as a whole: a column it lost is lost for the week before as well.
-        yield Check(_covered(one.column), Severity.WARNING, f"{where} holds values at all", "more than 0", kind,
-                    {"column": one.column, "min_value": 0.0, "strict_min": True})  # fmt: skip
+        yield Check(
+            _covered(one.column),
+            Severity.WARNING,
+            f"{where} holds values at all",
+            "more than 0",
+            kind,
+            {"column": one.column, "min_value": 0.0, "strict_min": True},
+        )
     sentence = f"{where} is filled as in the trailing week ({usual:.1%})"
     least = _least(one, usual, config)
     tiers = (Severity.BLOCKING, config.block_coverage), (Severity.WARNING, config.warn_coverage)
     for severity, share in tiers:
         low = min(share * usual, least)
         if low > 0:
-            yield Check(_covered(one.column), severity, sentence, f"at least {low:.1%}", kind,
-                        {"column": one.column, "min_value": low})  # fmt: skip
+            yield Check(
+                _covered(one.column),
+                severity,
+                sentence,
+                f"at least {low:.1%}",
+                kind,
+                {"column": one.column, "min_value": low},
+            )
 
 
 def _birth_checks(schema: Schema) -> list[Check]:
     features = schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
     sentence = "an item has no history at or before its creation"
     return [
-        Check(f"{feature.name}_empty_before_birth", Severity.BLOCKING, sentence, "0 or null",
-              "ExpectColumnValuesToBeBetween", {"column": feature.name, "min_value": 0.0, "max_value": 0.0})
+        Check(
+            f"{feature.name}_empty_before_birth",
+            Severity.BLOCKING,
+            sentence,
+            "0 or null",
+            "ExpectColumnValuesToBeBetween",
+            {"column": feature.name, "min_value": 0.0, "max_value": 0.0},
+        )
         for feature in features
         if feature.group is Group.HISTORICAL and feature.snapshot
-    ]  # fmt: skip
+    ]
 
 
 def birth_names(schema: Schema) -> tuple[str, ...]:
@@ -409,8 +489,10 @@ def _birth_sheet(schema: Schema, history: pl.DataFrame) -> Sheet:
     columns = [str(check.column) for check in checks]
     missing = [name for name in (ITEM_ID, SNAPSHOT, CREATED_AT, *columns) if name not in history.columns]
     if missing:
-        raise DataError(f"item_history: columns {missing} are missing, received {history.columns}; pass the rows of "
-                        f"item snapshots joined with items.{CREATED_AT}")  # fmt: skip
+        raise DataError(
+            f"item_history: columns {missing} are missing, received {history.columns}; pass the rows of "
+            f"item snapshots joined with items.{CREATED_AT}"
+        )
     unborn = history.filter(pl.col(CREATED_AT) >= pl.col(SNAPSHOT)).select(pl.col(columns).cast(pl.Float64))
     return Sheet("item_history", unborn, checks)
 

@@ -91,8 +91,10 @@ class ValidationReport(BaseModel):
     def notes(self) -> list[str]:
         """What was not compared or not asked, a sentence each."""
         alone = "The log holds no earlier day of the trailing week, so nothing was compared."
-        unasked = (f"{len(self.unasked)} expectations about features were not asked: features of the week before "
-                   f"{self.day + timedelta(days=1)} are not built; run `freshrank features build` first.")  # fmt: skip
+        unasked = (
+            f"{len(self.unasked)} expectations about features were not asked: features of the week before "
+            f"{self.day + timedelta(days=1)} are not built; run `freshrank features build` first."
+        )
         return [note for note, applies in ((alone, not self.trailing), (unasked, self.unasked)) if applies]
 
     @property
@@ -291,16 +293,29 @@ def _unusable(dataset: Dataset, day: date) -> ExpectationResult | None:
 
 
 def _no_rows(day: date, observed: str) -> ExpectationResult:
-    return ExpectationResult(name="day_has_impressions", table="impressions", column=None, severity=Severity.BLOCKING,
-                             success=False, sentence=f"{day} holds impressions to judge and train on",
-                             observed=observed, bound="at least 1 row")  # fmt: skip
+    return ExpectationResult(
+        name="day_has_impressions",
+        table="impressions",
+        column=None,
+        severity=Severity.BLOCKING,
+        success=False,
+        sentence=f"{day} holds impressions to judge and train on",
+        observed=observed,
+        bound="at least 1 row",
+    )
 
 
 def _lacking_columns(missing: list[str], present: list[str]) -> ExpectationResult:
-    return ExpectationResult(name="columns_present", table="impressions", column=", ".join(missing),
-                             severity=Severity.BLOCKING, success=False,
-                             sentence="every column of schema.yaml is in the log", observed=f"only {present}",
-                             bound="these columns too")  # fmt: skip
+    return ExpectationResult(
+        name="columns_present",
+        table="impressions",
+        column=", ".join(missing),
+        severity=Severity.BLOCKING,
+        success=False,
+        sentence="every column of schema.yaml is in the log",
+        observed=f"only {present}",
+        bound="these columns too",
+    )
 
 
 def _day_counts(dataset: Dataset, day: date) -> dict[str, int]:

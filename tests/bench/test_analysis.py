@@ -40,9 +40,17 @@ from tests.judging import schema_of, world
 from tests.worlds import random_frame, tiny_schema
 
 SMALL = ModelConfig(
-    item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4, mlp=(16, 8), experts=2,
-    expert_dim=8, head_dim=4,
-)  # fmt: skip
+    item_id_dim=4,
+    categorical_dim=4,
+    min_count=1,
+    sequence_dim=8,
+    group_dim=8,
+    cross_rank=4,
+    mlp=(16, 8),
+    experts=2,
+    expert_dim=8,
+    head_dim=4,
+)
 TRAINING = TrainingConfig(batch_size=64, min_steps=1, epochs=10, learning_rate=1e-2)
 RESIDUAL = TechniquesConfig(residual=ResidualConfig(dim=2))
 SCHEMA = tiny_schema(query=True)
@@ -81,8 +89,11 @@ def test_every_feature_the_ranker_sees_can_be_removed_once(trained: Trained) -> 
 def test_removals_cover_every_cell_of_every_block_exactly_once(trained: Trained) -> None:
     """Otherwise a part of some feature would survive its removal, or go with another."""
     data = TensorFrame(FRAME, trained.encoder, Catalog.build(FRAME.items, trained.encoder))
-    seen = {n: torch.zeros(b.shape, dtype=torch.int) for part in (data.users, data.items, data.rows)
-            for n, b in part.items()}  # fmt: skip
+    seen = {
+        n: torch.zeros(b.shape, dtype=torch.int)
+        for part in (data.users, data.items, data.rows)
+        for n, b in part.items()
+    }
     for removal in removals(trained.encoder):
         for name, cells in removal.blocks.items():
             seen[name][..., cells.columns] += 1
@@ -91,12 +102,21 @@ def test_removals_cover_every_cell_of_every_block_exactly_once(trained: Trained)
 
 def test_a_removed_feature_is_encoded_as_a_missing_value_is(trained: Trained) -> None:
     """Nulls in the table itself give the same logits: a category, a number with and without default, an embedding."""
-    for name, table in (("country", "users"), ("age", "users"), ("duration", "items"), ("vector", "items"),
-                        ("tags", "items"), ("item_click_rate_7d", "items"), ("surface", "rows")):  # fmt: skip
+    for name, table in (
+        ("country", "users"),
+        ("age", "users"),
+        ("duration", "items"),
+        ("vector", "items"),
+        ("tags", "items"),
+        ("item_click_rate_7d", "items"),
+        ("surface", "rows"),
+    ):
         column = getattr(FRAME, table)[name]
         nulls = column.clear(len(column))
-        frame = type(FRAME)(**{t: getattr(FRAME, t) for t in ("users", "items", "rows")}
-                            | {table: getattr(FRAME, table).with_columns(nulls.alias(name))})  # fmt: skip
+        frame = type(FRAME)(
+            **{t: getattr(FRAME, t) for t in ("users", "items", "rows")}
+            | {table: getattr(FRAME, table).with_columns(nulls.alias(name))}
+        )
         found = Probe.of(trained, FRAME, FRAME.items).logits([_named(trained)[name]])
         assert np.allclose(found, predict(trained, frame, FRAME.items), atol=1e-5), name
 
@@ -151,8 +171,10 @@ def test_a_permuted_sequence_keeps_items_and_actions_together(trained: Trained, 
     """Users swap whole sequences."""
     after = without(probe.data, [_named(trained)["sequence"]], "permuted").users
     before = probe.data.users
-    pairs = [{(tuple(p.tolist()), tuple(a.tolist())) for p, a in zip(u["places"], u["sequence_actions"], strict=True)}
-             for u in (before, after)]  # fmt: skip
+    pairs = [
+        {(tuple(p.tolist()), tuple(a.tolist())) for p, a in zip(u["places"], u["sequence_actions"], strict=True)}
+        for u in (before, after)
+    ]
     assert pairs[0] == pairs[1]
 
 
@@ -227,8 +249,10 @@ def test_gradient_norms_are_those_of_finite_differences(trained: Trained, probe:
             moved[0, column] += step
             return masked_bce(ranker.prediction(ranker.combine(groups | {name: moved}).z_bar), labels).item()
 
-        derivatives = {name: [(loss(name, c, 1e-6) - loss(name, c, -1e-6)) / 2e-6 for c in range(x.shape[1])]
-                       for name, x in groups.items()}  # fmt: skip
+        derivatives = {
+            name: [(loss(name, c, 1e-6) - loss(name, c, -1e-6)) / 2e-6 for c in range(x.shape[1])]
+            for name, x in groups.items()
+        }
         ranker.float()
     for name, values in derivatives.items():
         assert found.groups[name] == pytest.approx(np.linalg.norm(values), rel=1e-3, abs=1e-6)

@@ -28,8 +28,10 @@ def test_only_the_first_rows_of_an_epoch_are_timed(world: Prepared) -> None:
 @pytest.mark.slow
 def test_a_row_is_timed_once_against_the_baseline(world: Prepared, home: Path) -> None:
     """The second call reads what the first one measured."""
-    tasks = {name: by_seed[0] for name, by_seed in
-             tasks_of(world, chosen(["residual"]), {}, Options(1, ["residual"], 1, home)).items()}  # fmt: skip
+    tasks = {
+        name: by_seed[0]
+        for name, by_seed in tasks_of(world, chosen(["residual"]), {}, Options(1, ["residual"], 1, home)).items()
+    }
     assert run_all(list(tasks.values()), 1, QUIET, "test") == []
     assert costs(tasks, tasks[BASELINE], 0, QUIET) == {}
     first = costs(tasks, tasks[BASELINE], 1, QUIET)

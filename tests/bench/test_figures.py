@@ -50,17 +50,30 @@ def _measured(
     """A model with one action whose non-historical gradients are ``ratio`` of the historical ones; seeds jitter."""
     jitter = 0.001 * seed
     gradients = [
-        GradientNorms(step=step, groups={"item_content": ratio, "item_id": 1}, historical=1,
-                      non_historical=ratio + jitter)
+        GradientNorms(
+            step=step, groups={"item_content": ratio, "item_id": 1}, historical=1, non_historical=ratio + jitter
+        )
         for step in (1, 6, 11)
-    ]  # fmt: skip
-    groups = [_drop("historical", Group.HISTORICAL, -0.1 + jitter),
-              _drop("non_historical", Group.NON_HISTORICAL, -0.02)]  # fmt: skip
-    singles = [_drop("age", Group.NON_HISTORICAL, loss - jitter), _drop("tab", Group.NON_HISTORICAL, 0),
-               _drop("ctr", Group.HISTORICAL, -0.5)]  # fmt: skip
+    ]
+    groups = [
+        _drop("historical", Group.HISTORICAL, -0.1 + jitter),
+        _drop("non_historical", Group.NON_HISTORICAL, -0.02),
+    ]
+    singles = [
+        _drop("age", Group.NON_HISTORICAL, loss - jitter),
+        _drop("tab", Group.NON_HISTORICAL, 0),
+        _drop("ctr", Group.HISTORICAL, -0.5),
+    ]
     shares = [first + jitter, 1 - first - jitter]
-    return Measured(recipe=recipe, seed=seed, gradients=gradients, scores=_scores(1.0, cold + jitter),
-                    variance={"all": shares, "fresh": shares}, by_group=groups, by_feature=singles)  # fmt: skip
+    return Measured(
+        recipe=recipe,
+        seed=seed,
+        gradients=gradients,
+        scores=_scores(1.0, cold + jitter),
+        variance={"all": shares, "fresh": shares},
+        by_group=groups,
+        by_feature=singles,
+    )
 
 
 def _as_in_the_paper() -> dict[str, FigureData]:
@@ -102,8 +115,12 @@ def test_models_that_behave_as_the_paper_says_confirm_every_figure(drawn: dict[s
 )
 def test_models_that_behave_otherwise_do_not(name: str, recipe: str, change: dict[str, float]) -> None:
     """One recipe changed; 0.002 per seed so that the difference is not a constant."""
-    models = [_measured(other, seed) for seed in range(3) for other in ("baseline", "residual", "score_reg", "mixup")
-              if other != recipe]  # fmt: skip
+    models = [
+        _measured(other, seed)
+        for seed in range(3)
+        for other in ("baseline", "residual", "score_reg", "mixup")
+        if other != recipe
+    ]
     models += [_measured(recipe, seed, **{k: v + 0.002 * seed for k, v in change.items()}) for seed in range(3)]
     found = {figure.name: figure for figure in figures(Results(models, ["click"]))}
     assert found[name].claim.outcome is Outcome.FAILS
@@ -122,8 +139,9 @@ def test_the_first_figures_numbers_are_those_measured(drawn: dict[str, FigureDat
 def test_the_ablation_ratio_has_no_value_where_history_is_of_no_use() -> None:
     """A ratio to a gain would read as a small loss."""
     groups = (Group.HISTORICAL, Group.NON_HISTORICAL)
-    lost, gained = ([_drop(g.value, g, d) for g, d in zip(groups, deltas, strict=True)]
-                    for deltas in ((-0.1, -0.05), (0.01, -0.05)))  # fmt: skip
+    lost, gained = (
+        [_drop(g.value, g, d) for g, d in zip(groups, deltas, strict=True)] for deltas in ((-0.1, -0.05), (0.01, -0.05))
+    )
     assert ablation_ratio(lost, "all", "click") == pytest.approx(0.5)
     assert ablation_ratio(gained, "all", "click") is None
     assert ablation_ratio([], "all", "click") is None

@@ -42,8 +42,13 @@ def measured(p99: dict[str, tuple[float, float]], rate: dict[str, tuple[float, f
 def test_ratios_are_taken_within_a_round_against_the_better_floor() -> None:
     """Ours 8 and 30 ms; the floors 10 and 20, and 12 and 10: 8/10 and 30/10, so 1.9 in the middle, within 2."""
     one, both = FLOORS
-    found = ratios(measured({OURS: (8, 30), one: (10, 20), both: (12, 10), RANKER: (4, 10), UNCACHED: (20, 20)},
-                            {OURS: (50, 70), one: (100, 90), both: (80, 100), FASTAPI: (10, 7)}), PLAN)  # fmt: skip
+    found = ratios(
+        measured(
+            {OURS: (8, 30), one: (10, 20), both: (12, 10), RANKER: (4, 10), UNCACHED: (20, 20)},
+            {OURS: (50, 70), one: (100, 90), both: (80, 100), FASTAPI: (10, 7)},
+        ),
+        PLAN,
+    )
     values = [(ratio.value, ratio.lowest, ratio.highest, ratio.met) for ratio in found]
     assert values[0] == (pytest.approx(1.9), pytest.approx(0.8), pytest.approx(3.0), True)
     assert values[1] == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), None)

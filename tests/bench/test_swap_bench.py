@@ -42,8 +42,13 @@ def test_a_request_belongs_to_the_moment_it_was_due_in() -> None:
 
 def test_an_answer_with_the_scores_of_another_version_iswrong_answers() -> None:
     """So is one with nobody's scores, or of a version that was never published; a failed request is counted apart."""
-    rows = pl.DataFrame({"version": [1, 2, 1, 2, 9, 0], "model": ["one", "other", "other", "", "one", ""],
-                         "error": ["", "", "", "", "", "lost"]})  # fmt: skip
+    rows = pl.DataFrame(
+        {
+            "version": [1, 2, 1, 2, 9, 0],
+            "model": ["one", "other", "other", "", "one", ""],
+            "error": ["", "", "", "", "", "lost"],
+        }
+    )
     assert wrong_answers(rows, {1: "one", 2: "other"}) == 3
 
 

@@ -65,8 +65,11 @@ def test_the_table_agrees_with_the_seeds_in_the_csv(written: tuple[Prepared, Opt
     wanted = (MetricName.HITS.value, FRESH, "click")
     means = {}
     for row in (BASELINE, "mixup"):
-        found = [float(line["value"]) for line in lines(options)
-                 if line["row"] == row and (line["metric"], line["slice"], line["action"]) == wanted]  # fmt: skip
+        found = [
+            float(line["value"])
+            for line in lines(options)
+            if line["row"] == row and (line["metric"], line["slice"], line["action"]) == wanted
+        ]
         means[row] = sum(found) / 2
     mixup = table.row("mixup")
     assert mixup is not None
@@ -162,9 +165,32 @@ def test_a_failing_baseline_leaves_nothing_to_compare_with(written: tuple[Prepar
 
 
 def command(world: Prepared, row: str, out: Path) -> list[str]:
-    return [sys.executable, "-m", "freshrank", "bench", "table1", "--data", str(world.source.path), "--date",
-            RUN_DATE.isoformat(), "--train-days", "3", "--evaluation-days", "1", "--rows", row, "--seeds", "4",
-            "--jobs", "2", "--timing-repeats", "0", "--untuned", "--out", str(out)]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "freshrank",
+        "bench",
+        "table1",
+        "--data",
+        str(world.source.path),
+        "--date",
+        RUN_DATE.isoformat(),
+        "--train-days",
+        "3",
+        "--evaluation-days",
+        "1",
+        "--rows",
+        row,
+        "--seeds",
+        "4",
+        "--jobs",
+        "2",
+        "--timing-repeats",
+        "0",
+        "--untuned",
+        "--out",
+        str(out),
+    ]
 
 
 @pytest.mark.slow
@@ -175,8 +201,13 @@ def test_stopping_it_loses_at_most_what_was_running(row: str, how: int, world: P
     Workers hold the pipe that is read here: were one left, the loop would not end.
     """
     environment = os.environ | {"FRESHRANK_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command(world, row, home / "stopped"), env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        command(world, row, home / "stopped"),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
@@ -185,12 +216,16 @@ def test_stopping_it_loses_at_most_what_was_running(row: str, how: int, world: P
                 process.send_signal(how)
     assert process.returncode != 0
     assert "Traceback" not in said
-    tasks = [task for by_seed in tasks_of(world, chosen([row]), {}, Options(4, [row], 2, home, True)).values()
-             for task in by_seed]  # fmt: skip
+    tasks = [
+        task
+        for by_seed in tasks_of(world, chosen([row]), {}, Options(4, [row], 2, home, True)).values()
+        for task in by_seed
+    ]
     kept = {task.measures: (task.measures / "metrics.json").stat().st_mtime_ns for task in tasks if task.done}
     assert 1 <= len(kept) < len(tasks)
-    result = subprocess.run(command(world, row, home / "stopped"), env=environment, capture_output=True, text=True,
-                            check=True)  # fmt: skip
+    result = subprocess.run(
+        command(world, row, home / "stopped"), env=environment, capture_output=True, text=True, check=True
+    )
     assert result.stdout.count(" seed ") == len(tasks) - len(kept)
     assert {path: (path / "metrics.json").stat().st_mtime_ns for path in kept} == kept
     assert all(task.done for task in tasks)

@@ -66,8 +66,9 @@ def test_a_constant_boost_lifts_fresh_hits_but_not_those_at_equal_exposure() -> 
     judged = too_low()
     rows, logits = rows_of(judged), logit(judged.probabilities)
     boost = chosen_boost(rows_of(too_low(seed=1)), logit(too_low(seed=1).probabilities), UTILITIES, SCHEMA, CONFIG)
-    plain, boosted = (evaluate.evaluate(judged_of(rows, logits, UTILITIES, constant), SCHEMA, CONFIG)
-                      for constant in (0.0, boost))  # fmt: skip
+    plain, boosted = (
+        evaluate.evaluate(judged_of(rows, logits, UTILITIES, constant), SCHEMA, CONFIG) for constant in (0.0, boost)
+    )
     for action in SCHEMA.actions:
         raw = [e.get(MetricName.HITS, FRESH, action).value for e in (plain, boosted)]
         matched = [e.get(MetricName.MATCHED_HITS, FRESH, action).value for e in (plain, boosted)]

@@ -59,8 +59,10 @@ def test_a_peer_learns_from_the_rows(encoded: Encoded[TensorFrame], name: str) -
 
 def test_a_ratio_is_the_median_of_those_of_each_round_against_the_better_peer() -> None:
     """Streamed 90, 80, 70 rows/s against 100, 100, 50 ready; peers at 20 and 30."""
-    turns = [{STREAMED: speed(ours), READY: speed(ready), "torch-rechub": speed(20), "FuxiCTR": speed(30)}
-             for ours, ready in ((90, 100), (80, 100), (70, 50))]  # fmt: skip
+    turns = [
+        {STREAMED: speed(ours), READY: speed(ready), "torch-rechub": speed(20), "FuxiCTR": speed(30)}
+        for ours, ready in ((90, 100), (80, 100), (70, 50))
+    ]
     memory, better = _ratios(turns, ("torch-rechub", "FuxiCTR"))
     assert (memory.value, memory.lowest, memory.highest, memory.met) == (0.9, 0.8, 1.4, True)
     assert better.value == pytest.approx(80 / 30)

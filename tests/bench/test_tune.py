@@ -44,8 +44,12 @@ def test_the_tuning_windows_of_the_evidence_are_those_that_were_agreed() -> None
 
 def result(matched: float, loss: float, overall: float, fresh: float = 0.5) -> Result:
     """One action, one seed."""
-    values = {(MetricName.MATCHED_HITS, FRESH): matched, (MetricName.LOG_LOSS, FRESH): loss,
-              (MetricName.HITS, ALL): overall, (MetricName.HITS, FRESH): fresh}  # fmt: skip
+    values = {
+        (MetricName.MATCHED_HITS, FRESH): matched,
+        (MetricName.LOG_LOSS, FRESH): loss,
+        (MetricName.HITS, ALL): overall,
+        (MetricName.HITS, FRESH): fresh,
+    }
     metrics = [{"metric": str(m), "slice": s, "action": "click", "value": v} for (m, s), v in values.items()]
     return Result("row", 0, "rows", 1, 0.0, metrics, np.zeros(0), np.zeros(0))
 

@@ -19,20 +19,45 @@ DAY = datetime(2024, 1, 2, tzinfo=UTC)
 def sheet(checks: list[Check]) -> Sheet:
     """Twenty sound impressions."""
     rows = range(20)
-    frame = pl.DataFrame({"request_id": rows, "user_id": rows, "item_id": rows, "event_timestamp": [NOON] * 20,
-                          "click": pl.Series([row % 2 for row in rows], dtype=pl.Int8)})  # fmt: skip
+    frame = pl.DataFrame(
+        {
+            "request_id": rows,
+            "user_id": rows,
+            "item_id": rows,
+            "event_timestamp": [NOON] * 20,
+            "click": pl.Series([row % 2 for row in rows], dtype=pl.Int8),
+        }
+    )
     return Sheet("impressions", frame, checks)
 
 
 CHECKS = [
-    Check("no_duplicates", Severity.BLOCKING, "", "", "ExpectCompoundColumnsToBeUnique",
-          {"column_list": ["request_id", "user_id", "item_id", "event_timestamp"]}),
-    Check("click_is_label", Severity.BLOCKING, "", "", "ExpectColumnValuesToBeInSet",
-          {"column": "click", "value_set": [0, 1]}),
+    Check(
+        "no_duplicates",
+        Severity.BLOCKING,
+        "",
+        "",
+        "ExpectCompoundColumnsToBeUnique",
+        {"column_list": ["request_id", "user_id", "item_id", "event_timestamp"]},
+    ),
+    Check(
+        "click_is_label",
+        Severity.BLOCKING,
+        "",
+        "",
+        "ExpectColumnValuesToBeInSet",
+        {"column": "click", "value_set": [0, 1]},
+    ),
     Check("user_id_present", Severity.BLOCKING, "", "", "ExpectColumnValuesToNotBeNull", {"column": "user_id"}),
-    Check("inside_the_day", Severity.BLOCKING, "", "", "ExpectColumnValuesToBeBetween",
-          {"column": "event_timestamp", "min_value": DAY, "max_value": DAY + timedelta(days=1)}),
-]  # fmt: skip
+    Check(
+        "inside_the_day",
+        Severity.BLOCKING,
+        "",
+        "",
+        "ExpectColumnValuesToBeBetween",
+        {"column": "event_timestamp", "min_value": DAY, "max_value": DAY + timedelta(days=1)},
+    ),
+]
 
 
 def test_the_faults_are_those_that_are_named() -> None:
@@ -57,8 +82,14 @@ def test_engines_are_held_against_ours_on_a_faulty_log() -> None:
 
 def test_an_expectation_that_cannot_run_is_an_error_and_finds_nothing() -> None:
     """A column that is not there: no engine may count its exception as a fault that was found."""
-    broken = Check("click_is_label", Severity.BLOCKING, "", "", "ExpectColumnValuesToBeInSet",
-                   {"column": "clicked", "value_set": [0, 1]})  # fmt: skip
+    broken = Check(
+        "click_is_label",
+        Severity.BLOCKING,
+        "",
+        "",
+        "ExpectColumnValuesToBeInSet",
+        {"column": "clicked", "value_set": [0, 1]},
+    )
     found = compare({OURS: engines()[OURS]}, [sheet([broken])], 1, Console(quiet=True))[OURS]
     assert (found.errors, found.found) == (1, [])
 

@@ -74,8 +74,11 @@ def test_into_an_empty_place_it_is_an_import_like_any_other(tmp_path: Path) -> N
 def test_an_item_that_kept_days_show_must_not_vanish(started: Path) -> None:
     """Pan was shown on 1 March only. Nothing is changed, unless unknown items are let in."""
     lost = of_day(shop(), 2)
-    lost = Tables(lost.impressions.with_columns(pl.lit("cup").alias("query_item_id")),
-                  lost.items.filter(pl.col("item_id") != "pan"), lost.users)  # fmt: skip
+    lost = Tables(
+        lost.impressions.with_columns(pl.lit("cup").alias("query_item_id")),
+        lost.items.filter(pl.col("item_id") != "pan"),
+        lost.users,
+    )
     before = digests(started)
     with pytest.raises(DataError, match="pan: an item that a kept day shows is absent from items; bring the whole"):
         add(lost, started)

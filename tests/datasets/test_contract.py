@@ -35,10 +35,16 @@ def test_a_day_is_sorted_by_time_user_and_item_with_the_types_of_the_contract(tm
     ]
     types = {name: str(dtype) for name, dtype in log.schema.items()}
     assert types == {
-        "request_id": "Int64", "event_timestamp": "Datetime(time_unit='us', time_zone='UTC')", "user_id": "Int64",
-        "item_id": "Int64", "query_item_id": "Int64", "click": "Int8", "device": "Int64", "usage": "String",
+        "request_id": "Int64",
+        "event_timestamp": "Datetime(time_unit='us', time_zone='UTC')",
+        "user_id": "Int64",
+        "item_id": "Int64",
+        "query_item_id": "Int64",
+        "click": "Int8",
+        "device": "Int64",
+        "usage": "String",
         "day": "Date",
-    }  # fmt: skip
+    }
 
 
 def test_content_is_coded_tokenised_and_cut(tmp_path: Path) -> None:

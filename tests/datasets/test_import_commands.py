@@ -73,9 +73,13 @@ def test_unknown_items_are_imported_where_the_command_is_told_to(
 
 @pytest.mark.parametrize(
     "days, named",
-    [(0, ""), (1, "; no impressions on 2024-03-02"), (2, "; no impressions on 2024-03-02, 2024-03-03"),
-     (15, "2024-03-11 and 5 more")],
-)  # fmt: skip
+    [
+        (0, ""),
+        (1, "; no impressions on 2024-03-02"),
+        (2, "; no impressions on 2024-03-02, 2024-03-03"),
+        (15, "2024-03-11 and 5 more"),
+    ],
+)
 def test_days_without_impressions_are_named(
     days: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,8 +117,10 @@ def test_features_are_asked_for_by_the_ids_of_the_log(
 ) -> None:
     """Ann is 40 and clicked a cup, which costs 1.5, and nobody knows a mug: its row is all null. No code is shown."""
     data = materialized(tmp_path / "data", shop())
-    assert freshrank(monkeypatch, "features", "get", "--data", data, "--user", "ann", "--item", "cup", "--item",
-                     "mug") == 0  # fmt: skip
+    assert (
+        freshrank(monkeypatch, "features", "get", "--data", data, "--user", "ann", "--item", "cup", "--item", "mug")
+        == 0
+    )
     ann, cup, mug = read(capsys.readouterr().out)
     assert (ann["user_id"], ann["age"], ann["sequence_item_ids"]) == ("ann", 40.0, ["cup"])
     assert (cup["item_id"], cup["price"], cup["brand"], cup["tags"]) == ("cup", 1.5, "b", ["red", "hot"])
@@ -182,8 +188,12 @@ def test_a_time_without_an_item_is_refused(
 ) -> None:
     """Nothing of a user depends on it."""
     shop().write(tmp_path / "data")
-    assert freshrank(monkeypatch, "features", "get", "--data", tmp_path / "data", "--user", "ann", "--at",
-                     "2024-03-03T00:00:00Z") == 2  # fmt: skip
+    assert (
+        freshrank(
+            monkeypatch, "features", "get", "--data", tmp_path / "data", "--user", "ann", "--at", "2024-03-03T00:00:00Z"
+        )
+        == 2
+    )
     assert "--at: received" in capsys.readouterr().err
 
 

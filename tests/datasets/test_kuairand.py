@@ -55,17 +55,33 @@ def published(src: Path) -> Path:
     first = pl.DataFrame(early, schema=names, orient="row").with_columns(hourmin=pl.lit(900), tab=pl.lit(1), is_like=0)
     first.write_csv(src / "log_standard_4_08_to_4_21_pure.csv")
     log.write_csv(src / "log_standard_4_22_to_5_08_pure.csv")
-    categories = ["user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
-                  "fans_user_num_range", "friend_user_num_range", "register_days_range"]  # fmt: skip
+    categories = [
+        "user_active_degree",
+        "is_live_streamer",
+        "is_video_author",
+        "follow_user_num_range",
+        "fans_user_num_range",
+        "friend_user_num_range",
+        "register_days_range",
+    ]
     counts = ["follow_user_num", "fans_user_num", "friend_user_num", "register_days"]
     users: dict[str, list[Any]] = {"user_id": [0, 5, 9]}
     users |= {c: ["x", "y", "x"] for c in categories} | {c: [1, 2, 3] for c in counts}
     users |= {f"onehot_feat{i}": [0.0, None, 1.0] for i in range(18)}
     pl.DataFrame(users).write_csv(src / "user_features_pure.csv")
-    videos = {"video_id": [0, 1], "author_id": [7, 8], "video_type": ["NORMAL", "AD"], "upload_type": ["Web", "Web"],
-              "upload_dt": ["2022-04-09", "2022-04-09"], "music_id": [1, 2], "music_type": [9.0, None],
-              "tag": ["39,68", "3"], "video_duration": [1000.0, None], "server_width": [720, 720],
-              "server_height": [1280, 1280]}  # fmt: skip
+    videos = {
+        "video_id": [0, 1],
+        "author_id": [7, 8],
+        "video_type": ["NORMAL", "AD"],
+        "upload_type": ["Web", "Web"],
+        "upload_dt": ["2022-04-09", "2022-04-09"],
+        "music_id": [1, 2],
+        "music_type": [9.0, None],
+        "tag": ["39,68", "3"],
+        "video_duration": [1000.0, None],
+        "server_width": [720, 720],
+        "server_height": [1280, 1280],
+    }
     pl.DataFrame(videos).write_csv(src / "video_features_basic_pure.csv")
     launches = pl.DataFrame({"video_id": [0, 1], "launch_date": [None, date(2022, 5, 2)]})
     launches.write_parquet(src / "staggered_launches.parquet")
@@ -195,8 +211,15 @@ def test_interpolated_times_keep_the_order_and_respect_uploads(
 def test_interpolated_times_are_evenly_spread() -> None:
     """The last two of four exposures between an upload at hour 0 and a last time at hour 8 fall on hours 6 and 8."""
     upload = beijing(date(2022, 4, 9))
-    history = pl.DataFrame({"user_id": [1, 1], "pos_from_end": [-2, -1], "history_len": [4, 4],
-                            "last_time_ms": [ms(date(2022, 4, 9), 8)] * 2, "uploaded": [upload] * 2})  # fmt: skip
+    history = pl.DataFrame(
+        {
+            "user_id": [1, 1],
+            "pos_from_end": [-2, -1],
+            "history_len": [4, 4],
+            "last_time_ms": [ms(date(2022, 4, 9), 8)] * 2,
+            "uploaded": [upload] * 2,
+        }
+    )
     hours = [6, 8]
     assert interpolated_times(history)["event_timestamp"].to_list() == [upload + timedelta(hours=h) for h in hours]
 

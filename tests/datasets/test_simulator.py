@@ -203,9 +203,15 @@ def test_any_world_shows_distinct_living_items(
 ) -> None:
     """Whatever the sizes, a request shows an item once, none before it was born, and never more than it may."""
     world = WorldConfig(
-        seed=seed, days=2, users=5, items_at_start=items, new_items_per_day=new, impressions_per_day=120,
-        candidates=candidates, exploration=exploration,
-    )  # fmt: skip
+        seed=seed,
+        days=2,
+        users=5,
+        items_at_start=items,
+        new_items_per_day=new,
+        impressions_per_day=120,
+        candidates=candidates,
+        exploration=exploration,
+    )
     log = with_age(simulate(tmp_path / "world", world))
     assert log.select("request_id", "item_id").is_unique().all()
     assert (log["age"] > timedelta(0)).all()

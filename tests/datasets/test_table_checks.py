@@ -153,8 +153,11 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     lines = refusal(tables, tmp_path).splitlines()
     assert lines[0] == "the data breaks the contract in 4 way(s):"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
-        "items.price", "users.user_id", "impressions.click", "impressions.usage",
-    ]  # fmt: skip
+        "items.price",
+        "users.user_id",
+        "impressions.click",
+        "impressions.usage",
+    ]
     assert "2 row(s), e.g. 2, 3: " in lines[3]
 
 

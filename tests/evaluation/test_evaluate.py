@@ -112,8 +112,10 @@ def test_the_head_hides_the_tail_per_list_and_not_per_item() -> None:
 
 def test_hits_per_item_are_the_mean_over_items_of_the_share_on_top() -> None:
     """Item 1 is clicked at places 1 and 4 (a half), item 2 at place 2 of the second list (whole): 0.75."""
-    rows: list[Rows] = [[(0.9, 1, OLD), (0.8, 0, OLD), (0.7, 0, OLD), (0.1, 0, OLD)],
-                        [(0.9, 0, OLD), (0.8, 1, OLD), (0.7, 0, OLD), (0.1, 1, OLD)]]  # fmt: skip
+    rows: list[Rows] = [
+        [(0.9, 1, OLD), (0.8, 0, OLD), (0.7, 0, OLD), (0.1, 0, OLD)],
+        [(0.9, 0, OLD), (0.8, 1, OLD), (0.7, 0, OLD), (0.1, 1, OLD)],
+    ]
     judged = replace(judged_of(rows), item_id=np.array([1, 3, 4, 5, 3, 2, 4, 1]))
     row = evaluate(judged, ONE, CONFIG).get(MetricName.HITS, ALL, "click", Weighting.ITEM)
     assert (row.value, row.support.items, row.support.positives) == (0.75, 2, 3)
@@ -161,8 +163,14 @@ def test_every_slice_has_every_metric_per_impression_and_per_item() -> None:
     evaluation = evaluate(world(lists=300), TWO, CONFIG)
     buckets = [name for name in evaluation.slices if ":" in name]
     assert len(buckets) == 9
-    both = (MetricName.HITS, MetricName.LOG_LOSS, MetricName.PR_AUC, MetricName.AUC, MetricName.ECE,
-            MetricName.CALIBRATION_RATIO)  # fmt: skip
+    both = (
+        MetricName.HITS,
+        MetricName.LOG_LOSS,
+        MetricName.PR_AUC,
+        MetricName.AUC,
+        MetricName.ECE,
+        MetricName.CALIBRATION_RATIO,
+    )
     expected = {(metric, weighting) for metric in both for weighting in Weighting}
     expected |= {(MetricName.NDCG, Weighting.IMPRESSION)}
     cold = {(MetricName.MATCHED_HITS, weighting) for weighting in Weighting}
@@ -223,10 +231,17 @@ def test_buckets_split_age_at_their_lower_and_exposures_at_their_upper_end() -> 
     named = slices(ages, exposures, 7, config)
     members = {name: np.flatnonzero(mask).tolist() for name, mask in named.items()}
     assert members == {
-        "all": [0, 1, 2, 3], "fresh": [0, 1], "warm": [2, 3],
-        "age:0-1": [0], "age:1-7": [1], "age:7-28": [2], "age:28+": [3],
-        "exposures:0": [0], "exposures:1-10": [1, 2], "exposures:11+": [3],
-    }  # fmt: skip
+        "all": [0, 1, 2, 3],
+        "fresh": [0, 1],
+        "warm": [2, 3],
+        "age:0-1": [0],
+        "age:1-7": [1],
+        "age:7-28": [2],
+        "age:28+": [3],
+        "exposures:0": [0],
+        "exposures:1-10": [1, 2],
+        "exposures:11+": [3],
+    }
 
 
 def test_every_metric_without_support_says_why_and_none_is_nan() -> None:

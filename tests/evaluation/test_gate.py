@@ -131,8 +131,14 @@ def _comparison(fresh: tuple[float, float, float], overall: tuple[float, float, 
     def row(slice: str, difference: tuple[float, float, float]) -> Difference:
         low, value, high = difference
         at = Interval(value=0.5, low=0.4, high=0.6)
-        return Difference(slice=slice, metric=MetricName.HITS, baseline=at, challenger=at, lists=lists,
-                          difference=Interval(value=value, low=low, high=high))  # fmt: skip
+        return Difference(
+            slice=slice,
+            metric=MetricName.HITS,
+            baseline=at,
+            challenger=at,
+            lists=lists,
+            difference=Interval(value=value, low=low, high=high),
+        )
 
     return Comparison(k=3, confidence=0.95, draws=300, lists=lists, rows=[row(FRESH, fresh), row(ALL, overall)])
 

@@ -21,9 +21,17 @@ from tests.worlds import random_frame, tiny_schema
 SCHEMA = tiny_schema()
 FRAME = random_frame(SCHEMA)
 SMALL = ModelConfig(
-    item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4, mlp=(16, 8), experts=2,
-    expert_dim=8, head_dim=4,
-)  # fmt: skip
+    item_id_dim=4,
+    categorical_dim=4,
+    min_count=1,
+    sequence_dim=8,
+    group_dim=8,
+    cross_rank=4,
+    mlp=(16, 8),
+    experts=2,
+    expert_dim=8,
+    head_dim=4,
+)
 IDENTITY = Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0))
 
 
@@ -67,8 +75,10 @@ def test_no_label_plays_a_part(trained: Trained) -> None:
     """Turned labels give the same constant."""
     turned = Frame(FRAME.users, FRAME.items, FRAME.rows.with_columns(click=1 - pl.col("click")))
     catalog = Catalog.build(FRAME.items, trained.encoder)
-    one, other = (with_parity(IDENTITY, trained, frame, catalog, CalibrationConfig(exposure="parity"))
-                  for frame in (FRAME, turned))  # fmt: skip
+    one, other = (
+        with_parity(IDENTITY, trained, frame, catalog, CalibrationConfig(exposure="parity"))
+        for frame in (FRAME, turned)
+    )
     assert one == other
     assert one.fresh_shift != 0
 
@@ -100,8 +110,9 @@ def test_the_exported_graph_moves_fresh_items_and_no_other(trained: Trained, tmp
     for name, shift in (("plain", 0.0), ("moved", 0.5)):
         facts = {"fingerprint": name, "run_date": "2024-03-11"}
         (tmp_path / name).mkdir()
-        export_bundle(trained, IDENTITY.model_copy(update={"fresh_shift": shift}), FRAME, FRAME.items, tmp_path / name,
-                      facts)  # fmt: skip
+        export_bundle(
+            trained, IDENTITY.model_copy(update={"fresh_shift": shift}), FRAME, FRAME.items, tmp_path / name, facts
+        )
         answers.append(OnnxRanker(tmp_path / name).score(FRAME, FRAME.items)["probabilities"])
     plain, moved = (np.log(p / (1 - p)) for p in answers)
     fresh = (FRAME.rows[ITEM_AGE] < SCHEMA.fresh_days).to_numpy()

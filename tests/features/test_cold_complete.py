@@ -27,8 +27,18 @@ from freshrank.storage.workspace import Workspace
 from tests.generated_worlds import DAYS, START, UNKNOWN, GeneratedWorld, rich_world, worlds
 
 LAST = START.date() + timedelta(days=DAYS - 1)
-SMALL = ModelConfig(item_id_dim=2, categorical_dim=2, min_count=1, sequence_dim=4, group_dim=4, cross_rank=2,
-                    mlp=(8, 4), experts=2, expert_dim=4, head_dim=4)  # fmt: skip
+SMALL = ModelConfig(
+    item_id_dim=2,
+    categorical_dim=2,
+    min_count=1,
+    sequence_dim=4,
+    group_dim=4,
+    cross_rank=2,
+    mlp=(8, 4),
+    experts=2,
+    expert_dim=4,
+    head_dim=4,
+)
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -96,8 +106,11 @@ def per_row(blocks: Blocks) -> Blocks:
     """Every block with a row per candidate: those of users are repeated."""
     index = blocks["user_index"]
     of_users = ("user_", "sequence_")
-    return {name: block[index] if name.startswith(of_users) else block for name, block in blocks.items()
-            if name != "user_index"}  # fmt: skip
+    return {
+        name: block[index] if name.startswith(of_users) else block
+        for name, block in blocks.items()
+        if name != "user_index"
+    }
 
 
 def assert_same(one: Blocks, other: Blocks) -> None:

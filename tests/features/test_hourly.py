@@ -105,8 +105,11 @@ def test_counters_equal_a_count_over_the_log(
     dataset = write_log(tmp_path_factory.mktemp("any") / "data", [*log, impression(0, 1, 1)], SCHEMA)
     hours = [at(1, hour) for hour in range(64)]
     for row in hour_counters(dataset, hours).iter_rows(named=True):
-        seen = [click for minute, item, click in shown
-                if item == row["item_id"] and is_counted(at(1, minute / 60), row["snapshot_timestamp"])]  # fmt: skip
+        seen = [
+            click
+            for minute, item, click in shown
+            if item == row["item_id"] and is_counted(at(1, minute / 60), row["snapshot_timestamp"])
+        ]
         born = ITEMS.filter(pl.col("item_id") == row["item_id"])["created_at"].item()
         fresh = row["snapshot_timestamp"] - born < timedelta(days=3)
         assert row[IMPRESSIONS] == (len(seen) if fresh else None)
@@ -199,8 +202,9 @@ def evening_log(seed: int) -> list[dict[str, object]]:
     items = [[NEW, NEW, 4, 1][(minute + seed) % 4] for minute in minutes]
     filler = [impression(3, 2, 2, hour=hour) for hour in range(20, 27)]
     filler.append(impression(3, 1, NEW, hour=24 + 5 / 60))
-    return filler + [impression(3, 1, item, click=minute % 2, hour=minute / 60)
-                     for minute, item in zip(minutes, items, strict=True)]  # fmt: skip
+    return filler + [
+        impression(3, 1, item, click=minute % 2, hour=minute / 60) for minute, item in zip(minutes, items, strict=True)
+    ]
 
 
 def replayed(store: FeatureStore) -> pl.DataFrame:
@@ -273,8 +277,12 @@ def test_a_version_has_a_service_of_what_it_reads(tmp_path: Path) -> None:
     plain = schema.model_copy(update={"history": schema.history.model_copy(update={"siblings": (), "hourly": False})})
     store.register_model(3, plain)
     whole, part = (features_of(store, name) for name in ("ranking", model_service(3)))
-    assert whole - part == {"sibling_category_impressions", "sibling_category_click_rate",
-                            "sibling_category_save_rate", *NAMES}  # fmt: skip
+    assert whole - part == {
+        "sibling_category_impressions",
+        "sibling_category_click_rate",
+        "sibling_category_save_rate",
+        *NAMES,
+    }
     assert part == {f.name for f in plain.features() if f.stored} | {"created_at_us"}
 
 
@@ -294,8 +302,9 @@ def test_the_commands_push_and_show_what_stands_at_a_time(
     settings.cache_clear()
     data, moment = ["--data", str(morning.dataset.path)], ["--at", at(3, 9.5).isoformat()]
     shown = ["features", "get", *data, "--item", str(NEW)]
-    said = [CliRunner().invoke(app, words).output for words in (["features", "push", *data, *moment], shown + moment,
-                                                               shown)]  # fmt: skip
+    said = [
+        CliRunner().invoke(app, words).output for words in (["features", "push", *data, *moment], shown + moment, shown)
+    ]
     settings.cache_clear()
     assert f"counters until {at(3, 9).isoformat()}: 1 items" in said[0]
     assert f'"{IMPRESSIONS}": 3.0' in said[1]

@@ -132,9 +132,16 @@ def test_smoothing_goes_from_the_siblings_alone_to_everybody_else_alike(tmp_path
 
 
 label = st.sampled_from([0, 1, None])
-impressions = st.builds(impression, number=st.integers(0, 6), user=st.integers(1, 3), item=st.integers(1, 5),
-                        click=label, save=label, hour=st.integers(0, 23),
-                        usage=st.sampled_from(["all", "history", "evaluation"]))  # fmt: skip
+impressions = st.builds(
+    impression,
+    number=st.integers(0, 6),
+    user=st.integers(1, 3),
+    item=st.integers(1, 5),
+    click=label,
+    save=label,
+    hour=st.integers(0, 23),
+    usage=st.sampled_from(["all", "history", "evaluation"]),
+)
 logs = st.lists(impressions, min_size=1, max_size=25)
 
 

@@ -264,8 +264,10 @@ def test_backfill_and_daily_runs_write_the_same_bytes(tmp_path: Path) -> None:
         seen = [row for row in log if _day(row) < day(number)]
         known = ITEMS.filter(pl.col("created_at") < at(number, 0))
         snapshots.build_history(write_log(tmp_path / "growing", seen, items=known), daily, [day(number)])
-    contents = [{path.relative_to(workspace.home): content for path, (_, content) in _files(workspace).items()}
-                for workspace in (at_once, daily)]  # fmt: skip
+    contents = [
+        {path.relative_to(workspace.home): content for path, (_, content) in _files(workspace).items()}
+        for workspace in (at_once, daily)
+    ]
     assert len(contents[0]) == 14
     assert contents[0] == contents[1]
 

@@ -45,9 +45,17 @@ from freshrank.training.trained import Trained, predict
 from tests.worlds import DAY, random_frame, tiny_schema
 
 SMALL = ModelConfig(
-    item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4, mlp=(16, 8), experts=2,
-    expert_dim=8, head_dim=4,
-)  # fmt: skip
+    item_id_dim=4,
+    categorical_dim=4,
+    min_count=1,
+    sequence_dim=8,
+    group_dim=8,
+    cross_rank=4,
+    mlp=(16, 8),
+    experts=2,
+    expert_dim=8,
+    head_dim=4,
+)
 TRAINING = TrainingConfig(batch_size=64, epochs=2)
 ALDI = TechniquesConfig(aldi=AldiConfig(hidden=(8,)))
 ALL_THREE = TechniquesConfig(residual=ResidualConfig(dim=2), score_reg=ScoreRegConfig(), mixup=MixupConfig())
@@ -93,8 +101,12 @@ def test_a_value_has_its_own_row_exactly_when_it_was_seen(seen: set[int], asked:
 
 def test_crosses_say_what_the_user_did_with_the_candidates_category() -> None:
     """The user saw category 5 four times and clicked once; category 6 is unknown to them."""
-    user = {"affinity_category_values": [[5, 3]], "affinity_category_impressions": [[4, 9]],
-            "affinity_category_click": [[1, 9]], "affinity_category_save": [[0, 0]]}  # fmt: skip
+    user = {
+        "affinity_category_values": [[5, 3]],
+        "affinity_category_impressions": [[4, 9]],
+        "affinity_category_click": [[1, 9]],
+        "affinity_category_save": [[0, 0]],
+    }
     frame = Frame(
         FRAME.users[:1].with_columns(**{k: pl.Series(v, dtype=pl.List(pl.Int64)) for k, v in user.items()}),
         FRAME.items[:2].with_columns(category=pl.Series([5, 6])),
@@ -128,8 +140,10 @@ def test_computing_the_user_block_once_gives_what_computing_it_per_candidate_giv
     frame = Frame(FRAME.users, FRAME.items, FRAME.rows[:20])
     blocks = trained.encoder.inputs(frame, Catalog.build(FRAME.items, trained.encoder))
     inputs = {name: torch.from_numpy(np.ascontiguousarray(block)) for name, block in blocks.items()}
-    repeated = {n: x[inputs["user_index"]] if n.startswith(("user_", "sequence_")) and n != "user_index" else x
-                for n, x in inputs.items()} | {"user_index": torch.arange(20)}  # fmt: skip
+    repeated = {
+        n: x[inputs["user_index"]] if n.startswith(("user_", "sequence_")) and n != "user_index" else x
+        for n, x in inputs.items()
+    } | {"user_index": torch.arange(20)}
     with torch.inference_mode():
         assert torch.allclose(trained.ranker(inputs), trained.ranker(repeated), atol=1e-6)
 
@@ -304,9 +318,13 @@ def test_alignment_brings_what_is_generated_for_known_items_nearer_to_their_ids(
 def test_the_exported_graph_generates_ids_as_the_torch_model_does(generating: Trained, tmp_path: Path) -> None:
     """Known and unknown items; no input is added to serving."""
     export_bundle(
-        generating, Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)), FRAME, FRAME.items, tmp_path,
+        generating,
+        Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)),
+        FRAME,
+        FRAME.items,
+        tmp_path,
         {"fingerprint": "f", "run_date": "2024-03-11"},
-    )  # fmt: skip
+    )
     exported = OnnxRanker(tmp_path)
     assert set(exported.names) == set(exported.encoder.inputs(FRAME, Catalog.build(FRAME.items, exported.encoder)))
     for items in (FRAME.items, FRAME.items.with_columns(item_id=pl.lit(-7, pl.Int64))):
@@ -432,9 +450,13 @@ def test_the_exported_graph_chooses_between_teacher_and_student_as_the_torch_mod
 ) -> None:
     """Young, old and unknown items."""
     export_bundle(
-        aligned, Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)), FRAME, FRAME.items, tmp_path,
+        aligned,
+        Platt(slope=(1.0, 1.0), intercept=(0.0, 0.0)),
+        FRAME,
+        FRAME.items,
+        tmp_path,
         {"fingerprint": "f", "run_date": "2024-03-11"},
-    )  # fmt: skip
+    )
     for age in (1.0, 10.0):
         for items in (FRAME.items, FRAME.items.with_columns(item_id=pl.lit(-7, pl.Int64))):
             rows = FRAME.rows.with_columns(pl.lit(age, pl.Float32).alias(ITEM_AGE))

@@ -43,11 +43,13 @@ class KubernetesApi(ThreadingHTTPServer):
     def kubeconfig(self, path: Path) -> Path:
         """A kubeconfig of this server at ``path``."""
         config = {
-            "apiVersion": "v1", "kind": "Config", "current-context": "here",
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
             "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}],
             "users": [{"name": "me", "user": {}}],
             "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": NAMESPACE}}],
-        }  # fmt: skip
+        }
         path.write_text(yaml.safe_dump(config))
         return path
 
@@ -93,8 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path == PODS:
             assert "jobset.sigs.k8s.io/jobset-name=" in parse_qs(url.query)["labelSelector"][0]
-            pods = [{"metadata": {"name": f"node-{n}"}, "status": {"phase": phase}}
-                    for n, phase in enumerate(("Running", "Failed"))]  # fmt: skip
+            pods = [
+                {"metadata": {"name": f"node-{n}"}, "status": {"phase": phase}}
+                for n, phase in enumerate(("Running", "Failed"))
+            ]
             self._answer(200, {"kind": "PodList", "items": pods})
         elif url.path == f"{PODS}/node-1/log":
             self._text(200, "CUDA out of memory")

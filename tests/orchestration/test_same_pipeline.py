@@ -17,12 +17,24 @@ from freshrank.recipes import recipe
 from freshrank.settings import PROJECT_ROOT, Settings, settings
 
 EVERYTHING = ClusterSettings(
-    image="registry.example/freshrank:2", namespace="ranking", service_account="pipeline", gpus=2,
-    gpu_resource="amd.com/gpu", node_selector={"pool": "gpu"}, cpu="8", memory="16Gi", home_claim="freshrank-home",
-    secret_env={"FRESHRANK_REDIS_URL": "freshrank-redis:url"}, retries=3,
-    train_runtime="ours", train_hours=3, step_cpu_request="1500m", step_cpu_limit="3", step_memory_request="3Gi",
+    image="registry.example/freshrank:2",
+    namespace="ranking",
+    service_account="pipeline",
+    gpus=2,
+    gpu_resource="amd.com/gpu",
+    node_selector={"pool": "gpu"},
+    cpu="8",
+    memory="16Gi",
+    home_claim="freshrank-home",
+    secret_env={"FRESHRANK_REDIS_URL": "freshrank-redis:url"},
+    retries=3,
+    train_runtime="ours",
+    train_hours=3,
+    step_cpu_request="1500m",
+    step_cpu_limit="3",
+    step_memory_request="3Gi",
     step_memory_limit="5Gi",
-)  # fmt: skip
+)
 """Every setting of the cluster away from its default, but for training on several nodes."""
 NODES = EVERYTHING.model_copy(update={"train_nodes": 4})
 
@@ -125,8 +137,10 @@ def _foreign_variable(spec: dict[str, Any]) -> None:
     spec["deploymentSpec"]["executors"]["exec-train"]["container"]["env"]["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.mark.parametrize("tampered", [_other_command, _other_gate, _other_parameter, _cached_verdict,
-                                      _resources_elsewhere, _foreign_variable])  # fmt: skip
+@pytest.mark.parametrize(
+    "tampered",
+    [_other_command, _other_gate, _other_parameter, _cached_verdict, _resources_elsewhere, _foreign_variable],
+)
 def test_any_other_difference_is_found(
     pair: tuple[dict[str, Any], dict[str, Any]], tampered: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -159,8 +173,12 @@ def test_every_variable_that_steps_are_given_is_a_setting(pair: tuple[dict[str, 
 
 def test_steps_are_told_where_the_object_store_is(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """URL, endpoint and region; credentials only by reference."""
-    for name, value in {"FRESHRANK_STORAGE_URL": "s3://b/p", "AWS_ENDPOINT_URL": "http://minio:9000",
-                        "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_ACCESS_KEY_ID": "someone"}.items():  # fmt: skip
+    for name, value in {
+        "FRESHRANK_STORAGE_URL": "s3://b/p",
+        "AWS_ENDPOINT_URL": "http://minio:9000",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "AWS_ACCESS_KEY_ID": "someone",
+    }.items():
         monkeypatch.setenv(name, value)
     settings.cache_clear()
     spec = compiled(tmp_path / "cluster.yaml", EVERYTHING)

@@ -306,13 +306,27 @@ def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, wo
 
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
-    [("FRESHRANK_CLUSTER_GPUS", "x", r"^FRESHRANK_CLUSTER_GPUS: received 'x', Input should be a valid integer"),
-     ("FRESHRANK_CLUSTER_SECRET_ENV", '{"A": 3}', "^FRESHRANK_CLUSTER_SECRET_ENV: received a value that is not repeat"),
-     ("FRESHRANK_CLUSTER_SECRET_ENV", "hunter2", "^FRESHRANK_CLUSTER_SECRET_ENV: .*not repeated here, expected JSON"),
-     ("FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT", "8 GB", "^FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT: received '8 GB', .*16Gi"),
-     ("FRESHRANK_CLUSTER_CPU", "two", "^FRESHRANK_CLUSTER_CPU: received 'two', .*expected cores .*500m"),
-     ("FRESHRANK_KFP_RETRY_SECONDS", "-1", "^FRESHRANK_KFP_RETRY_SECONDS: received '-1', ")],
-)  # fmt: skip
+    [
+        ("FRESHRANK_CLUSTER_GPUS", "x", r"^FRESHRANK_CLUSTER_GPUS: received 'x', Input should be a valid integer"),
+        (
+            "FRESHRANK_CLUSTER_SECRET_ENV",
+            '{"A": 3}',
+            "^FRESHRANK_CLUSTER_SECRET_ENV: received a value that is not repeat",
+        ),
+        (
+            "FRESHRANK_CLUSTER_SECRET_ENV",
+            "hunter2",
+            "^FRESHRANK_CLUSTER_SECRET_ENV: .*not repeated here, expected JSON",
+        ),
+        (
+            "FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT",
+            "8 GB",
+            "^FRESHRANK_CLUSTER_STEP_MEMORY_LIMIT: received '8 GB', .*16Gi",
+        ),
+        ("FRESHRANK_CLUSTER_CPU", "two", "^FRESHRANK_CLUSTER_CPU: received 'two', .*expected cores .*500m"),
+        ("FRESHRANK_KFP_RETRY_SECONDS", "-1", "^FRESHRANK_KFP_RETRY_SECONDS: received '-1', "),
+    ],
+)
 def test_a_wrong_setting_is_named_and_no_secret_repeated(
     variable: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,13 @@ def test_a_dry_run_prints_what_the_same_command_then_sends(
     monkeypatch.setenv("FRESHRANK_STORAGE_URL", f"file://{tmp_path}/store")
     settings.cache_clear()
     url = backup.back_up_dataset(Dataset.open(world), backup.store())
-    for name, value in {"IMAGE": "registry.example/freshrank:2", "HOME_CLAIM": "a-claim", "SERVICE_ACCOUNT": "steps",
-                        "NAMESPACE": "ranking", "GPUS": "2"}.items():  # fmt: skip
+    for name, value in {
+        "IMAGE": "registry.example/freshrank:2",
+        "HOME_CLAIM": "a-claim",
+        "SERVICE_ACCOUNT": "steps",
+        "NAMESPACE": "ranking",
+        "GPUS": "2",
+    }.items():
         monkeypatch.setenv(f"FRESHRANK_CLUSTER_{name}", value)
     command = ("--data", url, "--date", "2024-01-06", "--set", "windows.train_days=2")
     assert run(*command, "--dry-run") == 0
@@ -108,8 +113,11 @@ def test_whoever_submits_from_a_workspace_of_his_own_is_told(
 @pytest.fixture
 def in_a_pod(prepared: submit.Submission, monkeypatch: pytest.MonkeyPatch) -> Iterator[submit.Submission]:
     """As in the pods of the chart; the workspace's volume is one that every Linux has."""
-    for name, value in {"CLUSTER_IMAGE": "registry.example/freshrank:2", "HOME": "/dev/shm",
-                        "TRITON_REPLICAS_HOST": "freshrank-triton-control.ranking.svc"}.items():  # fmt: skip
+    for name, value in {
+        "CLUSTER_IMAGE": "registry.example/freshrank:2",
+        "HOME": "/dev/shm",
+        "TRITON_REPLICAS_HOST": "freshrank-triton-control.ranking.svc",
+    }.items():
         monkeypatch.setenv(f"FRESHRANK_{name}", value)
     settings.cache_clear()
     yield replace(prepared, arguments=prepared.arguments | {"data": "/dev/shm/data/my_log"})

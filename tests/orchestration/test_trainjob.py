@@ -24,11 +24,23 @@ from freshrank.settings import settings
 from tests.orchestration.kubernetes_api import COMPLETE, FAILED, RUNNING, KubernetesApi, kubernetes_api
 
 CLUSTER = ClusterSettings(
-    image="registry.example/freshrank:2", gpus=2, memory="64Gi", home_claim="freshrank-home", train_nodes=4,
-    node_selector={"pool": "gpu"}, service_account="trainer", secret_env={"AWS_SECRET_ACCESS_KEY": "bucket:secret"},
-)  # fmt: skip
-REQUEST = {"data": "/var/lib/freshrank/data/$(x)", "run_date": "2024-01-07", "windows": "{}", "model": "{}",
-           "techniques": "{}", "training": "{}"}  # fmt: skip
+    image="registry.example/freshrank:2",
+    gpus=2,
+    memory="64Gi",
+    home_claim="freshrank-home",
+    train_nodes=4,
+    node_selector={"pool": "gpu"},
+    service_account="trainer",
+    secret_env={"AWS_SECRET_ACCESS_KEY": "bucket:secret"},
+)
+REQUEST = {
+    "data": "/var/lib/freshrank/data/$(x)",
+    "run_date": "2024-01-07",
+    "windows": "{}",
+    "model": "{}",
+    "techniques": "{}",
+    "training": "{}",
+}
 
 
 def an_object(required: tuple[str, ...] = (), **properties: dict[str, Any]) -> dict[str, Any]:
@@ -44,9 +56,18 @@ COUNT = {"type": "integer", "minimum": 1}
 NAME = {"type": "string", "maxLength": 63, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}
 AMOUNTS = {"type": "object", "additionalProperties": TEXT}
 CONTAINER = an_object(("name",), name=TEXT, env=a_list(FREE), volumeMounts=a_list(FREE), securityContext=FREE)
-POD = an_object(serviceAccountName=TEXT, volumes=a_list(FREE), initContainers=a_list(CONTAINER), securityContext=FREE,
-                containers=a_list(CONTAINER), imagePullSecrets=a_list(FREE), nodeSelector=AMOUNTS, affinity=FREE,
-                tolerations=a_list(FREE), schedulingGates=a_list(FREE))  # fmt: skip
+POD = an_object(
+    serviceAccountName=TEXT,
+    volumes=a_list(FREE),
+    initContainers=a_list(CONTAINER),
+    securityContext=FREE,
+    containers=a_list(CONTAINER),
+    imagePullSecrets=a_list(FREE),
+    nodeSelector=AMOUNTS,
+    affinity=FREE,
+    tolerations=a_list(FREE),
+    schedulingGates=a_list(FREE),
+)
 JOB = an_object(metadata=FREE, spec=an_object(template=an_object(metadata=FREE, spec=POD)))
 SET = an_object(metadata=FREE, spec=an_object(replicatedJobs=a_list(an_object(("name",), name=TEXT, template=JOB))))
 TRAIN_JOB = an_object(

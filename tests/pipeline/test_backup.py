@@ -43,8 +43,12 @@ def workspace(home: Path, tmp_path: Path) -> Workspace:
 def state(workspace: Workspace) -> dict[str, str]:
     """What serves and with which bytes; compiled files name the directory they were compiled in."""
     roots = (workspace.triton, workspace.home / "bindings")
-    return {str(path.relative_to(workspace.home)): sha256_of(path) for root in roots for path in root.rglob("*")
-            if path.is_file() and path.suffix not in (".pyc", "") and path.name != FETCHED}  # fmt: skip
+    return {
+        str(path.relative_to(workspace.home)): sha256_of(path)
+        for root in roots
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", "") and path.name != FETCHED
+    }
 
 
 def test_a_lost_model_repository_is_put_back(workspace: Workspace, store: ObjectStore) -> None:

@@ -38,8 +38,14 @@ def test_a_killed_run_ends_like_an_undisturbed_one(markers: tuple[str, ...], hom
 
 
 def _run_and_kill_at(home: Home, marker: str) -> None:
-    with subprocess.Popen(home.command(*home.run_arguments(DAY_1)), env=home.environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        home.command(*home.run_arguments(DAY_1)),
+        env=home.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
         assert process.stdout is not None
         timer = threading.Timer(300, process.kill)
         timer.start()

@@ -62,10 +62,18 @@ def judged(run: Run, out: Path) -> dict[str, object]:
     day, windows = run.date.isoformat(), WINDOWS.model_dump_json()
     small, techniques, training = (each.model_dump_json() for each in (SMALL, TechniquesConfig(), TRAINING))
     steps.train(run.dataset.path, day, windows, small, techniques, training, out / "model")
-    steps.calibrate(run.dataset.path, day, windows, CalibrationConfig().model_dump_json(), out / "model",
-                    out / "bundle")  # fmt: skip
-    steps.evaluate(run.dataset.path, day, windows, EvaluationConfig(bootstrap=50).model_dump_json(),
-                   GateConfig().model_dump_json(), out / "bundle", out / "evaluation")  # fmt: skip
+    steps.calibrate(
+        run.dataset.path, day, windows, CalibrationConfig().model_dump_json(), out / "model", out / "bundle"
+    )
+    steps.evaluate(
+        run.dataset.path,
+        day,
+        windows,
+        EvaluationConfig(bootstrap=50).model_dump_json(),
+        GateConfig().model_dump_json(),
+        out / "bundle",
+        out / "evaluation",
+    )
     verdict: dict[str, object] = read_json(run.directory / "verdict.json")
     return verdict
 

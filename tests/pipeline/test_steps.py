@@ -73,8 +73,9 @@ def test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it(run: R
     """The same for the evaluation day. Slow by the export of the graph."""
     ranker, config = trained(run, tmp_path / "trained"), CalibrationConfig(min_positives=1).model_dump_json()
     with hidden(run, WINDOWS.split(RUN_DATE).evaluation):
-        steps.calibrate(run.dataset.path, RUN_DATE.isoformat(), WINDOWS.model_dump_json(), config, ranker,
-                        tmp_path / "bundle")  # fmt: skip
+        steps.calibrate(
+            run.dataset.path, RUN_DATE.isoformat(), WINDOWS.model_dump_json(), config, ranker, tmp_path / "bundle"
+        )
     assert (tmp_path / "bundle" / "ranker.onnx").exists()
 
 

@@ -24,8 +24,9 @@ from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 
-WORLD = WorldConfig(users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=4000,
-                    query_items=True)  # fmt: skip
+WORLD = WorldConfig(
+    users=150, days=6, items_at_start=200, new_items_per_day=15, impressions_per_day=4000, query_items=True
+)
 RUN_DATE = WORLD.last_day
 """The last day of the log is the one that is served: its requests are known, but not to the model."""
 WINDOWS = WindowConfig(train_days=3)
@@ -71,8 +72,15 @@ class RankingWorld:
         trained, out = self.home / f"trained{seed}", self.home / f"bundle{seed}"
         small = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(16, 8), expert_dim=8)
         training = TrainingConfig(seed=seed, batch_size=256, learning_rate=1e-2)
-        steps.train(self.data, day, windows, small.model_dump_json(), TechniquesConfig().model_dump_json(),
-                    training.model_dump_json(), trained)  # fmt: skip
+        steps.train(
+            self.data,
+            day,
+            windows,
+            small.model_dump_json(),
+            TechniquesConfig().model_dump_json(),
+            training.model_dump_json(),
+            trained,
+        )
         steps.calibrate(self.data, day, windows, CalibrationConfig(min_positives=1).model_dump_json(), trained, out)
         return out
 

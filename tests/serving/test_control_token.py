@@ -60,9 +60,15 @@ def test_without_the_token_models_can_be_asked_but_not_controlled(running: Serve
 
 @pytest.mark.parametrize(
     "path",
-    ["repository/index", "repository/models/ranker/load", "repository/models/ranker/unload", "logging",
-     "trace/setting", "systemsharedmemory/unregister"],
-)  # fmt: skip
+    [
+        "repository/index",
+        "repository/models/ranker/load",
+        "repository/models/ranker/unload",
+        "logging",
+        "trace/setting",
+        "systemsharedmemory/unregister",
+    ],
+)
 def test_http_refuses_control_as_grpc_does(running: Served, path: str) -> None:
     """Both protocols stand on loopback; neither is a way around the other."""
     running.publish(1.0)

@@ -12,9 +12,15 @@ CORES = len(os.sched_getaffinity(0))
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [("100000 100000", 1), ("50000 100000", 1), ("100001 100000", min(2, CORES)), ("6400000 100000", CORES),
-     ("max 100000", CORES), ("", CORES)],
-)  # fmt: skip
+    [
+        ("100000 100000", 1),
+        ("50000 100000", 1),
+        ("100001 100000", min(2, CORES)),
+        ("6400000 100000", CORES),
+        ("max 100000", CORES),
+        ("", CORES),
+    ],
+)
 def test_a_containers_quota_bounds_the_cores(limit: str, expected: int, tmp_path: Path) -> None:
     """Half a core is one; no quota, or one above the node's cores, is all of them."""
     (tmp_path / "cpu.max").write_text(limit + "\n")

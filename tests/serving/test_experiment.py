@@ -169,8 +169,11 @@ def test_a_publication_leaves_the_experiment_loaded(world: RankingWorld) -> None
 def test_metrics_tell_versions_arms_kinds_and_defaults_apart(world: RankingWorld) -> None:
     """On Triton's metrics port, with the labels of docs/serving.md."""
     page = build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{world.server.ports.metrics}/metrics").read().decode()
-    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in page.splitlines()
-              if line.startswith("freshrank_ranking_")}  # fmt: skip
+    values = {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in page.splitlines()
+        if line.startswith("freshrank_ranking_")
+    }
     assert values['freshrank_ranking_requests_total{outcome="ok",version="2"}'] >= PLAN.arms(USERS).sum()
     assert values['freshrank_ranking_arm_requests_total{arm="1",experiment="first"}'] >= PLAN.arms(USERS).sum()
     assert values['freshrank_ranking_fallbacks_total{version="2"}'] == 1

@@ -55,8 +55,16 @@ def test_the_latest_recorded_requests_are_asked_as_of_now(tmp_path: Path) -> Non
     }
 
 
-@pytest.mark.parametrize("content", [[{"user_id": [1]}], {"user_id": [1]}, [{"user_id": [1], "item_ids": ["x"]}], [3],
-                                     [{"user_id": [1], "item_ids": [1], "colour": [1]}]])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"user_id": [1]}],
+        {"user_id": [1]},
+        [{"user_id": [1], "item_ids": ["x"]}],
+        [3],
+        [{"user_id": [1], "item_ids": [1], "colour": [1]}],
+    ],
+)
 def test_a_recording_that_is_something_else_is_named(tmp_path: Path, content: object) -> None:
     """The error says which file, and that it may go."""
     write_json(recorded_path(tmp_path), content)

@@ -41,9 +41,12 @@ def ask(client: Client, rows: pl.DataFrame) -> Answer:
     """Send a logged request as a client would."""
     first = rows.row(0, named=True)
     return client.rank(
-        first["user_id"], rows["item_id"].to_list(), first["event_timestamp"],
-        {"surface": first["surface"]}, first["query_item_id"],
-    )  # fmt: skip
+        first["user_id"],
+        rows["item_id"].to_list(),
+        first["event_timestamp"],
+        {"surface": first["surface"]},
+        first["query_item_id"],
+    )
 
 
 def rank_noon(world: RankingWorld, user: int, items: list[int]) -> Answer:
@@ -171,8 +174,11 @@ def test_what_triton_would_let_through_is_checked_as_well(tensors: dict, sentenc
 def test_a_context_value_marked_as_absent_is_missing_whatever_it_holds() -> None:
     """Without marks every value that was sent is there, and a column that was not sent is missing."""
     schema = tiny_schema()
-    sent = request(context_categorical=np.array([2]), context_numeric=np.array([np.nan], np.float32),
-                   context_present=np.array([True, False]))  # fmt: skip
+    sent = request(
+        context_categorical=np.array([2]),
+        context_numeric=np.array([np.nan], np.float32),
+        context_present=np.array([True, False]),
+    )
     assert Query.parse(sent, schema).context == {"surface": 2}
     assert not Query.parse(request(), schema).context
 
@@ -272,8 +278,13 @@ def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world:
     rollback(settings().triton_grpc_url, world.repository)
     third = rank_noon(world, 1, [1, 2, 3])
     with TritonClient(settings().triton_grpc_url) as client:
-        named = off_wire(client.infer("ranking", on_wire(request(version=np.array([second_version]),
-                         event_time=np.array([noon_us(0)]))), ["model_version", "score"]))  # fmt: skip
+        named = off_wire(
+            client.infer(
+                "ranking",
+                on_wire(request(version=np.array([second_version]), event_time=np.array([noon_us(0)]))),
+                ["model_version", "score"],
+            )
+        )
     assert named["model_version"] == [second_version]
     assert np.abs(named["score"] - second.score).max() < 1e-6
     assert [first.model_version, second.model_version, third.model_version] == [1, second_version, 1]

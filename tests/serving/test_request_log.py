@@ -21,9 +21,15 @@ from freshrank.serving.ranking.request_log import RequestLog, inputs_of, read_lo
 def ranked(number: int, candidates: int = 3) -> Ranked:
     """A request of ``candidates``, with inputs of every dtype and a NaN."""
     scores = np.linspace(0, 1, candidates, dtype=np.float32) + number
-    answer = {"score": scores, "probabilities": np.stack([scores, scores], axis=1), "arm": np.array([1]),
-              "model_version": np.array([4]), "degraded": np.array([False]),
-              "cold": scores > 0.5, "known": scores >= 0}  # fmt: skip
+    answer = {
+        "score": scores,
+        "probabilities": np.stack([scores, scores], axis=1),
+        "arm": np.array([1]),
+        "model_version": np.array([4]),
+        "degraded": np.array([False]),
+        "cold": scores > 0.5,
+        "known": scores >= 0,
+    }
     inputs = {
         "item_numeric": np.full((candidates, 2), np.nan, np.float32),
         "item_id": np.arange(candidates),
@@ -31,8 +37,17 @@ def ranked(number: int, candidates: int = 3) -> Ranked:
     }
     at = datetime(2024, 1, 5, 12, tzinfo=UTC)
     shadows = {7: {"score": scores + 1, "probabilities": answer["probabilities"]}}
-    return Ranked(f"r{number}", number, np.arange(candidates), at, {"query_item_id": 2**60 + 1, "hour": 1.5}, answer,
-                  inputs, "first", shadows)  # fmt: skip
+    return Ranked(
+        f"r{number}",
+        number,
+        np.arange(candidates),
+        at,
+        {"query_item_id": 2**60 + 1, "hour": 1.5},
+        answer,
+        inputs,
+        "first",
+        shadows,
+    )
 
 
 def test_what_was_served_is_read_back_bit_for_bit(tmp_path: Path) -> None:

@@ -40,8 +40,11 @@ def directory(path: Path, files: dict[str, str]) -> Path:
 
 
 def contents(path: Path) -> dict[str, str]:
-    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*")
-            if file.is_file() and file.name != FETCHED}  # fmt: skip
+    return {
+        str(file.relative_to(path)): file.read_text()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != FETCHED
+    }
 
 
 def test_the_newest_version_is_fetched_whole(store: ObjectStore, tmp_path: Path) -> None:
@@ -217,8 +220,18 @@ def test_a_manifest_cannot_reach_beyond_its_directory(store: ObjectStore, tmp_pa
         store.fetch("data", tmp_path / "out")
 
 
-@pytest.mark.parametrize("url", ["s3://key:hunter2@bucket/x", "http://bucket/x", "s3://", "file://host/x", "s3://b?k=hunter2",
-                                 "/var/lib", "s3://[hunter2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hunter2@bucket/x",
+        "http://bucket/x",
+        "s3://",
+        "file://host/x",
+        "s3://b?k=hunter2",
+        "/var/lib",
+        "s3://[hunter2",
+    ],
+)
 def test_a_url_of_another_kind_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may hold a secret, and settings travel in the clear to every step."""
     monkeypatch.setenv("FRESHRANK_STORAGE_URL", url)

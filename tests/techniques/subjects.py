@@ -132,8 +132,18 @@ def _thinned_seen(seen: Tensor, youth: Youth, generator: torch.Generator) -> Ten
 class Ours(Subject):
     """freshrank's ranker on the tiny world."""
 
-    config = ModelConfig(item_id_dim=4, categorical_dim=4, min_count=1, sequence_dim=8, group_dim=8, cross_rank=4,
-                         mlp=(16, 8), experts=2, expert_dim=8, head_dim=4)  # fmt: skip
+    config = ModelConfig(
+        item_id_dim=4,
+        categorical_dim=4,
+        min_count=1,
+        sequence_dim=8,
+        group_dim=8,
+        cross_rank=4,
+        mlp=(16, 8),
+        experts=2,
+        expert_dim=8,
+        head_dim=4,
+    )
 
     def __init__(self, residual: bool = False) -> None:
         schema = tiny_schema()

@@ -42,8 +42,13 @@ def youth(age_days: list[float], keep: float) -> Youth:
 
 def test_an_item_that_keeps_everything_fills_the_windows_as_its_age_says() -> None:
     """At 0.5 days all lies within the last day; at 4 days a quarter of 10,000 does, and all within the last 7."""
-    counts, _ = thinned(torch.full((2,), 10_000.0), torch.zeros(2, 1), youth([0.5, 4.0], 1.0), (1, 7, 28),
-                        torch.Generator().manual_seed(0))  # fmt: skip
+    counts, _ = thinned(
+        torch.full((2,), 10_000.0),
+        torch.zeros(2, 1),
+        youth([0.5, 4.0], 1.0),
+        (1, 7, 28),
+        torch.Generator().manual_seed(0),
+    )
     assert counts[0].tolist() == [10_000, 10_000, 10_000]
     assert counts[1, 1:].tolist() == [10_000, 10_000]
     assert counts[1, 0].item() == pytest.approx(2_500, abs=200)
@@ -51,8 +56,13 @@ def test_an_item_that_keeps_everything_fills_the_windows_as_its_age_says() -> No
 
 def test_positives_follow_the_items_own_rate() -> None:
     """3 of 10 impressions of the item were clicked, none saved."""
-    counts, positives = thinned(torch.full((1,), 10_000.0), torch.tensor([[0.3, 0.0]]), youth([2.0], 0.5), (1, 7),
-                                torch.Generator().manual_seed(0))  # fmt: skip
+    counts, positives = thinned(
+        torch.full((1,), 10_000.0),
+        torch.tensor([[0.3, 0.0]]),
+        youth([2.0], 0.5),
+        (1, 7),
+        torch.Generator().manual_seed(0),
+    )
     assert counts[0, 1].item() == pytest.approx(5_000, abs=250)
     assert (positives[0, :, 0] / counts[0]).tolist() == pytest.approx([0.3, 0.3], abs=0.03)
     assert positives[0, :, 1].tolist() == [0, 0]
@@ -63,8 +73,13 @@ def test_windows_are_nested_and_positives_never_exceed_impressions(
     impressions: int, rate: float, age: float, keep: float, seed: int
 ) -> None:
     """Whatever is drawn, the counters are those of some item."""
-    counts, positives = thinned(torch.tensor([float(impressions)]), torch.tensor([[rate, math.nan]]),
-                                youth([age], keep), (1, 7, 28), torch.Generator().manual_seed(seed))  # fmt: skip
+    counts, positives = thinned(
+        torch.tensor([float(impressions)]),
+        torch.tensor([[rate, math.nan]]),
+        youth([age], keep),
+        (1, 7, 28),
+        torch.Generator().manual_seed(seed),
+    )
     assert (counts.diff(dim=1) >= 0).all()
     assert (positives.diff(dim=1) >= 0).all()
     assert (positives <= counts.unsqueeze(2)).all()

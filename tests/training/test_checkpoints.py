@@ -35,9 +35,11 @@ from tests.object_stores import BUCKET, Proxy, bare_client
 from tests.streams import stream_of
 
 DRAWING = TechniquesConfig(
-    mixup=MixupConfig(), feature_dropout=FeatureDropoutConfig(), history_masking=HistoryMaskingConfig(),
+    mixup=MixupConfig(),
+    feature_dropout=FeatureDropoutConfig(),
+    history_masking=HistoryMaskingConfig(),
     pretraining=PretrainingConfig(steps=2),
-)  # fmt: skip
+)
 """Everything that draws random numbers; dropout of the model besides."""
 DROPPING = SMALL.model_copy(update={"dropout": 0.2})
 
@@ -56,8 +58,10 @@ def _killed_at(step: int) -> object:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoded]:
-    return {"memory": Encoded.of(FRAME, FRAME.items, SCHEMA, 1),
-            "stream": stream_of(FRAME, SCHEMA, tmp_path_factory.mktemp("shards"))}  # fmt: skip
+    return {
+        "memory": Encoded.of(FRAME, FRAME.items, SCHEMA, 1),
+        "stream": stream_of(FRAME, SCHEMA, tmp_path_factory.mktemp("shards")),
+    }
 
 
 def trained(encoded: Encoded, model: ModelConfig, kept: Checkpoints | None = None, kill: int = 0) -> Trained:
@@ -118,8 +122,11 @@ def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
     before.draws.generator(1)
     kept.save(before)
     tensors = load_file(kept.directory / "state.safetensors")
-    ranks = {name: torch.stack([tensor[0], other.get_state()])
-             for name, tensor in tensors.items() if name.startswith("random.")}  # fmt: skip
+    ranks = {
+        name: torch.stack([tensor[0], other.get_state()])
+        for name, tensor in tensors.items()
+        if name.startswith("random.")
+    }
     save_file(tensors | ranks, kept.directory / "state.safetensors")
     after = _state()
     Checkpoints(kept.directory, 2, Group(rank=1, size=2)).restore(after)
@@ -226,8 +233,14 @@ def test_a_broken_copy_is_passed_over(store: ObjectStore, tmp_path: Path, source
 def test_freshrank_train_killed_with_kill_9_is_finished_by_the_same_command(tmp_path: Path) -> None:
     """In the middle of a streamed epoch; the ranker's file is that of a run nobody disturbed, and nothing is left."""
     homes = [Home.make(tmp_path / name) for name in ("undisturbed", "killed")]
-    arguments = ("train", "--date", "2024-01-07", *_sets("training.window_rows=2000", "training.checkpoint_every=5",
-                 "training.batch_size=64", "windows.train_days=3"))  # fmt: skip
+    arguments = (
+        "train",
+        "--date",
+        "2024-01-07",
+        *_sets(
+            "training.window_rows=2000", "training.checkpoint_every=5", "training.batch_size=64", "windows.train_days=3"
+        ),
+    )
     weights = []
     for home in homes:
         build = [sys.executable, "-m", "freshrank", "features", "build", "--data", str(home.data), *arguments[1:3]]
@@ -259,8 +272,14 @@ def test_freshrank_train_pre_empted_on_one_node_is_finished_on_another(proxy: Pr
     """kill -9, then a workspace that has nothing but the bucket: the very ranker, and the bucket is empty again."""
     store = {"FRESHRANK_STORAGE_URL": f"s3://{BUCKET}/{uuid.uuid4().hex}"}
     homes = [Home.make(tmp_path / name) for name in ("undisturbed", "pre-empted", "another")]
-    arguments = ("train", "--date", "2024-01-07", *_sets("training.window_rows=2000", "training.checkpoint_every=5",
-                 "training.batch_size=64", "windows.train_days=3"))  # fmt: skip
+    arguments = (
+        "train",
+        "--date",
+        "2024-01-07",
+        *_sets(
+            "training.window_rows=2000", "training.checkpoint_every=5", "training.batch_size=64", "windows.train_days=3"
+        ),
+    )
     for home in homes:
         build = [sys.executable, "-m", "freshrank", "features", "build", "--data", str(home.data), *arguments[1:3]]
         subprocess.run(build, env=home.environment, check=True, capture_output=True)

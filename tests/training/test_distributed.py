@@ -34,8 +34,13 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 def _started(*arguments: str, environment: dict[str, str] | None = None) -> None:
     port = ("--master-port", str(np.random.default_rng().integers(20_000, 30_000)))
     threads = {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TORCHRUN, *port, *arguments], env=(environment or dict(os.environ)) | threads,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*TORCHRUN, *port, *arguments],
+        env=(environment or dict(os.environ)) | threads,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -94,8 +99,10 @@ def test_torchrun_starts_freshrank_train_and_one_process_writes_it(tmp_path: Pat
     assert len(list((tmp_path / "home" / "steps").glob("*/train/*"))) == 1
 
 
-CONFIG = recipe("warmer-for-less", ["training.window_rows=2000", "training.checkpoint_every=4",
-                                    "training.batch_size=64", "windows.train_days=3"])  # fmt: skip
+CONFIG = recipe(
+    "warmer-for-less",
+    ["training.window_rows=2000", "training.checkpoint_every=4", "training.batch_size=64", "windows.train_days=3"],
+)
 TWO_NODES = ClusterSettings(image="i", home_claim="c", train_nodes=2)
 
 
@@ -125,8 +132,9 @@ class Nodes:
 
     def command(self) -> list[str]:
         """The manifest's own, with what Kubernetes puts in the place of variables."""
-        sections = {name: getattr(CONFIG, name).model_dump_json()
-                    for name in ("windows", "model", "techniques", "training")}  # fmt: skip
+        sections = {
+            name: getattr(CONFIG, name).model_dump_json() for name in ("windows", "model", "techniques", "training")
+        }
         request = {"data": str(self.home.data), "run_date": "2024-01-07", **sections}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(settings(), "train_connect_seconds", self.connect_seconds)
@@ -144,10 +152,20 @@ class Nodes:
                 time.sleep(0.05)
 
     def start(self, rank: int) -> subprocess.Popen[bytes]:
-        of_trainer = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(rank), "OMP_NUM_THREADS": "1",
-                      "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(self.port)}  # fmt: skip
-        agent = subprocess.Popen(self.command(), env=self.home.environment | of_trainer, start_new_session=True,
-                                 stderr=(self.home.path / f"node-{rank}.log").open("ab"))  # fmt: skip
+        of_trainer = {
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "1",
+            "PET_NODE_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": str(self.port),
+        }
+        agent = subprocess.Popen(
+            self.command(),
+            env=self.home.environment | of_trainer,
+            start_new_session=True,
+            stderr=(self.home.path / f"node-{rank}.log").open("ab"),
+        )
         self.agents.append(agent)
         return agent
 
@@ -281,8 +299,13 @@ with joined() as group:
 
 def _rank(rank: int, port: int, **settings: str) -> subprocess.Popen[str]:
     of_torchrun = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen([sys.executable, "-c", RANK], env=os.environ | of_torchrun | settings, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK],
+        env=os.environ | of_torchrun | settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_process_that_is_alone_ends_after_the_time_to_connect(free_port: int) -> None:

@@ -91,8 +91,10 @@ def test_parts_of_users_are_about_equal_whatever_the_ids() -> None:
 
 def _wide(frame: Frame) -> pl.DataFrame:
     """Every impression beside the features of its user and item, in an order of its own."""
-    users, items = (table.with_row_index(row).with_columns(pl.col(row).cast(pl.UInt32))
-                    for table, row in ((frame.users, "user_row"), (frame.items, "item_row")))  # fmt: skip
+    users, items = (
+        table.with_row_index(row).with_columns(pl.col(row).cast(pl.UInt32))
+        for table, row in ((frame.users, "user_row"), (frame.items, "item_row"))
+    )
     wide = frame.rows.join(users, on="user_row", suffix="_of_user").join(items, on="item_row", suffix="_of_item")
     return wide.drop("user_row", "item_row").sort("event_timestamp", "user_id", "item_id", "request_id")
 
@@ -104,8 +106,10 @@ def test_the_shards_of_a_range_are_its_training_frame_with_every_users_day_in_on
     assert len(shards) == 18
     assert max(shard.rows for shard in shards) < 300
     frames = [shard.read().frame for shard in shards]
-    assert_frame_equal(pl.concat([_wide(frame) for frame in frames]).sort(_wide(whole).columns[:5]),
-                       _wide(whole).sort(_wide(whole).columns[:5]))  # fmt: skip
+    assert_frame_equal(
+        pl.concat([_wide(frame) for frame in frames]).sort(_wide(whole).columns[:5]),
+        _wide(whole).sort(_wide(whole).columns[:5]),
+    )
     assert sum(len(frame.users) for frame in frames) == len(whole.users)
     assert sum(shard.user_days for shard in shards) == len(whole.users)
     fresh = (whole.rows["item_age_days"] < run.dataset.schema.fresh_days).sum()
@@ -188,8 +192,11 @@ def test_a_streams_batch_is_what_the_frame_in_memory_gives_for_the_same_rows(enc
 
 def _per_row(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     index = inputs["user_index"]
-    return {name: block[index] if name.startswith(("user_", "sequence_")) else block
-            for name, block in inputs.items() if name != "user_index"}  # fmt: skip
+    return {
+        name: block[index] if name.startswith(("user_", "sequence_")) else block
+        for name, block in inputs.items()
+        if name != "user_index"
+    }
 
 
 @pytest.mark.parametrize("start", [1, 6, 7, 9, 13])
@@ -286,8 +293,9 @@ def test_batches_put_together_keep_each_user_with_their_rows(encoded: Encoded) -
     both = joined([first, second])
     users = len(first.inputs["user_numeric"])
     assert both.inputs["user_index"].tolist() == [
-        *first.inputs["user_index"].tolist(), *(users + second.inputs["user_index"]).tolist()
-    ]  # fmt: skip
+        *first.inputs["user_index"].tolist(),
+        *(users + second.inputs["user_index"]).tolist(),
+    ]
 
 
 def test_what_fits_a_window_trains_what_it_always_did_and_what_does_not_trains_as_well(run: Run) -> None:

@@ -97,38 +97,85 @@ def test_every_name_comes_from_the_schema(clean: Dataset) -> None:
 
 
 BROKEN_ROWS: list[tuple[str, Change, str, str]] = [
-    ("label of 7", lambda log: log.with_columns(first(3, 7, "click").cast(pl.Int8)), "click_is_label",
-     "label click is 0, 1 or null (not observed); observed 3 of 1,200 rows against it, expected 0 or 1; e.g. 7"),
-    ("null user", lambda log: log.with_columns(first(2, None, "user_id")), "user_id_present",
-     "no impression lacks its user_id; observed 2 of 1,200 rows"),
+    (
+        "label of 7",
+        lambda log: log.with_columns(first(3, 7, "click").cast(pl.Int8)),
+        "click_is_label",
+        "label click is 0, 1 or null (not observed); observed 3 of 1,200 rows against it, expected 0 or 1; e.g. 7",
+    ),
+    (
+        "null user",
+        lambda log: log.with_columns(first(2, None, "user_id")),
+        "user_id_present",
+        "no impression lacks its user_id; observed 2 of 1,200 rows",
+    ),
     ("null item", lambda log: log.with_columns(first(2, None, "item_id")), "item_id_present", "its item_id"),
     ("null request", lambda log: log.with_columns(first(1, None, "request_id")), "request_id_present", "1 of 1,200"),
     ("null time", lambda log: log.with_columns(first(1, None, "event_timestamp")), "event_timestamp_present", "1 of"),
-    ("logged twice", lambda log: pl.concat([log, log.head(5)]), "no_duplicates",
-     "no impression is logged twice; observed 10 of 1,205 rows"),
-    ("yesterday's rows", lambda log: log.with_columns(pl.col("event_timestamp") - timedelta(days=1)),
-     "inside_the_day", f"every impression happened on {DAY}; observed 1,200 of 1,200 rows"),
-    ("midnight of tomorrow",
-     lambda log: log.with_columns(first(1, datetime.combine(RUN_DATE, datetime.min.time(), UTC), "event_timestamp")),
-     "inside_the_day", "observed 1 of 1,200 rows"),
-    ("nobody saved", lambda log: log.with_columns(pl.lit(0, pl.Int8).alias("save")), "save_has_positives",
-     "somebody did save; observed 0, expected at least 1"),
-    ("save not observed", lambda log: log.with_columns(pl.lit(None, pl.Int8).alias("save")), "save_has_positives",
-     "somebody did save"),
-    ("everybody clicked", lambda log: log.with_columns(pl.lit(1, pl.Int8).alias("click")), "click_like_trailing_week",
-     "the positive rate of click is like the trailing week's 0."),
-    ("a tenth of the log", lambda log: log.head(120), "volume_like_trailing_week",
-     "the number of impressions is like the trailing week's 1,200; observed 120, expected 240 .. 6,000"),
+    (
+        "logged twice",
+        lambda log: pl.concat([log, log.head(5)]),
+        "no_duplicates",
+        "no impression is logged twice; observed 10 of 1,205 rows",
+    ),
+    (
+        "yesterday's rows",
+        lambda log: log.with_columns(pl.col("event_timestamp") - timedelta(days=1)),
+        "inside_the_day",
+        f"every impression happened on {DAY}; observed 1,200 of 1,200 rows",
+    ),
+    (
+        "midnight of tomorrow",
+        lambda log: log.with_columns(first(1, datetime.combine(RUN_DATE, datetime.min.time(), UTC), "event_timestamp")),
+        "inside_the_day",
+        "observed 1 of 1,200 rows",
+    ),
+    (
+        "nobody saved",
+        lambda log: log.with_columns(pl.lit(0, pl.Int8).alias("save")),
+        "save_has_positives",
+        "somebody did save; observed 0, expected at least 1",
+    ),
+    (
+        "save not observed",
+        lambda log: log.with_columns(pl.lit(None, pl.Int8).alias("save")),
+        "save_has_positives",
+        "somebody did save",
+    ),
+    (
+        "everybody clicked",
+        lambda log: log.with_columns(pl.lit(1, pl.Int8).alias("click")),
+        "click_like_trailing_week",
+        "the positive rate of click is like the trailing week's 0.",
+    ),
+    (
+        "a tenth of the log",
+        lambda log: log.head(120),
+        "volume_like_trailing_week",
+        "the number of impressions is like the trailing week's 1,200; observed 120, expected 240 .. 6,000",
+    ),
     ("the log ten times", lambda log: pl.concat([log] * 10), "volume_like_trailing_week", "observed 12,000"),
-    ("labels not joined", lambda log: log.with_columns(first(700, None, "click").cast(pl.Int8)), "click_covered",
-     "click of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%"),
-    ("an hour too late", lambda log: log.with_columns(pl.col("event_timestamp") + timedelta(hours=1)),
-     "inside_the_day", f"every impression happened on {DAY}"),
-    ("context gone", lambda log: log.with_columns(first(700, None, "surface")), "surface_covered",
-     "surface of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%"),
+    (
+        "labels not joined",
+        lambda log: log.with_columns(first(700, None, "click").cast(pl.Int8)),
+        "click_covered",
+        "click of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%",
+    ),
+    (
+        "an hour too late",
+        lambda log: log.with_columns(pl.col("event_timestamp") + timedelta(hours=1)),
+        "inside_the_day",
+        f"every impression happened on {DAY}",
+    ),
+    (
+        "context gone",
+        lambda log: log.with_columns(first(700, None, "surface")),
+        "surface_covered",
+        "surface of impressions is filled as in the trailing week (100.0%); observed 0.4167, expected at least 50.0%",
+    ),
     ("no rows", lambda log: log.clear(), "day_has_impressions", "observed 0 rows, expected at least 1 row"),
     ("a column less", lambda log: log.drop("save"), "columns_present", "impressions.save: every column of schema.yaml"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +227,14 @@ def test_a_day_without_fresh_items_blocks(dataset: Dataset) -> None:
 def test_a_launch_warns_but_does_not_block(dataset: Dataset) -> None:
     """Far more fresh impressions than usual are allowed: that is what a launch looks like."""
     ids = fresh_ids(dataset)
-    spoil(dataset, lambda log: log.filter(pl.col("item_id").is_in(ids)).sample(1_200, with_replacement=True, seed=0)
-          .with_columns(pl.int_range(pl.len()).alias("request_id")))  # fmt: skip
+    spoil(
+        dataset,
+        lambda log: (
+            log.filter(pl.col("item_id").is_in(ids))
+            .sample(1_200, with_replacement=True, seed=0)
+            .with_columns(pl.int_range(pl.len()).alias("request_id"))
+        ),
+    )
     report = validate_day(dataset, RUN_DATE)
     assert report.passed
     assert "fresh_like_trailing_week" in failed(report, Severity.WARNING)
@@ -236,17 +289,35 @@ def test_a_share_of_few_rows_may_fall_by_chance(usual: float, rows: int, lowest:
 
 @pytest.mark.parametrize(
     ("usual", "rows", "filled", "blocks"),
-    [(0.685, 17, 0, True), (0.685, 17, 4, True), (0.685, 17, 6, False), (0.685, 5, 0, False), (1.0, 5, 0, True),
-     (1.0, 4, 0, False), (0.05, 17, 0, False)],
-    ids=["none of 17 against 68.5%", "4 of 17", "6 of 17 are one day in forty", "none of 5 is one day in 300",
-         "none of 5 where a thousand never lacked it", "four are not judged", "none of 17 against 5%"],
-)  # fmt: skip
+    [
+        (0.685, 17, 0, True),
+        (0.685, 17, 4, True),
+        (0.685, 17, 6, False),
+        (0.685, 5, 0, False),
+        (1.0, 5, 0, True),
+        (1.0, 4, 0, False),
+        (0.05, 17, 0, False),
+    ],
+    ids=[
+        "none of 17 against 68.5%",
+        "4 of 17",
+        "6 of 17 are one day in forty",
+        "none of 5 is one day in 300",
+        "none of 5 where a thousand never lacked it",
+        "four are not judged",
+        "none of 17 against 5%",
+    ],
+)
 def test_a_small_group_is_judged_by_what_chance_leaves(usual: float, rows: int, filled: int, blocks: bool) -> None:
     """Fewer filled values than a binomial of the usual share has once in a thousand days block."""
-    one = Coverage(table="fresh items", column="title", rows=rows, share=filled / rows, reference_rows=1500,
-                   reference=usual)  # fmt: skip
-    bounds = [check.arguments["min_value"] for check in coverage_checks([one], ValidationConfig())
-              if check.severity is Severity.BLOCKING]  # fmt: skip
+    one = Coverage(
+        table="fresh items", column="title", rows=rows, share=filled / rows, reference_rows=1500, reference=usual
+    )
+    bounds = [
+        check.arguments["min_value"]
+        for check in coverage_checks([one], ValidationConfig())
+        if check.severity is Severity.BLOCKING
+    ]
     assert any(filled / rows < bound for bound in bounds) == blocks
 
 
@@ -350,8 +421,10 @@ def test_a_named_expectation_blocks_warns_or_is_left_out(dataset: Dataset) -> No
     """A third of the volume warns; the same day blocks, or says nothing, as the configuration wants it."""
     spoil(dataset, lambda log: log.head(400))
     name = "volume_like_trailing_week"
-    reports = {severity: validate_day(dataset, RUN_DATE, config=ValidationConfig(severity={name: severity}))
-               for severity in (Severity.BLOCKING, Severity.WARNING, "off")}  # fmt: skip
+    reports = {
+        severity: validate_day(dataset, RUN_DATE, config=ValidationConfig(severity={name: severity}))
+        for severity in (Severity.BLOCKING, Severity.WARNING, "off")
+    }
     assert name in failed(reports[Severity.BLOCKING])
     assert reports[Severity.WARNING].passed
     assert name in failed(reports[Severity.WARNING], Severity.WARNING)
@@ -462,11 +535,18 @@ def test_item_history_without_its_snapshot_time_is_refused(clean: Dataset) -> No
 
 def test_the_error_fits_on_one_screen(dataset: Dataset) -> None:
     """However much is broken, at most 24 lines, with the worst of it and how to go on."""
-    spoil(dataset, lambda log: log.with_columns(
-        pl.lit(7, pl.Int8).alias("click"), pl.lit(9, pl.Int8).alias("save"),
-        pl.lit(None, pl.Int64).alias("user_id"), pl.lit(None, pl.Int64).alias("item_id"),
-        pl.lit(None, pl.Int64).alias("request_id"), pl.lit(None, pl.Int64).alias("surface"),
-        pl.col("event_timestamp") - timedelta(days=2)))  # fmt: skip
+    spoil(
+        dataset,
+        lambda log: log.with_columns(
+            pl.lit(7, pl.Int8).alias("click"),
+            pl.lit(9, pl.Int8).alias("save"),
+            pl.lit(None, pl.Int64).alias("user_id"),
+            pl.lit(None, pl.Int64).alias("item_id"),
+            pl.lit(None, pl.Int64).alias("request_id"),
+            pl.lit(None, pl.Int64).alias("surface"),
+            pl.col("event_timestamp") - timedelta(days=2),
+        ),
+    )
     with pytest.raises(ValidationFailed) as caught:
         validate_day(dataset, RUN_DATE).raise_if_blocked()
     lines = str(caught.value).splitlines()

@@ -98,8 +98,9 @@ class FeaturesBench(BaseModel):
     def sentences(self) -> Iterator[str]:
         """What was found, for a person."""
         for size in self.sizes:
-            found = ", ".join(f"{name} {step.seconds:.1f} s ({step.peak_gib:.1f} GiB)"
-                              for name, step in size.steps.items())  # fmt: skip
+            found = ", ".join(
+                f"{name} {step.seconds:.1f} s ({step.peak_gib:.1f} GiB)" for name, step in size.steps.items()
+            )
             yield f"{size.rows / 1e6:g} million impressions: {found}"
         for name, ratio in self.ratios.items():
             yield f"{name}: {ratio:.2f}"
@@ -114,8 +115,14 @@ def features(plan: Plan, work: Path, out: Path, console: Console) -> FeaturesBen
     """
     with environment(FEATURES_MEMORY_GIB=str(plan.memory_gib)):
         sizes = [_size(plan, millions, work, console) for millions in plan.millions]
-    found = FeaturesBench(plan=plan, machine=machine(), versions=library_versions(), sizes=sizes,
-                          ratios=_ratios(sizes), peak_gib=_peak(sizes))  # fmt: skip
+    found = FeaturesBench(
+        plan=plan,
+        machine=machine(),
+        versions=library_versions(),
+        sizes=sizes,
+        ratios=_ratios(sizes),
+        peak_gib=_peak(sizes),
+    )
     write_json(out, found.model_dump(mode="json"))
     write_picture(found, out.with_suffix(".png"))
     return found
@@ -146,8 +153,12 @@ def _is_simulated(data: Path, world: WorldConfig) -> bool:
 
 def _step(runs: list[tuple[float, float]]) -> Step:
     seconds = sorted(taken for taken, _ in runs)
-    return Step(seconds=seconds[len(seconds) // 2], lowest=seconds[0], highest=seconds[-1],
-                peak_gib=max(peak for _, peak in runs))  # fmt: skip
+    return Step(
+        seconds=seconds[len(seconds) // 2],
+        lowest=seconds[0],
+        highest=seconds[-1],
+        peak_gib=max(peak for _, peak in runs),
+    )
 
 
 def _ratios(sizes: list[Size]) -> dict[str, float]:

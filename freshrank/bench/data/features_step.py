@@ -76,8 +76,10 @@ def _duckdb(place: Path, statements: list[tuple[str, str]]) -> None:
     dataset = Dataset.open(place / "data")
     paths = ", ".join(f"'{dataset.partition(day)}'" for day in dataset.days[:-1])
     connection = duckdb.connect(config={"memory_limit": f"{settings().features_memory_gib}GiB"})
-    connection.execute(f"create view log as select *, date::date as day from read_parquet([{paths}], "
-                       "hive_partitioning = true) where usage in ('all', 'history', 'training')")  # fmt: skip
+    connection.execute(
+        f"create view log as select *, date::date as day from read_parquet([{paths}], "
+        "hive_partitioning = true) where usage in ('all', 'history', 'training')"
+    )
     connection.execute(f"create view items as select * from '{dataset.path / 'items.parquet'}'")
     connection.execute(f"set variable today = date '{dataset.days[-1]}'")
     for statement, name in statements:

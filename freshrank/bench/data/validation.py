@@ -105,11 +105,13 @@ class ValidationBench(BaseModel):
             f"{self.plan.rows:,} rows and {self.plan.trailing_days} days before them, {self.expectations} expectations "
             f"of {len(self.tables)} tables: {median(self.day_seconds):.1f} s (target: {TARGET_SECONDS:g} s), pages "
             f"{median(self.page_seconds):.1f} s; Great Expectations is imported in {self.import_seconds:.1f} s"
-        ]  # fmt: skip
-        lines += [f"{name}: {one.median:.1f} s ({min(one.seconds):.1f} to {max(one.seconds):.1f}), "
-                  f"{one.agreeing} of {self.expectations} verdicts as ours, {one.errors} errors, "
-                  f"{len(one.found)} of {len(FAULTS)} faults found"
-                  for name, one in self.engines.items()]  # fmt: skip
+        ]
+        lines += [
+            f"{name}: {one.median:.1f} s ({min(one.seconds):.1f} to {max(one.seconds):.1f}), "
+            f"{one.agreeing} of {self.expectations} verdicts as ours, {one.errors} errors, "
+            f"{len(one.found)} of {len(FAULTS)} faults found"
+            for name, one in self.engines.items()
+        ]
         return lines
 
 
@@ -147,9 +149,13 @@ def _import_seconds() -> float:
 
 def _world(home: Path, plan: Plan, console: Console) -> tuple[Run, pl.DataFrame | None]:
     """The run after the last day of a world of ``plan``, with the snapshots its leak detector reads."""
-    world = WorldConfig(days=plan.trailing_days + 1, impressions_per_day=plan.rows, users=max(50, plan.rows // 20),
-                        items_at_start=max(200, plan.rows // 50),
-                        new_items_per_day=max(20, plan.rows // 1_000))  # fmt: skip
+    world = WorldConfig(
+        days=plan.trailing_days + 1,
+        impressions_per_day=plan.rows,
+        users=max(50, plan.rows // 20),
+        items_at_start=max(200, plan.rows // 50),
+        new_items_per_day=max(20, plan.rows // 1_000),
+    )
     path = home / f"{plan.rows}x{world.days}"
     if not (path / MANIFEST).exists():
         console.print(f"simulating {world.days} days of {plan.rows:,} rows ...")
@@ -223,8 +229,11 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
         for sheet in asked:
             path = f"{directory}/{len(found)}.parquet"
             sheet.frame.write_parquet(path)
-            batch = source.add_dataframe_asset(sheet.table).add_batch_definition_whole_dataframe("whole").get_batch(
-                {"dataframe": session.read.parquet(path)})  # fmt: skip
+            batch = (
+                source.add_dataframe_asset(sheet.table)
+                .add_batch_definition_whole_dataframe("whole")
+                .get_batch({"dataframe": session.read.parquet(path)})
+            )
             found[sheet.table] = batch.validate(suite_of(sheet), result_format=RESULT_FORMAT)
     return found
 
@@ -249,13 +258,18 @@ def compare(
             seconds=seconds[name],
             agreeing=sum(bool(one.success) == mine for one, mine in zip(answers, ours, strict=True)),
             errors=sum(_failed_to_run(one) for one in answers),
-            found=[fault for fault, wanted in FAULTS.items()
-                   if any(not one.success and not _failed_to_run(one) and check.name == wanted
-                          for one, check in zip(answers, checks, strict=True))],
+            found=[
+                fault
+                for fault, wanted in FAULTS.items()
+                if any(
+                    not one.success and not _failed_to_run(one) and check.name == wanted
+                    for one, check in zip(answers, checks, strict=True)
+                )
+            ],
             shows_values=any(one.result.get("partial_unexpected_list") for one in answers),
         )
         for name, answers in verdicts.items()
-    }  # fmt: skip
+    }
 
 
 def with_faults(sheet: Sheet) -> Sheet:

@@ -220,8 +220,16 @@ def drops(
                 before = pr_auc(labels[rows, action], full[rows, action])
                 after = pr_auc(labels[rows, action], reduced[rows, action])
                 if before is not None and after is not None:
-                    found.append(Drop(removed=name, group=removed[0].group, slice=slice_name, action=label,
-                                      full=before, delta=after - before))  # fmt: skip
+                    found.append(
+                        Drop(
+                            removed=name,
+                            group=removed[0].group,
+                            slice=slice_name,
+                            action=label,
+                            full=before,
+                            delta=after - before,
+                        )
+                    )
     return found
 
 
@@ -332,8 +340,16 @@ def score_groups(probabilities: Floats, labels: Floats, cold: Bools, actions: li
                 scores = probabilities[(labels[:, action] == label) & (cold == side), action].astype(np.float64)
                 if len(scores):
                     quantiles = tuple(float(q) for q in np.quantile(scores, QUANTILES))
-                    found.append(ScoreGroup(action=name, label=label, cold=side, rows=len(scores),
-                                            mean=float(scores.mean()), quantiles=quantiles))  # fmt: skip
+                    found.append(
+                        ScoreGroup(
+                            action=name,
+                            label=label,
+                            cold=side,
+                            rows=len(scores),
+                            mean=float(scores.mean()),
+                            quantiles=quantiles,
+                        )
+                    )
     return found
 
 
@@ -361,8 +377,10 @@ def explained_variance(z: Floats) -> NDArray[np.float64]:
     centred = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
     values = np.linalg.eigvalsh(centred.T @ centred)[::-1].clip(min=0)
     if len(z) < 2 or values.sum() <= 0:
-        raise DataError(f"explained_variance: received {len(z)} rows without any variance; expected two different "
-                          "rows or more. Judge on more days (windows.evaluation_days)")  # fmt: skip
+        raise DataError(
+            f"explained_variance: received {len(z)} rows without any variance; expected two different "
+            "rows or more. Judge on more days (windows.evaluation_days)"
+        )
     shares: NDArray[np.float64] = values / values.sum()
     return shares
 

@@ -81,8 +81,12 @@ class Expectation(BaseModel):
         return f"{self.name} {self._said(mean)}{' points' if self.form == 'points' else ''} ({interval})"
 
     def _said(self, value: float) -> str:
-        said = {"number": f"{value:.3g}", "change": f"{value:+.2g}", "percent": f"{value:.1%}",
-                "points": f"{100 * value:+.1f}"}  # fmt: skip
+        said = {
+            "number": f"{value:.3g}",
+            "change": f"{value:+.2g}",
+            "percent": f"{value:.1%}",
+            "points": f"{100 * value:+.1f}",
+        }
         return said[self.form]
 
 

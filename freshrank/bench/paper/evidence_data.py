@@ -45,8 +45,9 @@ class Source:
         """Changes when any row changes that can reach a feature or a label."""
         dataset = self.dataset()
         past = [day for day in dataset.days if day < self.run_date]
-        return fingerprint({"log": dataset.fingerprint(past), "windows": self.windows.model_dump(mode="json"),
-                            "date": self.run_date})  # fmt: skip
+        return fingerprint(
+            {"log": dataset.fingerprint(past), "windows": self.windows.model_dump(mode="json"), "date": self.run_date}
+        )
 
     def before_evaluation(self) -> "Source":
         """The tuning rows: as many evaluation days, all of them before this source's first one."""
@@ -156,8 +157,9 @@ class Prepared:
         return Prepared(self.protocol, self.source.before_evaluation(), oracle)
 
 
-def locate(data: Path, protocol: Protocol, windows: WindowConfig, run_date: date | None = None,
-           oracle: Path | None = None) -> Prepared:  # fmt: skip
+def locate(
+    data: Path, protocol: Protocol, windows: WindowConfig, run_date: date | None = None, oracle: Path | None = None
+) -> Prepared:
     """KuaiRand's files (imported under ``protocol`` and as the oracle), or an imported dataset.
 
     An imported dataset is named by its own protocol, or by its schema's name where it is not KuaiRand; its oracle,
@@ -171,8 +173,11 @@ def locate(data: Path, protocol: Protocol, windows: WindowConfig, run_date: date
         oracles = oracle or _imported(data, "oracle").path
     if run_date is None:
         run_date = dataset.days[-1] + timedelta(days=1)
-    return Prepared(name, Source(dataset.path.resolve(), run_date, windows),
-                    Source(oracles.resolve(), run_date, windows) if oracles else None)  # fmt: skip
+    return Prepared(
+        name,
+        Source(dataset.path.resolve(), run_date, windows),
+        Source(oracles.resolve(), run_date, windows) if oracles else None,
+    )
 
 
 def _imported(data: Path, protocol: Protocol) -> Dataset:
@@ -206,7 +211,11 @@ def _check_same_rows(prepared: Prepared) -> None:
     found = [load_evidence(source) for source in prepared.sources]
     prints = {Judgeable.of(e.evaluation, e.schema, "user").fingerprint(e.schema.actions) for e in found}
     if len(prints) > 1:
-        counts = " and ".join(f"{source.path} with {len(evidence.evaluation.rows):,} evaluation rows"
-                              for source, evidence in zip(prepared.sources, found, strict=True))  # fmt: skip
-        raise DataError(f"oracle: {counts} differ in user, item, time, age or a label, or in the order; "
-                        "import both from the same files")  # fmt: skip
+        counts = " and ".join(
+            f"{source.path} with {len(evidence.evaluation.rows):,} evaluation rows"
+            for source, evidence in zip(prepared.sources, found, strict=True)
+        )
+        raise DataError(
+            f"oracle: {counts} differ in user, item, time, age or a label, or in the order; "
+            "import both from the same files"
+        )

@@ -50,8 +50,15 @@ def _errors(table: pl.DataFrame, scale: float = 1) -> np.ndarray:
 
 def _bars(axes: "Axes", table: pl.DataFrame, offset: float, width: float, scale: float, **style: Any) -> None:
     places = np.arange(len(table)) + offset
-    axes.bar(places, scale * table["mean"].to_numpy(), width, yerr=_errors(table, scale), capsize=3,
-             error_kw={"ecolor": INK, "elinewidth": 1}, **style)  # fmt: skip
+    axes.bar(
+        places,
+        scale * table["mean"].to_numpy(),
+        width,
+        yerr=_errors(table, scale),
+        capsize=3,
+        error_kw={"ecolor": INK, "elinewidth": 1},
+        **style,
+    )
 
 
 def _band(axes: "Axes", x: str, table: pl.DataFrame, scale: float = 1, **style: Any) -> None:
@@ -121,8 +128,9 @@ def _scores(axes: "Axes", place: int, part: pl.DataFrame, colour: str) -> None:
     axes.plot([place, place], [at["q25"], at["q75"]], color=colour, linewidth=9, alpha=0.45, solid_capstyle="butt")
     axes.plot(place, at["q50"], "_", color=colour, markersize=16, markeredgewidth=1.6)
     mean = part.filter(quantity="mean")
-    axes.errorbar(place + 0.22, at["mean"], yerr=_errors(mean), fmt="o", color=INK, markersize=3.5, capsize=3,
-                  elinewidth=1)  # fmt: skip
+    axes.errorbar(
+        place + 0.22, at["mean"], yerr=_errors(mean), fmt="o", color=INK, markersize=3.5, capsize=3, elinewidth=1
+    )
     axes.text(place + 0.29, at["mean"], f"{at['mean']:.3f}", fontsize=7.5, va="center")
 
 
@@ -134,8 +142,15 @@ def _figure_6a(axes: list["Axes"], table: pl.DataFrame) -> None:
             part = chosen.filter(recipe=recipe, group=group).sort("mean")
             share = 100 * np.arange(1, len(part) + 1) / max(1, len(part))
             label = f"{LINES[recipe]['label']}, {group.replace('_', '-')}"
-            axes[0].step(part["mean"].to_numpy(), share, where="post", color=LINES[recipe]["color"],
-                         linestyle=linestyle, linewidth=1.5, label=label)  # fmt: skip
+            axes[0].step(
+                part["mean"].to_numpy(),
+                share,
+                where="post",
+                color=LINES[recipe]["color"],
+                linestyle=linestyle,
+                linewidth=1.5,
+                label=label,
+            )
     axes[0].set_xscale("symlog", linthresh=1e-3)
     axes[0].set_xlabel(f"Δ PR-AUC ({first}) without one feature")
     axes[0].set_ylabel("features with at most this Δ, %")
@@ -150,8 +165,17 @@ def _strongest(axes: "Axes", table: pl.DataFrame) -> None:
     for recipe, marker, shift in (("baseline", "s", 0.16), ("residual", "o", -0.16)):
         part = table.filter(pl.col("recipe") == recipe, pl.col("feature").is_in(order["feature"].implode()))
         at = [places[name] + shift for name in part["feature"]]
-        axes.errorbar(part["mean"].to_numpy(), at, xerr=_errors(part), fmt=marker, color=LINES[recipe]["color"],
-                      markersize=4, capsize=2, elinewidth=1, label=LINES[recipe]["label"])  # fmt: skip
+        axes.errorbar(
+            part["mean"].to_numpy(),
+            at,
+            xerr=_errors(part),
+            fmt=marker,
+            color=LINES[recipe]["color"],
+            markersize=4,
+            capsize=2,
+            elinewidth=1,
+            label=LINES[recipe]["label"],
+        )
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(list(places.values()), list(places), fontsize=7.5)
     axes.set_xscale("symlog", linthresh=3e-4)
@@ -162,8 +186,10 @@ def _strongest(axes: "Axes", table: pl.DataFrame) -> None:
 
 def _figure_6c(axes: list["Axes"], table: pl.DataFrame) -> None:
     cells = table.select("action", "label").unique(maintain_order=True)
-    for recipe, offset, style in (("baseline", -0.19, {"color": "#c9c9c9", "edgecolor": GREY, "hatch": "///"}),
-                                  ("score_reg", 0.19, {"color": BLUE})):  # fmt: skip
+    for recipe, offset, style in (
+        ("baseline", -0.19, {"color": "#c9c9c9", "edgecolor": GREY, "hatch": "///"}),
+        ("score_reg", 0.19, {"color": BLUE}),
+    ):
         part = cells.join(table.filter(recipe=recipe), on=["action", "label"], maintain_order="left")
         _bars(axes[0], part, offset, 0.36, 100, label=LINES[recipe]["label"], **style)
     axes[0].axhline(0, color=INK, linewidth=1)

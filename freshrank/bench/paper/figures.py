@@ -141,8 +141,15 @@ def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missin
     days = [*split.train, *split.calibration, *split.evaluation]
     code = [training_code(), *(sha256_of(Path(inspect.getfile(module))) for module in (analysis, calibration))]
     sections = [section.model_dump(mode="json") for section in (model, technique, fit)]
-    key = fingerprint({"data": evidence.run.read(days), "days": days, "sections": sections, "code": code,
-                       "ablation": ablation if recipe in ABLATED else None})  # fmt: skip
+    key = fingerprint(
+        {
+            "data": evidence.run.read(days),
+            "days": days,
+            "sections": sections,
+            "code": code,
+            "ablation": ablation if recipe in ABLATED else None,
+        }
+    )
     path = evidence.run.workspace.steps / "figures" / f"{recipe}-{seed}-{key}.json"
     if not path.exists():
         found = _measure(evidence, recipe, model, technique, fit, ablation)
@@ -246,12 +253,16 @@ Written by `freshrank bench figures`; do not edit.
 
 def _settings(base: RunConfig) -> str:
     loop = base.training
-    return (f"batches of {loop.batch_size}, learning rate {loop.learning_rate:g}, {loop.epochs} epoch(s), "
-            f"item age '{base.model.item_age}'")  # fmt: skip
+    return (
+        f"batches of {loop.batch_size}, learning rate {loop.learning_rate:g}, {loop.epochs} epoch(s), "
+        f"item age '{base.model.item_age}'"
+    )
 
 
 def _section(figure: FigureData) -> str:
     name, title = figure.name, figure.title
     sentences = " ".join(filter(None, (str(figure.claim), figure.note)))
-    return (f"## Figure {name}\n\n{title}.\n\n![{title}](figure-{name}.png)\n\n{sentences}\n\n"
-            f"Numbers: [figure-{name}.csv](figure-{name}.csv).")  # fmt: skip
+    return (
+        f"## Figure {name}\n\n{title}.\n\n![{title}](figure-{name}.png)\n\n{sentences}\n\n"
+        f"Numbers: [figure-{name}.csv](figure-{name}.csv)."
+    )

@@ -70,8 +70,12 @@ class Results:
         """The paired difference lies on ``side`` of 0; its name also says both means."""
         means = [self.estimate(each, quantity).mean for each in (BASELINE, recipe)]
         before, after = ("none" if m is None else f"{m:.1%}" if percent else f"{m:.3g}" for m in means)
-        return Expectation(name=f"{name} {before} -> {after}, change", side=side,
-                           form="points" if percent else "change", estimate=self.paired(recipe, quantity))  # fmt: skip
+        return Expectation(
+            name=f"{name} {before} -> {after}, change",
+            side=side,
+            form="points" if percent else "change",
+            estimate=self.paired(recipe, quantity),
+        )
 
 
 def tabled(values: Iterable[Value]) -> pl.DataFrame:
@@ -97,8 +101,10 @@ class FigureData:
 
 def figures(results: Results) -> list[FigureData]:
     """All eight, in the paper's order."""
-    return [build(results) for build in (_figure_2a, _figure_2b, _figure_2c, _figure_6a, _figure_6b, _figure_6c,
-                                         _figure_7a, _figure_7b)]  # fmt: skip
+    return [
+        build(results)
+        for build in (_figure_2a, _figure_2b, _figure_2c, _figure_6a, _figure_6b, _figure_6c, _figure_7a, _figure_7b)
+    ]
 
 
 def _delta(found: Sequence[Drop], removed: str, slice: str, action: str) -> float | None:
@@ -121,18 +127,27 @@ def _figure_2a(results: Results) -> FigureData:
         for slice in (ALL, FRESH):
             for action in results.actions:
                 key = {"slice": slice, "action": action}
-                values += [(key | {"quantity": label}, _delta(m.by_group, group, slice, action))
-                           for group, label in _GROUPS.items()]  # fmt: skip
+                values += [
+                    (key | {"quantity": label}, _delta(m.by_group, group, slice, action))
+                    for group, label in _GROUPS.items()
+                ]
                 values.append((key | {"quantity": RATIO}, ablation_ratio(m.by_group, slice, action)))
     expectations = [
-        Expectation(name=action, side="below", bound=1, form="percent",
-                    estimate=results.estimate(BASELINE, _ratio_of(action)))
+        Expectation(
+            name=action, side="below", bound=1, form="percent", estimate=results.estimate(BASELINE, _ratio_of(action))
+        )
         for action in results.actions
-    ]  # fmt: skip
-    paper = ("the PR-AUC lost without the non-historical features stays well below 100% of what is lost without the "
-             "historical ones.")  # fmt: skip
-    return FigureData("2a", "PR-AUC lost when a whole group of features is removed at inference", tabled(values),
-                      Claim(paper=paper, expectations=tuple(expectations)))  # fmt: skip
+    ]
+    paper = (
+        "the PR-AUC lost without the non-historical features stays well below 100% of what is lost without the "
+        "historical ones."
+    )
+    return FigureData(
+        "2a",
+        "PR-AUC lost when a whole group of features is removed at inference",
+        tabled(values),
+        Claim(paper=paper, expectations=tuple(expectations)),
+    )
 
 
 def ratio_by_part(gradients: Sequence[GradientNorms]) -> list[float]:
@@ -154,11 +169,16 @@ def _gradient_values(found: Iterable[Measured]) -> list[Value]:
     values: list[Value] = []
     for m in found:
         for norms in m.gradients:
-            named = {RATIO: norms.ratio, "ratio of mean group norms": norms.group_ratio,
-                     "norm: historical": norms.historical, "norm: non_historical": norms.non_historical}  # fmt: skip
+            named = {
+                RATIO: norms.ratio,
+                "ratio of mean group norms": norms.group_ratio,
+                "norm: historical": norms.historical,
+                "norm: non_historical": norms.non_historical,
+            }
             named |= {f"norm: {name}": norm for name, norm in norms.groups.items()}
-            values += [({"recipe": m.recipe, "quantity": name, "step": norms.step}, value)
-                       for name, value in named.items()]  # fmt: skip
+            values += [
+                ({"recipe": m.recipe, "quantity": name, "step": norms.step}, value) for name, value in named.items()
+            ]
     return values
 
 
@@ -168,16 +188,23 @@ def _mean_ratio(m: Measured) -> float:
 
 def _figure_2b(results: Results) -> FigureData:
     expectations = (
-        Expectation(name="mean over training", side="below", bound=1,
-                    estimate=results.estimate(BASELINE, _mean_ratio)),
-        Expectation(name="in the tenth of training where it is highest", side="below", bound=1,
-                    estimate=extreme([ratio_by_part(m.gradients) for m in results.of(BASELINE)], max)),
-    )  # fmt: skip
+        Expectation(name="mean over training", side="below", bound=1, estimate=results.estimate(BASELINE, _mean_ratio)),
+        Expectation(
+            name="in the tenth of training where it is highest",
+            side="below",
+            bound=1,
+            estimate=extreme([ratio_by_part(m.gradients) for m in results.of(BASELINE)], max),
+        ),
+    )
     paper = (
         "the gradient of the non-historical features is smaller than that of the historical ones all through training."
     )
-    return FigureData("2b", "Ratio of gradient norms during training, baseline", tabled(_gradient_values(
-        results.of(BASELINE))), Claim(paper=paper, expectations=expectations))  # fmt: skip
+    return FigureData(
+        "2b",
+        "Ratio of gradient norms during training, baseline",
+        tabled(_gradient_values(results.of(BASELINE))),
+        Claim(paper=paper, expectations=expectations),
+    )
 
 
 def _gap(action: str, label: int) -> Quantity:
@@ -197,16 +224,27 @@ def _figure_2c(results: Results) -> FigureData:
     for m in results.of(BASELINE):
         for group in m.scores:
             key = {"action": group.action, "label": group.label, "items": "cold" if group.cold else "warm"}
-            named = {"mean": group.mean} | dict(zip((f"q{round(100 * q):02d}" for q in analysis.QUANTILES),
-                                                    group.quantiles, strict=True))  # fmt: skip
+            named = {"mean": group.mean} | dict(
+                zip((f"q{round(100 * q):02d}" for q in analysis.QUANTILES), group.quantiles, strict=True)
+            )
             values += [(key | {"quantity": name, "rows": group.rows}, value) for name, value in named.items()]
-    expectations = [Expectation(name=f"{action} positives", side="above", form="percent",
-                                estimate=results.estimate(BASELINE, _gap(action, 1)))
-                    for action in results.actions]  # fmt: skip
+    expectations = [
+        Expectation(
+            name=f"{action} positives",
+            side="above",
+            form="percent",
+            estimate=results.estimate(BASELINE, _gap(action, 1)),
+        )
+        for action in results.actions
+    ]
     paper = "cold positives are scored 8-14% lower than warm positives, for every action."
-    return FigureData("2c", "Predicted scores of warm and cold items, by what really happened, baseline",
-                      tabled(values), Claim(paper=paper, expectations=tuple(expectations)),
-                      note=observed_rates(results.of(BASELINE)[0].scores, results.actions))  # fmt: skip
+    return FigureData(
+        "2c",
+        "Predicted scores of warm and cold items, by what really happened, baseline",
+        tabled(values),
+        Claim(paper=paper, expectations=tuple(expectations)),
+        note=observed_rates(results.of(BASELINE)[0].scores, results.actions),
+    )
 
 
 def observed_rates(scores: Sequence[ScoreGroup], actions: Sequence[str]) -> str:
@@ -229,17 +267,31 @@ def mean_delta(m: Measured, group: Group, action: str) -> float | None:
 
 def _figure_6a(results: Results) -> FigureData:
     values: list[Value] = [
-        ({"recipe": m.recipe, "slice": d.slice, "action": d.action, "group": d.group.value, "feature": d.removed},
-         d.delta)
-        for recipe in ABLATED for m in results.of(recipe) for d in m.by_feature
-    ]  # fmt: skip
+        (
+            {"recipe": m.recipe, "slice": d.slice, "action": d.action, "group": d.group.value, "feature": d.removed},
+            d.delta,
+        )
+        for recipe in ABLATED
+        for m in results.of(recipe)
+        for d in m.by_feature
+    ]
     action = results.actions[0]
-    expectation = results.change(RESIDUAL, f"mean Delta PR-AUC ({action}) over the non-historical features",
-                                 lambda m: mean_delta(m, Group.NON_HISTORICAL, action), "below")  # fmt: skip
-    paper = ("with Residual the distribution of Delta PR-AUC over single non-historical features shifts left: losing "
-             "one costs more.")  # fmt: skip
-    return FigureData("6a", f"Delta PR-AUC ({action}) when one feature is removed, baseline against Residual",
-                      tabled(values), Claim(paper=paper, expectations=(expectation,)))  # fmt: skip
+    expectation = results.change(
+        RESIDUAL,
+        f"mean Delta PR-AUC ({action}) over the non-historical features",
+        lambda m: mean_delta(m, Group.NON_HISTORICAL, action),
+        "below",
+    )
+    paper = (
+        "with Residual the distribution of Delta PR-AUC over single non-historical features shifts left: losing "
+        "one costs more."
+    )
+    return FigureData(
+        "6a",
+        f"Delta PR-AUC ({action}) when one feature is removed, baseline against Residual",
+        tabled(values),
+        Claim(paper=paper, expectations=(expectation,)),
+    )
 
 
 def _gains(ours: Measured, theirs: Measured) -> list[float]:
@@ -251,46 +303,71 @@ def _figure_6b(results: Results) -> FigureData:
     pairs = list(zip(results.of(RESIDUAL), results.of(BASELINE), strict=True))
     expectations = (
         results.change(RESIDUAL, "mean over training", _mean_ratio, "above"),
-        Expectation(name="change in the tenth of training where it is least", side="above", form="change",
-                    estimate=extreme([_gains(ours, theirs) for ours, theirs in pairs], min)),
-    )  # fmt: skip
+        Expectation(
+            name="change in the tenth of training where it is least",
+            side="above",
+            form="change",
+            estimate=extreme([_gains(ours, theirs) for ours, theirs in pairs], min),
+        ),
+    )
     values = _gradient_values([*results.of(BASELINE), *results.of(RESIDUAL)])
     paper = "Residual raises the ratio of non-historical to historical gradients consistently."
-    return FigureData("6b", "Ratio of gradient norms during training, baseline against Residual", tabled(values),
-                      Claim(paper=paper, expectations=expectations))  # fmt: skip
+    return FigureData(
+        "6b",
+        "Ratio of gradient norms during training, baseline against Residual",
+        tabled(values),
+        Claim(paper=paper, expectations=expectations),
+    )
 
 
 def _figure_6c(results: Results) -> FigureData:
     cells = [(action, label) for action in results.actions for label in (1, 0)]
     values: list[Value] = [
         ({"recipe": m.recipe, "action": action, "label": label}, _gap(action, label)(m))
-        for recipe in (BASELINE, SCORE_REG) for m in results.of(recipe) for action, label in cells
-    ]  # fmt: skip
-    expectations = [
-        results.change(SCORE_REG, f"{action} {'positives' if label else 'negatives'}, size of the gap",
-                       _size_of_gap(action, label), "below", percent=True)
+        for recipe in (BASELINE, SCORE_REG)
+        for m in results.of(recipe)
         for action, label in cells
-    ]  # fmt: skip
+    ]
+    expectations = [
+        results.change(
+            SCORE_REG,
+            f"{action} {'positives' if label else 'negatives'}, size of the gap",
+            _size_of_gap(action, label),
+            "below",
+            percent=True,
+        )
+        for action, label in cells
+    ]
     paper = "ScoreReg narrows the score gap for positives and negatives of every action (one from 13.65% to 0.53%)."
-    return FigureData("6c", "Score gap between warm and cold items, baseline against ScoreReg", tabled(values),
-                      Claim(paper=paper, expectations=tuple(expectations)))  # fmt: skip
+    return FigureData(
+        "6c",
+        "Score gap between warm and cold items, baseline against ScoreReg",
+        tabled(values),
+        Claim(paper=paper, expectations=tuple(expectations)),
+    )
 
 
 def _variance_values(results: Results, cumulative: bool) -> list[Value]:
     return [
         ({"recipe": m.recipe, "slice": slice, "component": component}, float(value))
-        for recipe in (BASELINE, MIXUP) for m in results.of(recipe) for slice, shares in m.variance.items()
+        for recipe in (BASELINE, MIXUP)
+        for m in results.of(recipe)
+        for slice, shares in m.variance.items()
         for component, value in enumerate(np.cumsum(shares) if cumulative else shares, start=1)
-    ]  # fmt: skip
+    ]
 
 
 def _figure_7a(results: Results) -> FigureData:
-    expectation = results.change(MIXUP, "share of the first component", lambda m: m.variance[ALL][0], "below",
-                                 percent=True)  # fmt: skip
+    expectation = results.change(
+        MIXUP, "share of the first component", lambda m: m.variance[ALL][0], "below", percent=True
+    )
     paper = "with Mixup fewer directions dominate: the leading components of z explain less of its variance."
-    return FigureData("7a", "Explained variance of z per principal component, baseline against Mixup",
-                      tabled(_variance_values(results, cumulative=False)),
-                      Claim(paper=paper, expectations=(expectation,)))  # fmt: skip
+    return FigureData(
+        "7a",
+        "Explained variance of z per principal component, baseline against Mixup",
+        tabled(_variance_values(results, cumulative=False)),
+        Claim(paper=paper, expectations=(expectation,)),
+    )
 
 
 def _effective_rank(m: Measured) -> float:
@@ -300,6 +377,9 @@ def _effective_rank(m: Measured) -> float:
 def _figure_7b(results: Results) -> FigureData:
     expectation = results.change(MIXUP, "effective rank", _effective_rank, "above")
     paper = "with Mixup the cumulative curve rises more slowly: z has a higher rank."
-    return FigureData("7b", "Cumulative explained variance of z, baseline against Mixup",
-                      tabled(_variance_values(results, cumulative=True)),
-                      Claim(paper=paper, expectations=(expectation,)))  # fmt: skip
+    return FigureData(
+        "7b",
+        "Cumulative explained variance of z, baseline against Mixup",
+        tabled(_variance_values(results, cumulative=True)),
+        Claim(paper=paper, expectations=(expectation,)),
+    )

@@ -43,8 +43,11 @@ def write_picture(table: Table, path: Path) -> None:
                 _panel(one, table, shown, kind, measure)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        figure.suptitle(f"Table 1, {table.protocol}: {table.seeds} paired seeds, {table.confidence:.0%} intervals over "
-                        "seeds and lists; filled: significant after Holm's correction", fontsize=9.5)  # fmt: skip
+        figure.suptitle(
+            f"Table 1, {table.protocol}: {table.seeds} paired seeds, {table.confidence:.0%} intervals over "
+            "seeds and lists; filled: significant after Holm's correction",
+            fontsize=9.5,
+        )
         figure.savefig(temporary, format="png", dpi=140, metadata={"Software": None})
 
 
@@ -69,10 +72,25 @@ def _panel(axes: "Axes", table: Table, shown: list[RowOfTable], kind: str, measu
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("lift over the baseline, %" if kind == "lift" else "cold gap closed (1 = oracle)")
     if not axes.lines[1 + (kind == "gap") :]:
-        axes.text(0.5, 0.5, "no gap: the oracle is not surely\nbetter than the baseline", transform=axes.transAxes,
-                  ha="center", va="center", color=GREY)  # fmt: skip
-    _within_reach(axes, [e for row in shown if row.name not in BOOSTED.values() or len(shown) == 1
-                         for key, e in getattr(row, kind).items() if key.startswith(measure + "/")])  # fmt: skip
+        axes.text(
+            0.5,
+            0.5,
+            "no gap: the oracle is not surely\nbetter than the baseline",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color=GREY,
+        )
+    _within_reach(
+        axes,
+        [
+            e
+            for row in shown
+            if row.name not in BOOSTED.values() or len(shown) == 1
+            for key, e in getattr(row, kind).items()
+            if key.startswith(measure + "/")
+        ],
+    )
     _beyond(axes)
     _separate(axes, shown)
 
@@ -84,12 +102,21 @@ def _beyond(axes: "Axes") -> None:
         x, y = float(np.ravel(line.get_xdata())[0]), float(np.ravel(line.get_ydata())[0])
         if line.get_marker() != "None" and not low <= x <= high:
             edge, side, text = (high, "right", f"{x:+.3g} ▸") if x > high else (low, "left", f"◂ {x:+.3g}")
-            axes.text(edge, y, text, ha=side, va="center", fontsize=7, color=line.get_markeredgecolor(),
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+            axes.text(
+                edge,
+                y,
+                text,
+                ha=side,
+                va="center",
+                fontsize=7,
+                color=line.get_markeredgecolor(),
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
 
 
-def _interval(axes: "Axes", estimate: Estimate, place: float, marker: str, colour: str, filled: bool,
-              label: str) -> None:  # fmt: skip
+def _interval(
+    axes: "Axes", estimate: Estimate, place: float, marker: str, colour: str, filled: bool, label: str
+) -> None:
     if estimate.low is not None and estimate.high is not None:
         axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=1.4)
     style: dict[str, Any] = {"markerfacecolor": colour if filled else "white", "markeredgecolor": colour}

@@ -172,6 +172,8 @@ def stacked(by_row: Sequence[Sequence[tuple[str, Array, Array]]]) -> tuple[Array
     first = everything[0]
     for rows, _, counts in everything:
         if rows != first[0] or not np.array_equal(counts, first[2]):
-            raise DataError(f"table: received models judged on rows {rows} and {first[0]}; expected the same rows in "
-                            "the same order for every row and seed")  # fmt: skip
+            raise DataError(
+                f"table: received models judged on rows {rows} and {first[0]}; expected the same rows in "
+                "the same order for every row and seed"
+            )
     return np.stack([np.stack([sums for _, sums, _ in seeds]) for seeds in by_row]), first[2]

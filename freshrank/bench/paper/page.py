@@ -18,8 +18,12 @@ NAMES = {
     f"{MetricName.LOG_LOSS}/{WARM}": "warm log loss",
     f"{MetricName.HITS}/{ALL}": "all Hits@3",
 }
-_LIFTS = (f"{MetricName.HITS}/{FRESH}", f"{MetricName.HITS}/{ALL}", f"{MetricName.MATCHED_HITS}/{FRESH}",
-          f"{MetricName.LOG_LOSS}/{FRESH}")  # fmt: skip
+_LIFTS = (
+    f"{MetricName.HITS}/{FRESH}",
+    f"{MetricName.HITS}/{ALL}",
+    f"{MetricName.MATCHED_HITS}/{FRESH}",
+    f"{MetricName.LOG_LOSS}/{FRESH}",
+)
 _HEAD = """# Evidence
 
 Written by `freshrank bench table1`; do not edit. What people concluded stands in `{folder}/findings.md`, which is
@@ -129,23 +133,35 @@ def _compared(table: Table) -> list[RowOfTable]:
 
 def _lifts(table: Table, action: str) -> str:
     head = ["model", *(f"{NAMES[key]}, %" for key in _LIFTS)]
-    lines = [[row.label, *(shown(row.lift.get(f"{key}/{action}"), percent) for key in _LIFTS)]
-             for row in _compared(table)]  # fmt: skip
+    lines = [
+        [row.label, *(shown(row.lift.get(f"{key}/{action}"), percent) for key in _LIFTS)] for row in _compared(table)
+    ]
     return _table(f"Lift over the baseline, {action}", head, lines)
 
 
 def _gaps(table: Table) -> str:
     columns = [(key, action) for action in table.actions for key in GAPS]
     head = ["model", *(f"{action}: {NAMES[key]}" for key, action in columns)]
-    lines = [[row.label, *(shown(row.gap.get(f"{key}/{action}"), percent) for key, action in columns)]
-             for row in _compared(table) if row.name != ORACLE]  # fmt: skip
+    lines = [
+        [row.label, *(shown(row.gap.get(f"{key}/{action}"), percent) for key, action in columns)]
+        for row in _compared(table)
+        if row.name != ORACLE
+    ]
     return _table("Cold gap closed (1 = as if the items were old)", head, lines)
 
 
 def _costs(table: Table) -> str:
-    lines = [[row.label, f"{row.parameters:,}", percent(row.parameters_percent),
-              percent(row.cost.training, 1) if row.cost else "–", percent(row.cost.latency, 1) if row.cost else "–"]
-             for row in table.rows if row.name not in (*BOOSTED.values(), ORACLE)]  # fmt: skip
+    lines = [
+        [
+            row.label,
+            f"{row.parameters:,}",
+            percent(row.parameters_percent),
+            percent(row.cost.training, 1) if row.cost else "–",
+            percent(row.cost.latency, 1) if row.cost else "–",
+        ]
+        for row in table.rows
+        if row.name not in (*BOOSTED.values(), ORACLE)
+    ]
     text = _table("Cost", ["model", "parameters", "parameters, %", "training time, %", "served latency, %"], lines)
     if table.noise is None:
         return text
@@ -157,9 +173,13 @@ def _costs(table: Table) -> str:
 def _levels(table: Table) -> str:
     columns = [(key, action) for action in table.actions for key in NAMES]
     head = ["model", "fresh share of top 3", *(f"{action}: {NAMES[key]}" for key, action in columns)]
-    lines = [[row.label + (f" ({row.boost:+.2f})" if row.boost is not None else ""),
-              *(_level(row.values.get(key)) for key in ("fresh_share", *(f"{k}/{a}" for k, a in columns)))]
-             for row in table.rows]  # fmt: skip
+    lines = [
+        [
+            row.label + (f" ({row.boost:+.2f})" if row.boost is not None else ""),
+            *(_level(row.values.get(key)) for key in ("fresh_share", *(f"{k}/{a}" for k, a in columns))),
+        ]
+        for row in table.rows
+    ]
     return _table("Levels (means over seeds)", head, lines)
 
 
@@ -204,8 +224,11 @@ def _by_measure(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
         for action in table.actions:
             good, bad = _significant(tested, f"{key}/{action}")
             neutral = len(tested) - len(good) - len(bad)
-            parts = [f"significantly {word}: {', '.join(names)}" for word, names in (("better", good), ("worse", bad))
-                     if names]  # fmt: skip
+            parts = [
+                f"significantly {word}: {', '.join(names)}"
+                for word, names in (("better", good), ("worse", bad))
+                if names
+            ]
             rest = f"{neutral} of {len(tested)} rows cannot be told from the baseline"
             yield f"{NAMES[key]}, {action}: {'; '.join([*parts, rest])}."
 
@@ -223,8 +246,10 @@ def _on_the_gap(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
             known = [(row, e) for row, e in found if e is not None]
             if known:
                 best, e = max(known, key=lambda pair: pair[1].value)
-                yield (f"Cold gap on {NAMES[key]}, {action}: most is closed by {best.label}, "
-                       f"{shown(e, percent)} of the distance to the oracle.")  # fmt: skip
+                yield (
+                    f"Cold gap on {NAMES[key]}, {action}: most is closed by {best.label}, "
+                    f"{shown(e, percent)} of the distance to the oracle."
+                )
 
 
 def _on_the_boost(table: Table) -> Iterable[str]:

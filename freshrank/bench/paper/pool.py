@@ -52,9 +52,17 @@ class _Watch:
 
     def __init__(self, console: Console, what: str, total: int, done: int) -> None:
         self.console = console
-        self.progress = Progress(TextColumn(what), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-                                 TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[running]}"),
-                                 console=console, disable=not console.is_terminal)  # fmt: skip
+        self.progress = Progress(
+            TextColumn(what),
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[running]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self.bar = self.progress.add_task(what, total=total, completed=done, running="")
         self.done, self.total, self.started = done, total, time.monotonic()
         self.fresh = 0

@@ -44,8 +44,10 @@ class Row:
 
     def __post_init__(self) -> None:
         if not self.like and (len(self.candidates) != CANDIDATES or self.candidates[0]):
-            raise ConfigError(f"row '{self.name}': received {len(self.candidates)} candidates, expected {CANDIDATES}, "
-                              "the first of them empty; every row gets the same number of trials")  # fmt: skip
+            raise ConfigError(
+                f"row '{self.name}': received {len(self.candidates)} candidates, expected {CANDIDATES}, "
+                "the first of them empty; every row gets the same number of trials"
+            )
 
     @property
     def techniques(self) -> set[str]:
@@ -69,26 +71,46 @@ def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
     return combined
 
 
-_BASELINE = [{"training": {"batch_size": 512, "learning_rate": rate}, "model": {"item_age": age}}
-             for age, rate in (("raw", 4e-3), ("capped", 4e-3), ("none", 4e-3), ("none", 2e-3),
-                               ("none", 8e-3))]  # fmt: skip
-_DROPOUT = [techniques(feature_dropout={"probability": share, "history": history})
-            for share, history in ((.1, "item"), (.5, "item"), (.7, "item"), (.3, "all"), (.5, "all"))]  # fmt: skip
-_ALDI = [techniques(aldi=change) for change in (
-    {"history": "user"}, {"rating_weight": 0.3, "ranking_weight": 0.3}, {"rating_weight": 3.0, "ranking_weight": 3.0},
-    {"half_known": 100.0}, {"history": "user", "rating_weight": 0.3, "ranking_weight": 0.3})]  # fmt: skip
+_BASELINE = [
+    {"training": {"batch_size": 512, "learning_rate": rate}, "model": {"item_age": age}}
+    for age, rate in (("raw", 4e-3), ("capped", 4e-3), ("none", 4e-3), ("none", 2e-3), ("none", 8e-3))
+]
+_DROPOUT = [
+    techniques(feature_dropout={"probability": share, "history": history})
+    for share, history in ((0.1, "item"), (0.5, "item"), (0.7, "item"), (0.3, "all"), (0.5, "all"))
+]
+_ALDI = [
+    techniques(aldi=change)
+    for change in (
+        {"history": "user"},
+        {"rating_weight": 0.3, "ranking_weight": 0.3},
+        {"rating_weight": 3.0, "ranking_weight": 3.0},
+        {"half_known": 100.0},
+        {"history": "user", "rating_weight": 0.3, "ranking_weight": 0.3},
+    )
+]
 _RESIDUAL = _grid(residual={"dim": [4, 8, 24, 32, 48]})
 _SCORE_REG = _grid(score_reg={"weight": [0.01, 0.03, 0.3, 1.0, 3.0]})
-_MIXUP = [techniques(mixup={"alpha": alpha, "weight": weight})
-          for alpha, weight in ((0.2, 0.05), (0.2, 0.5), (0.2, 1.0), (1.0, 0.2), (1.0, 1.0))]  # fmt: skip
-_RESIDUAL_SCORE_REG = [*_grid(residual={"dim": [16]}, score_reg={"weight": [0.03, 0.3, 1.0]}),
-                       *_grid(residual={"dim": [32]}, score_reg={"weight": [0.1, 0.3]})]  # fmt: skip
-_RESIDUAL_MIXUP = [*_grid(residual={"dim": [16]}, mixup={"weight": [0.05, 0.5, 1.0]}),
-                   *_grid(residual={"dim": [32]}, mixup={"weight": [0.2, 0.5]})]  # fmt: skip
-_SCORE_REG_MIXUP = [*_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
-                    *_grid(score_reg={"weight": [0.03, 1.0]}, mixup={"weight": [0.2]})]  # fmt: skip
-_ALL = [*_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
-        *_grid(score_reg={"weight": [0.03, 1.0]}, mixup={"weight": [0.2]})]  # fmt: skip
+_MIXUP = [
+    techniques(mixup={"alpha": alpha, "weight": weight})
+    for alpha, weight in ((0.2, 0.05), (0.2, 0.5), (0.2, 1.0), (1.0, 0.2), (1.0, 1.0))
+]
+_RESIDUAL_SCORE_REG = [
+    *_grid(residual={"dim": [16]}, score_reg={"weight": [0.03, 0.3, 1.0]}),
+    *_grid(residual={"dim": [32]}, score_reg={"weight": [0.1, 0.3]}),
+]
+_RESIDUAL_MIXUP = [
+    *_grid(residual={"dim": [16]}, mixup={"weight": [0.05, 0.5, 1.0]}),
+    *_grid(residual={"dim": [32]}, mixup={"weight": [0.2, 0.5]}),
+]
+_SCORE_REG_MIXUP = [
+    *_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
+    *_grid(score_reg={"weight": [0.03, 1.0]}, mixup={"weight": [0.2]}),
+]
+_ALL = [
+    *_grid(score_reg={"weight": [0.3]}, mixup={"weight": [0.05, 0.2, 0.5]}),
+    *_grid(score_reg={"weight": [0.03, 1.0]}, mixup={"weight": [0.2]}),
+]
 
 
 _CAPPED: Overrides = {"model": {"item_age": "capped"}}
@@ -96,14 +118,28 @@ _CAPPED: Overrides = {"model": {"item_age": "capped"}}
 _PARITY: Overrides = {"calibration": {"exposure": "parity"}}
 _MASKING = _grid(history_masking={"share": [0.3, 0.5], "unseen": [0.2, 0.6]})
 _MASKING.append(techniques(history_masking={"share": 0.7}))
-_SIBLINGS = [techniques(sibling_prior={"columns": columns}) for columns in (
-    ["author_id"], ["tag"], ["author_id", "tag", "music_id"], ["tag", "video_duration", "tag+video_duration"],
-    ["author_id", "tag", "tag+video_duration"])]  # fmt: skip
+_SIBLINGS = [
+    techniques(sibling_prior={"columns": columns})
+    for columns in (
+        ["author_id"],
+        ["tag"],
+        ["author_id", "tag", "music_id"],
+        ["tag", "video_duration", "tag+video_duration"],
+        ["author_id", "tag", "tag+video_duration"],
+    )
+]
 _META = _grid(meta_embedding={"share": [0.1, 0.5], "alignment_weight": [0.0, 0.3]})
 _META.append(techniques(meta_embedding={"hidden": 32}))
-_PRETRAINING = [techniques(pretraining=change) for change in (
-    {"mask": 0.15}, {"mask": 0.5}, {"steps": 50}, {"learning_rate": 3e-3},
-    {"mask": 0.5, "learning_rate": 3e-3})]  # fmt: skip
+_PRETRAINING = [
+    techniques(pretraining=change)
+    for change in (
+        {"mask": 0.15},
+        {"mask": 0.5},
+        {"steps": 50},
+        {"learning_rate": 3e-3},
+        {"mask": 0.5, "learning_rate": 3e-3},
+    )
+]
 
 
 def _row(name: str, label: str, overrides: Overrides, candidates: Iterable[Overrides]) -> Row:
@@ -165,8 +201,9 @@ def chosen(names: list[str] | None) -> list[Row]:
     return [row for row in ROWS.values() if names is None or row.name in {BASELINE, *names}]
 
 
-def config_of(row: Row, seed: int, *layers: Overrides, windows: WindowConfig = EVIDENCE_WINDOWS,
-              lists: str = "user") -> RunConfig:  # fmt: skip
+def config_of(
+    row: Row, seed: int, *layers: Overrides, windows: WindowConfig = EVIDENCE_WINDOWS, lists: str = "user"
+) -> RunConfig:
     """The row's configuration with ``layers`` laid over it, for one seed."""
     tree = RunConfig(recipe=row.name, windows=windows, evaluation=EVIDENCE_EVALUATION).model_dump(mode="json")
     for layer in (row.overrides, *layers, {"training": {"seed": seed}, "evaluation": {"lists": lists}}):

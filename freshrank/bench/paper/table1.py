@@ -94,8 +94,9 @@ def tasks_of(
 
 
 def _costs(tasks: dict[str, list[Task]], repeats: int, console: Console) -> dict[str, Cost]:
-    timed = {name: by_seed[0] for name, by_seed in tasks.items()
-             if name not in LABELS and all(task.done for task in by_seed)}  # fmt: skip
+    timed = {
+        name: by_seed[0] for name, by_seed in tasks.items() if name not in LABELS and all(task.done for task in by_seed)
+    }
     return costs(timed, tasks[BASELINE][0], repeats, console) if BASELINE in timed else {}
 
 
@@ -175,8 +176,11 @@ def _line(
     spent: dict[str, Cost],
 ) -> RowOfTable:
     ours, base = whole[name], whole[BASELINE]
-    columns = {f"{measure}/{action}": number * len(actions) + place
-               for number, measure in enumerate(LIFTED) for place, action in enumerate(actions)}  # fmt: skip
+    columns = {
+        f"{measure}/{action}": number * len(actions) + place
+        for number, measure in enumerate(LIFTED)
+        for place, action in enumerate(actions)
+    }
     columns = {key: column for key, column in columns.items() if np.isfinite(rates.observed[:, column]).all()}
     values = {key: float(rates.observed[rates.row(name), column]) for key, column in columns.items()}
     share = [r.value(MetricName.FRESH_SHARE_TOP, ALL, "") for r in ours]
@@ -184,8 +188,11 @@ def _line(
     lift = {key: rates.lift(name, BASELINE, column) for key, column in columns.items() if name != BASELINE}
     gap = {}
     if ORACLE in whole and name not in (BASELINE, ORACLE):
-        found = {key: rates.gap_closed(name, BASELINE, ORACLE, column, better(key)) for key, column in columns.items()
-                 if key.rpartition("/")[0] in GAPS}  # fmt: skip
+        found = {
+            key: rates.gap_closed(name, BASELINE, ORACLE, column, better(key))
+            for key, column in columns.items()
+            if key.rpartition("/")[0] in GAPS
+        }
         gap = {key: estimate for key, estimate in found.items() if estimate}
     return RowOfTable(
         name=name,
@@ -211,9 +218,13 @@ def _boost(name: str, ours: list[Result]) -> float | None:
 
 
 def _others(ours: list[Result], base: list[Result], actions: list[str]) -> dict[str, Estimate]:
-    found = {f"{metric}/{name}/{action}": lifts.paired([r.value(metric, name, action) for r in ours],
-                                                       [r.value(metric, name, action) for r in base])
-             for metric, name in OTHERS for action in actions}  # fmt: skip
+    found = {
+        f"{metric}/{name}/{action}": lifts.paired(
+            [r.value(metric, name, action) for r in ours], [r.value(metric, name, action) for r in base]
+        )
+        for metric, name in OTHERS
+        for action in actions
+    }
     return {key: estimate for key, estimate in found.items() if estimate}
 
 

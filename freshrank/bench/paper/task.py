@@ -32,12 +32,30 @@ from freshrank.training import trained as trained_module
 from freshrank.training.trained import Trained
 
 PACKAGE = Path(loop.__file__).parent
-_TRAINED_BY = ("training.py", "checkpoints.py", "distributed.py", "pretraining.py", "transforms.py", "columns.py",
-               "encoding.py", "frames.py", "history.py", "feature_store.py", "calibration.py", "exposure.py",
-               "models/*.py", "techniques/*.py")  # fmt: skip
+_TRAINED_BY = (
+    "training.py",
+    "checkpoints.py",
+    "distributed.py",
+    "pretraining.py",
+    "transforms.py",
+    "columns.py",
+    "encoding.py",
+    "frames.py",
+    "history.py",
+    "feature_store.py",
+    "calibration.py",
+    "exposure.py",
+    "models/*.py",
+    "techniques/*.py",
+)
 _JUDGED_BY = (calibration, evaluate, statistics)
-MEASURES = ((MetricName.HITS, FRESH), (MetricName.HITS, ALL), (MetricName.MATCHED_HITS, FRESH),
-            (MetricName.LOG_LOSS, FRESH), (MetricName.LOG_LOSS, WARM))  # fmt: skip
+MEASURES = (
+    (MetricName.HITS, FRESH),
+    (MetricName.HITS, ALL),
+    (MetricName.MATCHED_HITS, FRESH),
+    (MetricName.LOG_LOSS, FRESH),
+    (MetricName.LOG_LOSS, WARM),
+)
 """What is kept list by list, once per action: measure m of action a is column m * A + a."""
 BOOSTS = tuple(round(0.05 * step, 2) for step in range(61))
 BOOST_GUARD = 0.005
@@ -68,8 +86,10 @@ class Task:
     @property
     def directory(self) -> Path:
         """Where predictions lie."""
-        sections = {name: getattr(self.config, name).model_dump(mode="json")
-                    for name in ("model", "techniques", "training", "calibration")}  # fmt: skip
+        sections = {
+            name: getattr(self.config, name).model_dump(mode="json")
+            for name in ("model", "techniques", "training", "calibration")
+        }
         key = fingerprint({"data": _data_fingerprint(self.source), "sections": sections, "code": training_code()})
         return _folder(self.source) / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
 
@@ -160,8 +180,12 @@ def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
     found = evaluate.evaluate(judged, schema, config)
     by_list = list_sums(judged, schema, config)
     save_file(by_list, directory / "lists.safetensors")
-    facts = {"rows": rows.fingerprint(schema.actions), "actions": schema.actions, "boost": boost,
-             "parameters": read_json(task.directory / "facts.json")["parameters"]}  # fmt: skip
+    facts = {
+        "rows": rows.fingerprint(schema.actions),
+        "actions": schema.actions,
+        "boost": boost,
+        "parameters": read_json(task.directory / "facts.json")["parameters"],
+    }
     write_json(directory / "metrics.json", facts | {"metrics": _flat(found)})
 
 
@@ -198,16 +222,21 @@ def chosen_boost(
 def _hit_rates(judged: Judged, schema: Schema, config: EvaluationConfig) -> tuple[float, float]:
     """Mean over the actions of fresh and of overall Hits@k; 0 where nothing supports it."""
     found = evaluate.indicators(judged, schema, config).hits
-    fresh, overall = (hit.sum(0) / np.maximum(holds.sum(0), 1)
-                      for holds, hit in (found[name, MetricName.HITS] for name in (FRESH, ALL)))  # fmt: skip
+    fresh, overall = (
+        hit.sum(0) / np.maximum(holds.sum(0), 1)
+        for holds, hit in (found[name, MetricName.HITS] for name in (FRESH, ALL))
+    )
     return float(fresh.mean()), float(overall.mean())
 
 
 def _flat(found: Evaluation) -> list[dict[str, Any]]:
     """Every metric on all, fresh and warm rows; ``..._per_item`` where each item counts the same."""
     kept, suffix = (ALL, FRESH, WARM), {Weighting.IMPRESSION: "", Weighting.ITEM: "_per_item"}
-    return [{"metric": m.metric.value + suffix[m.weighting], "slice": m.slice, "action": m.action or "",
-             "value": m.value} for m in found.metrics if m.slice in kept and m.value is not None]  # fmt: skip
+    return [
+        {"metric": m.metric.value + suffix[m.weighting], "slice": m.slice, "action": m.action or "", "value": m.value}
+        for m in found.metrics
+        if m.slice in kept and m.value is not None
+    ]
 
 
 def list_sums(judged: Judged, schema: Schema, config: EvaluationConfig) -> dict[str, np.ndarray]:
@@ -256,8 +285,16 @@ class Result:
     @classmethod
     def read(cls, task: Task) -> "Result":
         facts, arrays = read_json(task.measures / "metrics.json"), load_file(task.measures / "lists.safetensors")
-        return cls(task.name, task.seed, facts["rows"], facts["parameters"], facts["boost"], facts["metrics"],
-                   arrays["sums"], arrays["counts"])  # fmt: skip
+        return cls(
+            task.name,
+            task.seed,
+            facts["rows"],
+            facts["parameters"],
+            facts["boost"],
+            facts["metrics"],
+            arrays["sums"],
+            arrays["counts"],
+        )
 
     def value(self, metric: str, name: str, action: str) -> float | None:
         for entry in self.metrics:

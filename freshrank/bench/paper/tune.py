@@ -104,8 +104,11 @@ def tune(evidence: Prepared, options: Options, console: Console) -> list[Failure
     reference = _reference(references, oracle)
     trials = _read(first, {BASELINE: baseline})
     base = best(trials, reference).overrides
-    second = {(row.name, n): _tasks(prepared, row, layer, options, base)
-              for row in rows[1:] for n, layer in enumerate(row.candidates)}  # fmt: skip
+    second = {
+        (row.name, n): _tasks(prepared, row, layer, options, base)
+        for row in rows[1:]
+        for n, layer in enumerate(row.candidates)
+    }
     failures += run_all(_flat(second.values()), options.jobs, console, "tune the rows")
     trials += _read(second, {row.name: row for row in rows})
     write_trials(options.out / f"tuning-{prepared.protocol}.csv", trials, reference)
@@ -117,8 +120,10 @@ def _tasks(
     prepared: Prepared, row: Row, layer: Overrides, options: Options, base: Overrides | None = None
 ) -> list[Task]:
     source = prepared.source
-    configs = (config_of(row, seed, base or {}, layer, windows=source.windows, lists=options.lists)
-               for seed in range(options.seeds))  # fmt: skip
+    configs = (
+        config_of(row, seed, base or {}, layer, windows=source.windows, lists=options.lists)
+        for seed in range(options.seeds)
+    )
     note = f" candidate {row.candidates.index(layer)}"
     return [Task(row.name, seed, config, source, note=note) for seed, config in enumerate(configs)]
 
@@ -145,8 +150,11 @@ def _reference(baseline: list[Task], oracle: list[Task]) -> Reference:
 
 def _read(tasks: dict[tuple[str, int], list[Task]], rows: dict[str, Row]) -> list[Trial]:
     """The trials all of whose seeds are done."""
-    return [Trial(name, number, rows[name].candidates[number], [Result.read(task) for task in by_seed])
-            for (name, number), by_seed in tasks.items() if all(task.done for task in by_seed)]  # fmt: skip
+    return [
+        Trial(name, number, rows[name].candidates[number], [Result.read(task) for task in by_seed])
+        for (name, number), by_seed in tasks.items()
+        if all(task.done for task in by_seed)
+    ]
 
 
 def best(trials: Sequence[Trial], reference: Reference) -> Trial:

@@ -79,8 +79,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     os.environ |= {BUNDLE: given.bundle, HOME: given.home}
-    uvicorn.run("freshrank.bench.serving.fastapi_server:app", host=LOOPBACK, port=given.port, workers=given.workers,
-                log_level="warning")  # fmt: skip
+    uvicorn.run(
+        "freshrank.bench.serving.fastapi_server:app",
+        host=LOOPBACK,
+        port=given.port,
+        workers=given.workers,
+        log_level="warning",
+    )
 
 
 if __name__ == "__main__":

@@ -161,8 +161,10 @@ def _round(part: Slice) -> Round:
 
 
 def _cell(system: str, size: int, callers: int, rounds: list[Round]) -> Cell:
-    medians = {name: median(getattr(each, name) for each in rounds)
-               for name in ("p50_ms", "p99_ms", "per_second", "caller_cores")}  # fmt: skip
+    medians = {
+        name: median(getattr(each, name) for each in rounds)
+        for name in ("p50_ms", "p99_ms", "per_second", "caller_cores")
+    }
     requests = sum(each.requests for each in rounds)
     return Cell(system=system, candidates=size, callers=callers, requests=requests, **medians)
 
@@ -189,8 +191,11 @@ def ratios(rounds: Rounds, plan: Plan) -> list[Ratio]:
 
 def _saturation(rounds: Rounds, plan: Plan, system: str) -> list[float]:
     """Per round the highest throughput over all numbers of callers."""
-    found = [[each.per_second for each in rounds[system, plan.size, count]] for size, count in plan.cells()
-             if size == plan.size]  # fmt: skip
+    found = [
+        [each.per_second for each in rounds[system, plan.size, count]]
+        for size, count in plan.cells()
+        if size == plan.size
+    ]
     return [max(each) for each in zip(*found, strict=True)]
 
 
@@ -242,8 +247,17 @@ def _triton(root: Path, bundle: Path) -> Iterator[str]:
 @contextmanager
 def _fastapi(bundle: Path, home: Path) -> Iterator[str]:
     port = free_ports().http
-    command = [sys.executable, "-m", "freshrank.bench.serving.fastapi_server", "--bundle", str(bundle.resolve()),
-               "--home", str(home.resolve()), "--port", str(port)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "freshrank.bench.serving.fastapi_server",
+        "--bundle",
+        str(bundle.resolve()),
+        "--home",
+        str(home.resolve()),
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         _await(f"http://{LOOPBACK}:{port}/openapi.json", process)

@@ -84,16 +84,22 @@ class Caller:
         for size in sizes:
             self.pools[size] = draw(self.dataset, size, POOL, self.seed + size, self.place.at_us)
             known = [self.features.read(*_ids(query)) for query in self.pools[size]]
-            self.ready[size] = [Batch([query]).blocks(k, self.ranker.encoder)[0]
-                                for query, k in zip(self.pools[size], known, strict=True)]  # fmt: skip
+            self.ready[size] = [
+                Batch([query]).blocks(k, self.ranker.encoder)[0]
+                for query, k in zip(self.pools[size], known, strict=True)
+            ]
             sequences = [k.users.values(SEQUENCE_ITEMS)[k.users.present(SEQUENCE_ITEMS)] for k in known]
-            self.stored[size] = [self._keys(query, np.unique(sequence))
-                                 for query, sequence in zip(self.pools[size], sequences, strict=True)]  # fmt: skip
+            self.stored[size] = [
+                self._keys(query, np.unique(sequence))
+                for query, sequence in zip(self.pools[size], sequences, strict=True)
+            ]
 
     def _keys(self, query: Query, sequence: Any) -> list[tuple[Entity, bytes]]:
         items = np.unique(np.concatenate([query.item_ids, sequence]))
-        keys = {Entity.USER: self.rows.keys(Entity.USER, np.array([query.user_id])),
-                Entity.ITEM: self.rows.keys(Entity.ITEM, items)}  # fmt: skip
+        keys = {
+            Entity.USER: self.rows.keys(Entity.USER, np.array([query.user_id])),
+            Entity.ITEM: self.rows.keys(Entity.ITEM, items),
+        }
         return [(entity, key) for entity, found in keys.items() for key in found]
 
     @cached_property
@@ -224,8 +230,10 @@ class Callers:
     def __init__(self, place: Place, sizes: list[int], processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[tuple[Any, Any]] = [context.Pipe() for _ in range(processes)]
-        self._processes = [context.Process(target=_serve, args=(theirs, place, sizes, 1000 * number), daemon=True)
-                           for number, (_, theirs) in enumerate(self._pipes)]  # fmt: skip
+        self._processes = [
+            context.Process(target=_serve, args=(theirs, place, sizes, 1000 * number), daemon=True)
+            for number, (_, theirs) in enumerate(self._pipes)
+        ]
 
     def __enter__(self) -> "Callers":
         for process in self._processes:

@@ -45,8 +45,21 @@ class RedisServer:
         if binary is None:
             raise ConfigError("redis-server is not on the PATH; on Debian: apt-get install redis-server")
         self._directory.mkdir(parents=True, exist_ok=True)
-        command = [binary, "--bind", LOOPBACK, "--port", str(self.port), "--save", "", "--appendonly", "no",
-                   "--dir", str(self._directory), "--daemonize", "no"]  # fmt: skip
+        command = [
+            binary,
+            "--bind",
+            LOOPBACK,
+            "--port",
+            str(self.port),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            str(self._directory),
+            "--daemonize",
+            "no",
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():

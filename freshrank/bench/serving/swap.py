@@ -174,16 +174,18 @@ class SwapBench(BaseModel):
         grown = self.after.rss_mib - self.before.rss_mib
         return [
             f"{self.sent:,} requests: {self.failed} failed, {self.wrong} wrong",
-            *(f"{kind}: {self.seconds[kind]['median']:.2f} s (at most {self.seconds[kind]['highest']:.2f} s), p99 "
-              f"{self.latency[kind].p99_ms:.1f} ms, {ratio:.2f} times the steady "
-              f"{self.latency['steady'].p99_ms:.1f} ms (target: at most {TARGET_RATIO:g})"
-              for kind, ratio in self.ratios.items()),
+            *(
+                f"{kind}: {self.seconds[kind]['median']:.2f} s (at most {self.seconds[kind]['highest']:.2f} s), p99 "
+                f"{self.latency[kind].p99_ms:.1f} ms, {ratio:.2f} times the steady "
+                f"{self.latency['steady'].p99_ms:.1f} ms (target: at most {TARGET_RATIO:g})"
+                for kind, ratio in self.ratios.items()
+            ),
             f"memory {self.before.rss_mib:.0f} -> {self.after.rss_mib:.0f} MiB ({grown:+.0f}), processes "
             f"{self.before.processes} -> {self.after.processes}, open files {self.before.open_files} -> "
             f"{self.after.open_files}, shared memory {self.before.shared_memory} -> {self.after.shared_memory} files",
             f"tritonserver itself: {self.growth_kib_per_swap:+.0f} KiB per swap; per bare load and unload of an empty "
             f"model {self.bare_loop.per_load_kib:+.0f} KiB",
-        ]  # fmt: skip
+        ]
 
 
 def swap(data: Path, plan: Plan, out: Path, console: Console) -> SwapBench:
@@ -352,8 +354,11 @@ def moments(changes: list[Change]) -> pl.Expr:
     moment = pl.lit("between")
     for change in changes:
         settled = change.end + SETTLING_SECONDS
-        bounds = {change.kind: (change.start, change.end), "settling": (change.end, settled),
-                  "steady": (settled, settled + _quiet(change))}  # fmt: skip
+        bounds = {
+            change.kind: (change.start, change.end),
+            "settling": (change.end, settled),
+            "steady": (settled, settled + _quiet(change)),
+        }
         for name, (start, end) in bounds.items():
             moment = pl.when(pl.col("due").is_between(start, end, "left")).then(pl.lit(name)).otherwise(moment)
     return moment
@@ -414,8 +419,11 @@ def _draw_latency(axes: "Axes", found: "SwapBench", rows: pl.DataFrame) -> None:
     for name, style in (("steady", "-"), ("swap", "--")):
         p99 = found.latency[name].p99_ms
         axes.axhline(p99, color=BLUE, linestyle=style, linewidth=1, label=f"p99 {name}: {p99:.1f} ms")
-    axes.set(yscale="log", ylabel="milliseconds since it was due",
-             title=f"{found.sent:,} requests, {found.failed} failed, {found.wrong} wrong")  # fmt: skip
+    axes.set(
+        yscale="log",
+        ylabel="milliseconds since it was due",
+        title=f"{found.sent:,} requests, {found.failed} failed, {found.wrong} wrong",
+    )
     axes.legend(loc="upper right", ncols=5)
 
 

@@ -95,8 +95,9 @@ def _copy(bundle: Path, path: Path) -> None:
 def _train(dataset: Dataset, day: str, windows: str, seed: int, bundle: Path) -> None:
     trained = bundle.with_name(f"{bundle.name}-trained")
     training = TrainingConfig(seed=seed).model_dump_json()
-    steps.train(dataset.path, day, windows, _SMALL.model_dump_json(), TechniquesConfig().model_dump_json(), training,
-                trained)  # fmt: skip
+    steps.train(
+        dataset.path, day, windows, _SMALL.model_dump_json(), TechniquesConfig().model_dump_json(), training, trained
+    )
     calibration = CalibrationConfig(min_positives=1).model_dump_json()
     steps.calibrate(dataset.path, day, windows, calibration, trained, bundle)
 

@@ -75,12 +75,15 @@ class _Padded(Ranker):
 def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Console) -> Epoch:
     """Time both ways ``repeats`` times in turn over ``steps`` batches; write ``out`` as JSON."""
     prepare(prepared)
-    config = config_of(ROWS[BASELINE], 0, *layers_of(ROWS[BASELINE], tuned(prepared.protocol)),
-                       windows=prepared.source.windows)  # fmt: skip
+    config = config_of(
+        ROWS[BASELINE], 0, *layers_of(ROWS[BASELINE], tuned(prepared.protocol)), windows=prepared.source.windows
+    )
     whole = load_evidence(prepared.source).encoded(config).train
     ways = [(Ranker, _First(whole.data, steps)), (_Padded, _PerImpression(whole.data, steps))]
-    found = [[_timed(ranker, Encoded(whole.encoder, data, whole.newest_items), config) for ranker, data in ways]
-             for _ in track(range(repeats), "epochs", console=console, disable=not console.is_terminal)]  # fmt: skip
+    found = [
+        [_timed(ranker, Encoded(whole.encoder, data, whole.newest_items), config) for ranker, data in ways]
+        for _ in track(range(repeats), "epochs", console=console, disable=not console.is_terminal)
+    ]
     ratios = [naive / ours for (ours, _), (naive, _) in found]
     (_, losses), (_, others) = found[0]
     result = Epoch(

@@ -61,8 +61,11 @@ class Columns:
 def rows_of(batch: Batch, encoder: Encoder, ranker: Ranker) -> tuple[Rows, Tensor]:
     """Columns of :class:`Columns`, [B, ..] each, ``action`` [B, L] of the sequence, and labels [B, A], 0 = missing."""
     index = batch.inputs["user_index"]
-    inputs = {name: block[index] if name.startswith(("user_", "sequence_")) else block
-              for name, block in batch.inputs.items() if name != "user_index"}  # fmt: skip
+    inputs = {
+        name: block[index] if name.startswith(("user_", "sequence_")) else block
+        for name, block in batch.inputs.items()
+        if name != "user_index"
+    }
     rows: Rows = {"id": inputs["item_id"]}
     dense: list[Tensor] = []
     for entity in ENTITIES:
@@ -81,8 +84,11 @@ def rows_of(batch: Batch, encoder: Encoder, ranker: Ranker) -> tuple[Rows, Tenso
 
 def _dense(entity: Entity, inputs: Rows, module: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [module._dense(name, block, inputs) for name, block in module.blocks.items()
-                if name in ("numeric", "history", "embedding")]  # fmt: skip
+        return [
+            module._dense(name, block, inputs)
+            for name, block in module.blocks.items()
+            if name in ("numeric", "history", "embedding")
+        ]
 
 
 @dataclass(frozen=True)
@@ -141,13 +147,16 @@ class _RechubEmbedding(nn.Module):
 
         super().__init__()
         sparse = [SparseFeature(name, size, dim) for name, (size, dim) in columns.single.items()]
-        sparse += [SequenceFeature(name, size, dim, "mean", padding_idx=0)
-                   for name, (size, dim) in columns.several.items()]  # fmt: skip
+        sparse += [
+            SequenceFeature(name, size, dim, "mean", padding_idx=0) for name, (size, dim) in columns.several.items()
+        ]
         widths = sorted({feature.embed_dim for feature in sparse})
         self.flat = [[feature for feature in sparse if feature.embed_dim == width] for width in widths]
         self.flat[-1].append(DenseFeature(DENSE, columns.dense))
-        sequence = [SequenceFeature(name, size, dim, "concat", shared_with=shared)
-                    for name, (size, dim, shared) in columns.sequence.items()]  # fmt: skip
+        sequence = [
+            SequenceFeature(name, size, dim, "concat", shared_with=shared)
+            for name, (size, dim, shared) in columns.sequence.items()
+        ]
         self.sequence = [[feature for feature in sequence if feature.embed_dim == width] for width in widths]
         self.layer = EmbeddingLayer([feature for group in self.flat for feature in group])
 
@@ -172,8 +181,9 @@ class Rechub:
         )
         model = PeerRanker(_RechubEmbedding(columns), columns, blocks, config)
         self.parameters = count_parameters(model)
-        self.trainer = MTLTrainer(model, ["classification"] * len(columns.actions),
-                                  optimizer_params={"lr": learning_rate})  # fmt: skip
+        self.trainer = MTLTrainer(
+            model, ["classification"] * len(columns.actions), optimizer_params={"lr": learning_rate}
+        )
 
     def train(self, batches: Iterable[tuple[Rows, Tensor]]) -> list[float]:
         """One epoch over ``batches``; mean loss by action."""
@@ -225,8 +235,13 @@ def _feature_map(columns: Columns) -> Any:
     for name, (size, dim) in columns.single.items():
         found.features[name] = {"type": "categorical", "vocab_size": size, "embedding_dim": dim}
     for name, (size, dim) in columns.several.items():
-        found.features[name] = {"type": "sequence", "vocab_size": size, "embedding_dim": dim, "padding_idx": 0,
-                                "feature_encoder": "layers.MaskedAveragePooling()"}  # fmt: skip
+        found.features[name] = {
+            "type": "sequence",
+            "vocab_size": size,
+            "embedding_dim": dim,
+            "padding_idx": 0,
+            "feature_encoder": "layers.MaskedAveragePooling()",
+        }
     for name, (size, dim, shared) in columns.sequence.items():
         found.features[name] = {"type": "sequence", "vocab_size": size, "embedding_dim": dim, "share_embedding": shared}
     found.features[DENSE] = {"type": "embedding", "feature_encoder": "nn.Identity()"}
@@ -249,8 +264,14 @@ def _fuxi_model(columns: Columns, blocks: Blocks, config: ModelConfig, learning_
 
     class Model(MultiTaskModel):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
-            super().__init__(_feature_map(columns), task="binary_classification", num_tasks=len(columns.actions),
-                             verbose=0, model_root=tempfile.gettempdir(), metrics=["AUC"])  # fmt: skip
+            super().__init__(
+                _feature_map(columns),
+                task="binary_classification",
+                num_tasks=len(columns.actions),
+                verbose=0,
+                model_root=tempfile.gettempdir(),
+                metrics=["AUC"],
+            )
             self.ranker = PeerRanker(Embedding(), columns, blocks, config)
             self._max_gradient_norm = 10.0  # their default, which fit() would set
             self.compile("adam", "binary_crossentropy", learning_rate)

@@ -222,14 +222,22 @@ def _peer(name: str, work: Work, columns: peers.Columns, path: Path, own_loader:
         started, cpu = time.perf_counter(), time.process_time()
         losses = peer.train(fed)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return Measured(rows=len(labels), seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(),
-                    parameters=peer.parameters, loss=sum(losses))  # fmt: skip
+    return Measured(
+        rows=len(labels),
+        seconds=seconds,
+        cpu_seconds=cpu,
+        peak_mib=peak_mib(),
+        parameters=peer.parameters,
+        loss=sum(losses),
+    )
 
 
 def _batches(rows: peers.Rows, labels: torch.Tensor, size: int) -> list[tuple[peers.Rows, torch.Tensor]]:
     parts = {name: block.split(size) for name, block in rows.items()}
-    return [({name: part[number].clone() for name, part in parts.items()}, part_labels)
-            for number, part_labels in enumerate(labels.split(size))]  # fmt: skip
+    return [
+        ({name: part[number].clone() for name, part in parts.items()}, part_labels)
+        for number, part_labels in enumerate(labels.split(size))
+    ]
 
 
 def _read(work: Work, whole: bool) -> Measured:
@@ -258,16 +266,19 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
     peers.require(plan.peers)
     work = Work(data.resolve(), run_date, plan)
     if work.rows <= plan.window_rows:
-        raise ConfigError(f"bench train: --window-rows: received {plan.window_rows}, expected fewer than the "
-                          f"{work.rows} training rows, else nothing is streamed; or name more --days")  # fmt: skip
+        raise ConfigError(
+            f"bench train: --window-rows: received {plan.window_rows}, expected fewer than the "
+            f"{work.rows} training rows, else nothing is streamed; or name more --days"
+        )
     steps.build_features(work.data, run_date.isoformat(), work.windows.model_dump_json())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
         columns = alone(_export, work, path)
         turns = _turns(work, columns, path)
-        found = [{name: alone(*call) for name, call in (turns if number % 2 else dict(reversed(turns.items()))).items()}
-                 for number in track(range(plan.rounds), "training", console=console,
-                                     disable=not console.is_terminal)]  # fmt: skip
+        found = [
+            {name: alone(*call) for name, call in (turns if number % 2 else dict(reversed(turns.items()))).items()}
+            for number in track(range(plan.rounds), "training", console=console, disable=not console.is_terminal)
+        ]
     # Fewer days may fit a window, and then there is nothing to compare.
     parts = [work.fewer(share) for share in (4, 2, 1) if plan.days // share]
     memory = [_memory(part) for part in parts if part.rows > plan.window_rows]
@@ -300,10 +311,16 @@ def _turns(work: Work, columns: peers.Columns, path: Path) -> dict[str, tuple[An
 
 def _speed(found: Sequence[Measured]) -> Speed:
     speeds = [each.rows / each.seconds for each in found]
-    return Speed(examples_per_second=median(speeds), lowest=min(speeds), highest=max(speeds),
-                 examples_per_cpu_second=median(each.rows / each.cpu_seconds for each in found),
-                 peak_mib=max(each.peak_mib for each in found), parameters=found[0].parameters, rows=found[0].rows,
-                 loss=found[0].loss)  # fmt: skip
+    return Speed(
+        examples_per_second=median(speeds),
+        lowest=min(speeds),
+        highest=max(speeds),
+        examples_per_cpu_second=median(each.rows / each.cpu_seconds for each in found),
+        peak_mib=max(each.peak_mib for each in found),
+        parameters=found[0].parameters,
+        rows=found[0].rows,
+        loss=found[0].loss,
+    )
 
 
 def _ratios(found: Sequence[dict[str, Measured]], names: Sequence[str]) -> list[Ratio]:
@@ -338,8 +355,10 @@ def _draw_speed(axes: "Axes", found: "TrainBench") -> None:
     names = list(reversed(found.systems))
     systems = [found.systems[name] for name in names]
     middle = [each.examples_per_second for each in systems]
-    spread = [[each.examples_per_second - each.lowest for each in systems],
-              [each.highest - each.examples_per_second for each in systems]]  # fmt: skip
+    spread = [
+        [each.examples_per_second - each.lowest for each in systems],
+        [each.highest - each.examples_per_second for each in systems],
+    ]
     colours = [BLUE if name.startswith("freshrank") else GREY for name in names]
     axes.barh(names, middle, xerr=spread, color=colours, ecolor=VERMILION)
     for place, each in enumerate(systems):
@@ -351,8 +370,13 @@ def _draw_speed(axes: "Axes", found: "TrainBench") -> None:
 
 def _draw_memory(axes: "Axes", found: "TrainBench") -> None:
     rows = [each.rows for each in found.memory]
-    axes.plot(rows, [each.streamed_mib for each in found.memory], "o-", color=BLUE,
-              label=f"streamed, windows of {found.window_rows:,}")  # fmt: skip
+    axes.plot(
+        rows,
+        [each.streamed_mib for each in found.memory],
+        "o-",
+        color=BLUE,
+        label=f"streamed, windows of {found.window_rows:,}",
+    )
     axes.plot(rows, [each.whole_mib for each in found.memory], "s--", color=GREY, label="in memory")
     axes.set(xlabel="training rows", ylabel="peak resident MiB", title="Reading an epoch")
     axes.set_ylim(bottom=0)

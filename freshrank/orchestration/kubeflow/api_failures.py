@@ -83,11 +83,14 @@ def explained(what: str, error: Exception, how: "ApiSettings") -> Exception:
     if is_unknown_name(error):
         return ClusterUnreachable(f"{told}; expected a name that this machine can look up")
     if _is_of_tls(error):
-        return PipelineFailed(f"{told}; expected a certificate of a known authority: name your own in "
-                              "FRESHRANK_KFP_CA_CERT, or write http:// for a host without TLS")  # fmt: skip
+        return PipelineFailed(
+            f"{told}; expected a certificate of a known authority: name your own in "
+            "FRESHRANK_KFP_CA_CERT, or write http:// for a host without TLS"
+        )
     if is_transient(error):
-        return ClusterUnreachable(f"{what}: {settings().kfp_host} {in_words(error)}; it is away, or "
-                                  "FRESHRANK_KFP_HOST names another")  # fmt: skip
+        return ClusterUnreachable(
+            f"{what}: {settings().kfp_host} {in_words(error)}; it is away, or FRESHRANK_KFP_HOST names another"
+        )
     if isinstance(error, OSError) and how.token_file() is not None:
         return ConfigError(f"FRESHRANK_KFP_TOKEN_PATH: {how.token_file()} cannot be read ({error.strerror or error})")
     return PipelineFailed(
@@ -100,14 +103,17 @@ def _refusal(what: str, error: Any, how: "ApiSettings") -> Exception:
     told = f"{what}: {settings().kfp_host} {in_words(error)}"
     if error.status in (401, 403):
         source = how.token_file() or ("FRESHRANK_KFP_TOKEN" if how.token.get_secret_value() else "none was sent")
-        return ConfigError(f"{told}; the token ({source}) is expired or may not do this: renew it, give its account "
-                           "the rights, or set FRESHRANK_KFP_TOKEN_PATH")  # fmt: skip
+        return ConfigError(
+            f"{told}; the token ({source}) is expired or may not do this: renew it, give its account "
+            "the rights, or set FRESHRANK_KFP_TOKEN_PATH"
+        )
     if error.status == 404:
         return PipelineFailed(f"{told}; it was deleted, or FRESHRANK_KFP_HOST is not the URL of this API")
     if 300 <= error.status < 400:
         where = (error.headers or {}).get("Location", "elsewhere")
-        return PipelineFailed(f"{told} and points to {where}; expected the Kubeflow Pipelines API itself at "
-                              "FRESHRANK_KFP_HOST")  # fmt: skip
+        return PipelineFailed(
+            f"{told} and points to {where}; expected the Kubeflow Pipelines API itself at FRESHRANK_KFP_HOST"
+        )
     return (ClusterUnreachable if is_transient(error) else PipelineFailed)(told)
 
 

@@ -35,8 +35,13 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
         if task.name == _TRAINING_TASK and not cluster.train_nodes:
             _place_training(task, cluster)
         else:
-            _ask(task, cluster.step_cpu_request, cluster.step_cpu_limit,
-                 cluster.step_memory_request, cluster.step_memory_limit)  # fmt: skip
+            _ask(
+                task,
+                cluster.step_cpu_request,
+                cluster.step_cpu_limit,
+                cluster.step_memory_request,
+                cluster.step_memory_limit,
+            )
         if task.name == _TRAINING_TASK and cluster.train_nodes:
             _hand_on(task, cluster)
         if task.name != _DETERMINISTIC_TASK:
@@ -46,8 +51,12 @@ def placement(cluster: ClusterSettings) -> Callable[[Any], None]:
 
 
 def _ask(task: Any, cpu_request: str, cpu_limit: str, memory_request: str, memory_limit: str) -> None:
-    asked = [(task.set_cpu_request, cpu_request), (task.set_cpu_limit, cpu_limit),
-             (task.set_memory_request, memory_request), (task.set_memory_limit, memory_limit)]  # fmt: skip
+    asked = [
+        (task.set_cpu_request, cpu_request),
+        (task.set_cpu_limit, cpu_limit),
+        (task.set_memory_request, memory_request),
+        (task.set_memory_limit, memory_limit),
+    ]
     for ask, quantity in asked:
         if quantity:
             ask(quantity)

@@ -57,8 +57,9 @@ class Submission:
         if self.run_id is not None:
             return f"{self.run_name}: submitted as run {self.run_id}\n{self.page}"
         # Comments, so that the whole is still the package.
-        return "\n".join([f"# {self.run_name}: not submitted; this is what would be sent", *self._head(),
-                          self.package.read_text()])  # fmt: skip
+        return "\n".join(
+            [f"# {self.run_name}: not submitted; this is what would be sent", *self._head(), self.package.read_text()]
+        )
 
     def _head(self) -> list[str]:
         names = ("run_name", "key", "pipeline", "version", "experiment", "namespace", "service_account")
@@ -95,8 +96,10 @@ def doubts(submission: Submission) -> list[str]:
     found = [] if cluster.image else ["FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it"]
     found += _doubts_of_home(here.home, cluster.home_claim, Path(submission.arguments["data"]))
     if here.triton_host == "127.0.0.1" and not here.triton_replicas and not here.triton_replicas_host:
-        found.append("FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the "
-                     "service of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST")  # fmt: skip
+        found.append(
+            "FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the "
+            "service of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST"
+        )
     return found + _doubts_of_secrets(here, cluster) + unknown_variables(*ALL_SETTINGS)
 
 
@@ -104,20 +107,29 @@ def _doubts_of_secrets(here: Settings, cluster: ClusterSettings) -> list[str]:
     names = ["redis_url"] if here.online_store == "redis" else []
     names += ["triton_control_token"] if here.triton_control_token.get_secret_value() else []
     variables = [f"FRESHRANK_{name.upper()}" for name in names]
-    return [f"{name}: a secret, which does not travel with the pipeline; expected its Secret in "
-            f'FRESHRANK_CLUSTER_SECRET_ENV, as {{"{name}": "secret:key"}}'
-            for name in variables if name not in cluster.secret_env]  # fmt: skip
+    return [
+        f"{name}: a secret, which does not travel with the pipeline; expected its Secret in "
+        f'FRESHRANK_CLUSTER_SECRET_ENV, as {{"{name}": "secret:key"}}'
+        for name in variables
+        if name not in cluster.secret_env
+    ]
 
 
 def _doubts_of_home(home: Path, claim: str, data: Path) -> list[str]:
-    outside = [] if data.is_relative_to(home) else [f"--data: {data} is outside FRESHRANK_HOME, {home}; the steps see "
-                                                    "nothing else"]  # fmt: skip
+    outside = (
+        []
+        if data.is_relative_to(home)
+        else [f"--data: {data} is outside FRESHRANK_HOME, {home}; the steps see nothing else"]
+    )
     # A workspace that is shared with the steps is a volume here too.
     if home.is_mount():
         return outside
     volume = f"mount {claim} there" if claim else "have no volume there, as FRESHRANK_CLUSTER_HOME_CLAIM is not set"
-    return [f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}. Expected the "
-            "path at which both have the same workspace, as in the chart's Airflow", *outside]  # fmt: skip
+    return [
+        f"FRESHRANK_HOME: {home} is a directory of this machine, and no volume; the steps {volume}. Expected the "
+        "path at which both have the same workspace, as in the chart's Airflow",
+        *outside,
+    ]
 
 
 def start(submission: Submission) -> Submission:

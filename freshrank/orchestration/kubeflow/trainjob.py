@@ -49,8 +49,14 @@ def train(
     Raises:
         PipelineFailed: the job failed, was deleted, or left no ranker in the workspace.
     """
-    request = {"data": data, "run_date": run_date, "windows": windows, "model": model, "techniques": techniques,
-               "training": training}  # fmt: skip
+    request = {
+        "data": data,
+        "run_date": run_date,
+        "windows": windows,
+        "model": model,
+        "techniques": techniques,
+        "training": training,
+    }
     cluster = from_environment(ClusterSettings)
     if cluster.train_nodes:
         _train_on_nodes(request, cluster)
@@ -65,13 +71,18 @@ def _train_on_nodes(request: dict[str, str], cluster: ClusterSettings) -> None:
     try:
         TrainJobs.here().run(job, POLL_SECONDS)
     except NoTrainer as reason:
-        log.warning("FRESHRANK_CLUSTER_TRAIN_NODES is %d, but %s; training in this pod, in one process",
-                    cluster.train_nodes, reason)  # fmt: skip
+        log.warning(
+            "FRESHRANK_CLUSTER_TRAIN_NODES is %d, but %s; training in this pod, in one process",
+            cluster.train_nodes,
+            reason,
+        )
         return
     if not run.done("train", key):
-        raise PipelineFailed(f"TrainJob {job['metadata']['name']} is complete, but left no ranker of these inputs in "
-                             f"{run.workspace.steps}; do its pods have the step's image ({cluster.image}) and volume "
-                             f"({cluster.home_claim})?")  # fmt: skip
+        raise PipelineFailed(
+            f"TrainJob {job['metadata']['name']} is complete, but left no ranker of these inputs in "
+            f"{run.workspace.steps}; do its pods have the step's image ({cluster.image}) and volume "
+            f"({cluster.home_claim})?"
+        )
 
 
 def manifest(name: str, request: dict[str, str], cluster: ClusterSettings) -> dict[str, Any]:
@@ -81,9 +92,11 @@ def manifest(name: str, request: dict[str, str], cluster: ClusterSettings) -> di
         ConfigError: no image, or no claim for the workspace that its pods must share.
     """
     if not (cluster.image and cluster.home_claim):
-        raise ConfigError(f"FRESHRANK_CLUSTER_TRAIN_NODES: received {cluster.train_nodes} with image "
-                          f"'{cluster.image}' and claim '{cluster.home_claim}'; expected FRESHRANK_CLUSTER_IMAGE and "
-                          "FRESHRANK_CLUSTER_HOME_CLAIM as well: the nodes share the workspace")  # fmt: skip
+        raise ConfigError(
+            f"FRESHRANK_CLUSTER_TRAIN_NODES: received {cluster.train_nodes} with image "
+            f"'{cluster.image}' and claim '{cluster.home_claim}'; expected FRESHRANK_CLUSTER_IMAGE and "
+            "FRESHRANK_CLUSTER_HOME_CLAIM as well: the nodes share the workspace"
+        )
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -147,11 +160,14 @@ def _placed(cluster: ClusterSettings) -> dict[str, Any]:
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [{
-            "name": "node", "volumeMounts": mounts,
-            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        }],
-    }  # fmt: skip
+        "containers": [
+            {
+                "name": "node",
+                "volumeMounts": mounts,
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+            }
+        ],
+    }
     if cluster.node_selector:
         pod["nodeSelector"] = cluster.node_selector
     if cluster.service_account:
@@ -248,8 +264,15 @@ class TrainJobs:
     def _remove(self, name: str) -> None:
         """Its pods go with it. That it cannot be removed must not hide how it ended."""
         try:
-            self._call(self._jobs.delete_namespaced_custom_object, GROUP, VERSION, self.namespace, PLURAL, name,
-                       propagation_policy="Background")  # fmt: skip
+            self._call(
+                self._jobs.delete_namespaced_custom_object,
+                GROUP,
+                VERSION,
+                self.namespace,
+                PLURAL,
+                name,
+                propagation_policy="Background",
+            )
         except PipelineFailed as error:
             if not (isinstance(error, _Refused) and error.status == 404):
                 log.warning("TrainJob %s/%s stays: %s", self.namespace, name, error)
@@ -275,8 +298,12 @@ class TrainJobs:
         def may_pass(error: BaseException) -> bool:
             return isinstance(error, HTTPError) or (isinstance(error, ApiException) and _is_passing(error.status))
 
-        trying = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait_random_exponential(0.2, max=30),
-                          retry=retry_if_exception(may_pass), reraise=True)  # fmt: skip
+        trying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_random_exponential(0.2, max=30),
+            retry=retry_if_exception(may_pass),
+            reraise=True,
+        )
         try:
             return trying(function, *arguments, **named)
         except ApiException as error:
@@ -289,8 +316,12 @@ class _Refused(PipelineFailed):
     """What the API said no to."""
 
     def __init__(self, status: int, namespace: str, reason: str | None, body: Any) -> None:
-        may = (f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
-               "list pods and get pods/log" if status in (401, 403) else "")  # fmt: skip
+        may = (
+            f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
+            "list pods and get pods/log"
+            if status in (401, 403)
+            else ""
+        )
         super().__init__(f"the Kubernetes API answered {status} {reason}: {_message(body)}{may}")
         self.status = status
 
@@ -315,8 +346,11 @@ def _ending(job: dict[str, Any]) -> str | None:
 def _state(job: dict[str, Any]) -> str:
     """What a person wants to know of it, in a line."""
     status = job.get("status", {})
-    conditions = [f"{c['type']} ({c.get('reason', '')}): {c.get('message', '')}" for c in status.get("conditions", [])
-                  if c["status"] == "True"]  # fmt: skip
+    conditions = [
+        f"{c['type']} ({c.get('reason', '')}): {c.get('message', '')}"
+        for c in status.get("conditions", [])
+        if c["status"] == "True"
+    ]
     counts = [f"{each['name']}: {_counts(each)}" for each in status.get("jobsStatus", [])]
     return "; ".join([*conditions, *counts]) or "created"
 

@@ -57,8 +57,12 @@ def publish(
         fleet.require_ready()
         before = repository.served()
         if before and not force and _was_rolled_back(before, bundle, repository):
-            log.warning("version %d was rolled back and stays out of service, version %d serves; publish with --force "
-                        "to serve it again", before.rolled_back_from, before.version)  # fmt: skip
+            log.warning(
+                "version %d was rolled back and stays out of service, version %d serves; publish with --force "
+                "to serve it again",
+                before.rolled_back_from,
+                before.version,
+            )
             return before
         fleet.each(partial(_connect, repository=repository), "connect")
         requests = warm_up_requests(Workspace.of(repository.project).requests)
@@ -172,8 +176,12 @@ def verify(client: TritonClient, repository: ModelRepository, version: int, tole
     outputs = [spec.name for spec in repository.signature(version).outputs]
     cases = golden_cases(repository.version_directory(version))
     asked = [(f"golden case {number}", case) for number, case in enumerate(cases)] * WARM_UP_ROUNDS
-    asked += [(f"golden case {number} enlarged to {size} candidates", larger) for size in RANKER_SIZES
-              for number, case in enumerate(cases) if (larger := enlarged(case, size))]  # fmt: skip
+    asked += [
+        (f"golden case {number} enlarged to {size} candidates", larger)
+        for size in RANKER_SIZES
+        for number, case in enumerate(cases)
+        if (larger := enlarged(case, size))
+    ]
     for name, case in asked:
         with _leaving_room():
             answer = client.infer(RANKER, case.inputs, outputs, version)

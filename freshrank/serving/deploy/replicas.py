@@ -65,8 +65,10 @@ class Replicas:
         chosen = settings()
         listed, host = chosen.triton_replicas, chosen.triton_replicas_host
         if listed and host:
-            raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {listed!r}, and FRESHRANK_TRITON_REPLICAS_HOST "
-                              f"{host!r}; expected one of the two")  # fmt: skip
+            raise ConfigError(
+                f"FRESHRANK_TRITON_REPLICAS: received {listed!r}, and FRESHRANK_TRITON_REPLICAS_HOST "
+                f"{host!r}; expected one of the two"
+            )
         if host:
             return cls(lambda: resolved(host, chosen.triton_grpc_port), True, chosen.triton_replica_seconds)
         if listed:
@@ -87,8 +89,9 @@ class Replicas:
 def _addresses(listed: str) -> list[str]:
     found = [_address(entry.strip()) for entry in listed.split(",")]
     if repeated := sorted({address for address in found if found.count(address) > 1}):
-        raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {', '.join(repeated)} more than once, expected each "
-                          "replica once")  # fmt: skip
+        raise ConfigError(
+            f"FRESHRANK_TRITON_REPLICAS: received {', '.join(repeated)} more than once, expected each replica once"
+        )
     return found
 
 
@@ -107,8 +110,10 @@ def resolved(host: str, port: int) -> list[str]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ServerUnreachable(f"FRESHRANK_TRITON_REPLICAS_HOST: {host!r} does not resolve to a replica: {error}; "
-                                "expected a headless service with at least one pod") from error  # fmt: skip
+        raise ServerUnreachable(
+            f"FRESHRANK_TRITON_REPLICAS_HOST: {host!r} does not resolve to a replica: {error}; "
+            "expected a headless service with at least one pod"
+        ) from error
     older = {f"{where[0]}:{port}" for family, *_, where in found if family == socket.AF_INET}
     newer = {f"[{where[0]}]:{port}" for family, *_, where in found if family == socket.AF_INET6}
     return sorted(older or newer)

@@ -36,8 +36,9 @@ def _arm(text: str) -> Arm:
     try:
         return Arm(version=int(version), share=float(share))
     except ValueError:
-        raise ConfigError(f"experiment: received {text!r}, expected VERSION=SHARE with a share above 0 and at most 1, "
-                          "e.g. 4=0.1") from None  # fmt: skip
+        raise ConfigError(
+            f"experiment: received {text!r}, expected VERSION=SHARE with a share above 0 and at most 1, e.g. 4=0.1"
+        ) from None
 
 
 def described(repository: ModelRepository) -> str:
@@ -48,8 +49,10 @@ def described(repository: ModelRepository) -> str:
     rest = 1 - sum(arm.share for arm in running.challengers)
     champion = served.version if served else "?"
     lines = [f"experiment '{running.name}'", f"arm 0  champion    version {champion}  {rest:.1%} of users"]
-    lines += [f"arm {number}  challenger  version {arm.version}  {arm.share:.1%} of users"
-              for number, arm in enumerate(running.challengers, start=1)]  # fmt: skip
+    lines += [
+        f"arm {number}  challenger  version {arm.version}  {arm.share:.1%} of users"
+        for number, arm in enumerate(running.challengers, start=1)
+    ]
     lines += [f"       shadow      version {arm.version}  {arm.share:.1%} of users" for arm in running.shadows]
     return "\n".join(lines)
 
@@ -133,8 +136,10 @@ def _require(version: int, served: int, installed: list[int]) -> None:
 
 def _require_same_features(repository: ModelRepository, shadow: int, served: int) -> None:
     if _schema(repository, shadow) != _schema(repository, served):
-        raise ConfigError(f"experiment: shadow version {shadow} reads other features than version {served}, which it "
-                          "is to shadow; make it a challenger")  # fmt: skip
+        raise ConfigError(
+            f"experiment: shadow version {shadow} reads other features than version {served}, which it "
+            "is to shadow; make it a challenger"
+        )
 
 
 def _schema(repository: ModelRepository, version: int) -> object:

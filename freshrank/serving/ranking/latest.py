@@ -101,8 +101,12 @@ class Latest(Generic[Value]):
     def _note(self, error: Exception | None) -> None:
         """Log when it breaks and when it is mended, not at every request between."""
         if error and not self._failing:
-            log.warning("%s cannot be read, what it said last stands: %s: %s", self._what, type(error).__name__,
-                        str(error).partition("\n")[0])  # fmt: skip
+            log.warning(
+                "%s cannot be read, what it said last stands: %s: %s",
+                self._what,
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
         elif error is None and self._failing:
             log.warning("%s can be read again", self._what)
         self._failing = error is not None

@@ -38,21 +38,21 @@ class MakeFamily(Protocol):
 
 FAMILIES = {
     "requests_total": "Requests by outcome (ok, degraded, refused, unpublished, failed) and by the version that "
-                      "answered, 0 where none did",
+    "answered, 0 where none did",
     "arm_requests_total": "Answered requests by experiment and arm; 0 is the champion",
     "candidates_total": "Ranked candidates by kind (warm, cold, unknown) and version",
     "probability_sum": "Sum of probabilities by action, kind and version; over candidates_total it is their mean, and "
-                       "warm less cold is the gap",
+    "warm less cold is the gap",
     "defaults_total": "Values of a feature that were missing, by feature and arm; counted in one request of "
-                      f"{DEFAULTS_EVERY} and weighed accordingly. Numeric features with a declared default are not "
-                      "counted: a missing value and a value equal to it look alike",
+    f"{DEFAULTS_EVERY} and weighed accordingly. Numeric features with a declared default are not "
+    "counted: a missing value and a value equal to it look alike",
     "values_total": "Values of a feature that were asked for, as defaults_total counts them",
     "stage_seconds_total": "Time spent by stage (features, encode, ranker, shadow) and version",
     "shadow_batches_total": "Batches of requests that a shadow scored, or failed to, by version and outcome",
     "fallbacks_total": "Batches that a challenger could not answer, by its version; the champion did",
     "pointer_failures_total": "Batches of requests answered by what the pointer said last, as it could not be read",
     "log_requests_total": "Requests that the request log kept or had to drop",
-}  # fmt: skip
+}
 """Name and description of each; the names are prefixed with ``freshrank_ranking_``."""
 
 

@@ -143,8 +143,10 @@ def _numbers(arrays: dict[str, Any], place: slice, feature: Feature, column: Val
         if (records["tag"] == _FLOAT[0]).all():
             arrays[Kind.NUMERIC][:, place.start] = records["value"]
             return
-    raise ValueError(f"online store: feature '{feature.name}' holds something else than floats; apply and materialize "
-                     "the dataset again")  # fmt: skip
+    raise ValueError(
+        f"online store: feature '{feature.name}' holds something else than floats; apply and materialize "
+        "the dataset again"
+    )
 
 
 def _categories(arrays: dict[str, Any], place: slice, feature: Feature, column: Values) -> None:
@@ -259,8 +261,11 @@ class RedisRows:
 def _fields(found: Iterable[View]) -> list[bytes]:
     from feast.infra.online_stores.helpers import _mmh3
 
-    return [field for view in found
-            for field in (f"_ts:{view.name}".encode(), *(_mmh3(f"{view.name}:{c}") for c in view.columns))]  # fmt: skip
+    return [
+        field
+        for view in found
+        for field in (f"_ts:{view.name}".encode(), *(_mmh3(f"{view.name}:{c}") for c in view.columns))
+    ]
 
 
 def _redis(url: str, seconds: float) -> Any:
@@ -306,8 +311,10 @@ class SqliteRows:
     def _view(self, entity: Entity, view: View, ids: Int) -> Read:
         keys = _entity_keys(self._prefixes[entity], ids)
         marks = ",".join("?" * len(keys))
-        query = (f'SELECT entity_key, feature_name, value, event_ts FROM "{self._project}_{view.name}" '  # noqa: S608
-                 f"WHERE entity_key IN ({marks}) ORDER BY entity_key")  # fmt: skip
+        query = (
+            f'SELECT entity_key, feature_name, value, event_ts FROM "{self._project}_{view.name}" '  # noqa: S608
+            f"WHERE entity_key IN ({marks}) ORDER BY entity_key"
+        )
         rows = {key: list(found) for key, found in groupby(self._connection.execute(query, keys), itemgetter(0))}
         values = {key: {name: value for _, name, value, _ in found} for key, found in rows.items()}
         times = [_local_seconds(rows[key][0][3]) if key in rows else None for key in keys]

@@ -110,8 +110,10 @@ def _context(request: Tensors, schema: Schema) -> dict[str, Any]:
     there = {name: values[name] for name, is_there in zip(order, present, strict=True) if is_there and name in values}
     for name, value in there.items():
         if not np.isfinite(value):
-            raise BadRequest(f"context column '{name}': received {value}, expected a finite number; "
-                             "mark a missing value in context_present")  # fmt: skip
+            raise BadRequest(
+                f"context column '{name}': received {value}, expected a finite number; "
+                "mark a missing value in context_present"
+            )
     return there
 
 

@@ -113,8 +113,9 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
         "served_at": served_at,
         "user_id": ranked.user_id,
         "query_item_id": ranked.context.get(QUERY_ITEM_ID),
-        "context": [{"name": name, "value": float(value)} for name, value in ranked.context.items()
-                    if name != QUERY_ITEM_ID],
+        "context": [
+            {"name": name, "value": float(value)} for name, value in ranked.context.items() if name != QUERY_ITEM_ID
+        ],
         "experiment": ranked.experiment,
         "arm": int(answer["arm"][0]),
         "model_version": int(answer["model_version"][0]),
@@ -124,9 +125,11 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
         "probabilities": answer["probabilities"].tolist(),
         "cold": answer["cold"].tolist(),
         "known": answer["known"].tolist(),
-        "shadows": [{"version": version} | {name: said[name].tolist() for name in ("score", "probabilities")}
-                    for version, said in ranked.shadows.items()],
-    } | {_BLOCK + name: _tensor(block) for name, block in ranked.inputs.items()}  # fmt: skip
+        "shadows": [
+            {"version": version} | {name: said[name].tolist() for name in ("score", "probabilities")}
+            for version, said in ranked.shadows.items()
+        ],
+    } | {_BLOCK + name: _tensor(block) for name, block in ranked.inputs.items()}
 
 
 def _tensor(block: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -137,13 +140,23 @@ def _schema(kept: list[_Kept]) -> dict[str, Any]:
     blocks = sorted({name for ranked, _ in kept for name in ranked.inputs})
     utc, floats = pl.Datetime("us", "UTC"), pl.List(pl.Float32)
     return {
-        "request_id": pl.String, "event_timestamp": utc, "served_at": utc, "user_id": pl.Int64,
-        "query_item_id": pl.Int64, "context": pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})),
-        "experiment": pl.String, "arm": pl.Int64, "model_version": pl.Int64, "degraded": pl.Boolean,
-        "item_ids": pl.List(pl.Int64), "score": floats, "probabilities": pl.List(floats),
-        "cold": pl.List(pl.Boolean), "known": pl.List(pl.Boolean),
+        "request_id": pl.String,
+        "event_timestamp": utc,
+        "served_at": utc,
+        "user_id": pl.Int64,
+        "query_item_id": pl.Int64,
+        "context": pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})),
+        "experiment": pl.String,
+        "arm": pl.Int64,
+        "model_version": pl.Int64,
+        "degraded": pl.Boolean,
+        "item_ids": pl.List(pl.Int64),
+        "score": floats,
+        "probabilities": pl.List(floats),
+        "cold": pl.List(pl.Boolean),
+        "known": pl.List(pl.Boolean),
         "shadows": pl.List(pl.Struct({"version": pl.Int64, "score": floats, "probabilities": pl.List(floats)})),
-    } | {_BLOCK + name: _TENSOR for name in blocks}  # fmt: skip
+    } | {_BLOCK + name: _TENSOR for name in blocks}
 
 
 def read_log(directory: Path) -> pl.DataFrame:

@@ -240,8 +240,12 @@ class RankingService:
             # A challenger that cannot answer must not cost its users an answer.
             self._watch.fell_back(assigned[0].version.number, error)
             champion = self._version(self._served().pointer.version)
-            return self._together([replace(each, version=champion, assignment=replace(each.assignment, arm=CHAMPION))
-                                   for each in assigned])  # fmt: skip
+            return self._together(
+                [
+                    replace(each, version=champion, assignment=replace(each.assignment, arm=CHAMPION))
+                    for each in assigned
+                ]
+            )
 
     def _answered(self, version: _Version, assigned: Sequence[_Assigned]) -> list[Ranked]:
         batch = Batch([each.query for each in assigned])
@@ -294,8 +298,11 @@ class RankingService:
         """Log when the store breaks and when it is back, not at every request between."""
         if self._readable and error:
             problem = str(error).partition("\n")[0]
-            log.warning("the online store cannot be read, requests are answered without features: %s: %s",
-                        type(error).__name__, problem)  # fmt: skip
+            log.warning(
+                "the online store cannot be read, requests are answered without features: %s: %s",
+                type(error).__name__,
+                problem,
+            )
         elif error is None and not self._readable:
             log.warning("the online store can be read again")
         self._readable = error is None
