@@ -12,10 +12,11 @@ from freshrank.cli.terminal import out, say
 from freshrank.errors import ConfigError
 from freshrank.recipes import DEFAULT_RECIPE, recipe
 
+commands = typer.Typer()
+
 if TYPE_CHECKING:
     from freshrank.datasets.dataset import Dataset
     from freshrank.datasets.mappings import Texts
-from freshrank.cli.app import app
 
 imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data contract.")
 features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
@@ -76,7 +77,7 @@ def import_parquet(
     _report_import(parquet.import_parquet(source, target, allow_unknown_items, add, replace_days), before)
 
 
-@app.command()
+@commands.command()
 def simulate(
     target: Target,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,

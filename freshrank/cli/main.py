@@ -9,18 +9,25 @@ import typer
 from rich.markup import escape
 
 from freshrank import __version__
-from freshrank.cli.app import app
+from freshrank.cli import data as data_commands
+from freshrank.cli import pipeline, serving, workspace
 from freshrank.cli.bench import bench
-from freshrank.cli.data import features, imports
 from freshrank.cli.options import Day, Protocol
-from freshrank.cli.serving import experiment
 from freshrank.cli.terminal import err, out, say
 from freshrank.errors import FreshrankError
 
-app.add_typer(imports, name="import")
-app.add_typer(features, name="features")
+app = typer.Typer(
+    name="freshrank",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=("Retrain a ranker every day so that new items are served well, prove it, and serve it from Triton."),
+)
+app.add_typer(data_commands.imports, name="import")
+app.add_typer(data_commands.features, name="features")
 app.add_typer(bench, name="bench")
-app.add_typer(experiment, name="experiment")
+app.add_typer(serving.experiment, name="experiment")
+for module in (data_commands, pipeline, serving, workspace):
+    app.add_typer(module.commands)
 
 
 @app.callback(invoke_without_command=True)

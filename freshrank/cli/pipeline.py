@@ -12,17 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from freshrank.cli.app import app
 from freshrank.cli.options import Data, Day, Overrides, Recipe, local_data, run_date_of
 from freshrank.cli.terminal import err, note, out, say, warn
 from freshrank.errors import ConfigError
 from freshrank.recipes import DEFAULT_RECIPE, recipe
 
+commands = typer.Typer()
+
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Default: inside the run's folder.")]
 
 
 # ---------------------------------------------------------------- the daily run
-@app.command()
+@commands.command()
 def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None) -> None:
     """One day's retraining without Airflow: features, validation, Feast, the Kubeflow pipeline, the gate, Triton."""
     from freshrank.orchestration import daily
@@ -34,7 +35,7 @@ def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overr
     _print_run(data, run_date_of(data, day))
 
 
-@app.command()
+@commands.command()
 def validate(
     data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
 ) -> None:
@@ -58,7 +59,7 @@ def validate(
         say(line)
 
 
-@app.command()
+@commands.command()
 def train(
     data: Data, day: Day = None, target: Out = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None
 ) -> None:
@@ -78,7 +79,7 @@ def train(
     _print_facts(f"ranker: {where}", facts)
 
 
-@app.command()
+@commands.command()
 def calibrate(
     data: Data,
     day: Day = None,
@@ -102,7 +103,7 @@ def calibrate(
     _print_facts(f"bundle: {where}", facts)
 
 
-@app.command()
+@commands.command()
 def evaluate(
     data: Data,
     day: Day = None,
@@ -127,7 +128,7 @@ def evaluate(
     _print_run(data, run_date_of(data, day))
 
 
-@app.command()
+@commands.command()
 def publish(
     data: Data,
     day: Day = None,
@@ -167,7 +168,7 @@ def publish(
     say(f"served version: {result['version']}")
 
 
-@app.command()
+@commands.command()
 def submit(
     data: Annotated[
         Path | None,

@@ -10,16 +10,17 @@ import typer
 from freshrank.cli.options import Data
 from freshrank.cli.terminal import err, out, say
 
+commands = typer.Typer()
+
 if TYPE_CHECKING:
     from freshrank.serving.client.client import Answer
     from freshrank.serving.deploy.replicas import Replicas
     from freshrank.serving.repository import ModelRepository
-from freshrank.cli.app import app
 
 experiment = typer.Typer(no_args_is_help=True, help="Two versions at once: who is answered by which, and who shadows.")
 
 
-@app.command()
+@commands.command()
 def rollback(
     data: Data, to: Annotated[int | None, typer.Option(help="Installed version. Default: the previous one.")] = None
 ) -> None:
@@ -38,7 +39,7 @@ def rollback(
 
 
 # ---------------------------------------------------------------- serving
-@app.command()
+@commands.command()
 def serve(
     data: Data,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; stop with Ctrl-C.")] = False,
@@ -56,7 +57,7 @@ def serve(
         start()
 
 
-@app.command()
+@commands.command()
 def stop(data: Data) -> None:
     """Stop the local Triton."""
     from freshrank.serving.deploy.local import server
@@ -64,7 +65,7 @@ def stop(data: Data) -> None:
     say("stopped" if server(data).stop() else "was not running")
 
 
-@app.command()
+@commands.command()
 def status(data: Data) -> None:
     """What serves, since which run, and whether the server answers; exit code 1 when it does not.
 
@@ -101,7 +102,7 @@ def _replicas_status(replicas: "Replicas", repository: "ModelRepository") -> int
     return 1 if lacking or any(each.problem for each in found) else 0
 
 
-@app.command()
+@commands.command()
 def rank(
     data: Data,
     user: Annotated[str, typer.Option(help="User id, as in your log; unknown ones are answered too.")],

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from freshrank.cli.app import app
 from freshrank.cli.options import Data, run_date_of
 from freshrank.cli.terminal import note, say, warn
 
+commands = typer.Typer()
 
-@app.command()
+
+@commands.command()
 def backup(data: Data) -> None:
     """Copy the dataset and its models to the object store (FRESHRANK_STORAGE_URL); only what changed is sent.
 
@@ -27,7 +28,7 @@ def backup(data: Data) -> None:
     say(f"kept: {where} and its models; {served}")
 
 
-@app.command()
+@commands.command()
 def restore(
     data: Annotated[Path, typer.Option("--data", help="Where the dataset is, or is to be put back.")],
     name: Annotated[str | None, typer.Option(help="Its name in schema.yaml. Default: the directory's.")] = None,
@@ -54,7 +55,7 @@ def restore(
     say(f"restored: {data} and its models, features of {run_date}; {served}. Restart servers that ran meanwhile.")
 
 
-@app.command()
+@commands.command()
 def prune(
     data: Data,
     keep_days: Annotated[
@@ -84,7 +85,7 @@ def prune(
         say(f"  {each}")
 
 
-@app.command("settings")
+@commands.command("settings")
 def show_settings(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="What only a cluster needs, too: FRESHRANK_KFP_*, FRESHRANK_CLUSTER_*.")

@@ -65,14 +65,10 @@ def _model_files(workspace: Workspace, repository: ModelRepository) -> Iterator[
         *(repository.root / "rejected").glob("*.json"),
         repository.pointer_path,
         repository.root / EXPERIMENT,
-        _bindings(workspace),
+        workspace.bindings,
     ]
     home = workspace.home.resolve()
     return (str(path.resolve().relative_to(home)) for path in files if path.is_file())
-
-
-def _bindings(workspace: Workspace) -> Path:
-    return workspace.home / "bindings" / f"{workspace.dataset}.json"
 
 
 def restore_dataset(data: Path, keeper: ObjectStore, name: str | None = None) -> Dataset:
@@ -134,7 +130,7 @@ def _put_back(kept: Path, repository: ModelRepository, whole: Path, workspace: W
     for bundle in sorted((kept / "models" / RANKER).glob("*")):
         repository.place_version(bundle, int(bundle.name))
     others = {path: repository.root / path.relative_to(kept) for path in [*kept.glob("rejected/*"), kept / EXPERIMENT]}
-    others[_bindings(Workspace(whole, workspace.dataset))] = _bindings(workspace)
+    others[Workspace(whole, workspace.dataset).bindings] = workspace.bindings
     for source, target in others.items():
         if source.exists() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

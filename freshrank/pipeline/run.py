@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from freshrank.datasets.bindings import bind
 from freshrank.datasets.dataset import Dataset
 from freshrank.dates import days, parse_day
 from freshrank.errors import DataError, MissingArtifact
@@ -27,7 +28,7 @@ class Run:
     def __init__(self, data: FreshrankPath, run_date: str) -> None:
         self.dataset = Dataset.open(Path(data))
         self.workspace = Workspace.of(self.dataset.schema.name)
-        self.workspace.bind(self.dataset)
+        bind(self.workspace, self.dataset)
         self.date = parse_day(run_date)
         self.directory = self.workspace.run(self.date)
 

@@ -5,14 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from freshrank.errors import ConfigError
 from freshrank.settings import settings
 from freshrank.storage.files import locked, read_json, write_json
-
-if TYPE_CHECKING:
-    from freshrank.datasets.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -26,32 +21,10 @@ class Workspace:
     def of(cls, dataset: str, home: Path | None = None) -> "Workspace":
         return cls(home or settings().home, dataset)
 
-    def bind(self, dataset: "Dataset") -> None:
-        """Hold this workspace's name to one code per string id, over all imports.
-
-        Features, models and the online store speak codes. A second directory whose strings were mapped anew would read
-        and serve other items' features under the same name, so it is refused.
-
-        Raises:
-            ConfigError: the dataset's mappings contradict those this workspace has seen.
-        """
-        path = self.home / "bindings" / f"{self.dataset}.json"
-        known = read_json(path) if path.exists() else {}
-        found = {
-            column: entry
-            for column, entry in dataset.manifest.get("mappings", {}).items()
-            if known.get(column, {}).get("sha256") != entry["sha256"]
-        }
-        for column in set(found) & set(known):
-            if dataset.mapping_digest(column, known[column]["rows"]) != known[column]["digest"]:
-                raise ConfigError(
-                    f"{dataset.path}: '{column}' has other codes for its strings than the dataset '{self.dataset}' "
-                    f"that the workspace {self.home} knows. Import over the same directory to keep the codes, give "
-                    "schema.yaml another name, or set FRESHRANK_HOME to another workspace"
-                )
-        if found:
-            news = {c: e | {"digest": dataset.mapping_digest(c, e["rows"])} for c, e in found.items()}
-            write_json(path, known | news)
+    @property
+    def bindings(self) -> Path:
+        """Which code each string id has, over all imports under this name."""
+        return self.home / "bindings" / f"{self.dataset}.json"
 
     @property
     def features(self) -> Path:

@@ -22,7 +22,7 @@ from freshrank.bench.paper.findings import (
     observed_rates,
     ratio_by_part,
 )
-from freshrank.cli.app import app
+from freshrank.cli.main import app
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.schema import Group
 from freshrank.settings import settings

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-from freshrank.cli.app import app
+from freshrank.cli.main import app
 from freshrank.datasets.dataset import Dataset
 from freshrank.dates import parse_instant
 from freshrank.errors import ConfigError, DataError, MissingArtifact

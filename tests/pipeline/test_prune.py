@@ -12,7 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-from freshrank.cli.app import app
+from freshrank.cli.main import app
 from freshrank.config import CalibrationConfig, EvaluationConfig, GateConfig, TechniquesConfig
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import MissingArtifact

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from freshrank.datasets.bindings import bind
 from freshrank.datasets.dataset import Dataset
 from freshrank.serving.deploy.local_server import ServerStatus, TritonServer
 from freshrank.serving.repository import ModelRepository
@@ -11,7 +12,7 @@ from freshrank.storage.workspace import Workspace
 def repository(data: Path) -> ModelRepository:
     dataset = Dataset.open(data)
     workspace = Workspace.of(dataset.schema.name)
-    workspace.bind(dataset)
+    bind(workspace, dataset)
     return ModelRepository(workspace.triton)
 
 

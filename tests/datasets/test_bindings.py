@@ -5,6 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from freshrank.datasets.bindings import bind
 from freshrank.datasets.dataset import Dataset
 from freshrank.errors import ConfigError
 from freshrank.schema import dump_schema
@@ -26,22 +27,22 @@ def _dataset(path: Path, items: list[str]) -> Dataset:
 def test_an_import_that_appends_ids_fits_wherever_it_lies(tmp_path: Path) -> None:
     """The directory may move and the catalogue may grow."""
     workspace = Workspace(tmp_path / "home", "tiny")
-    workspace.bind(_dataset(tmp_path / "a", ["x", "y"]))
-    workspace.bind(_dataset(tmp_path / "b", ["x", "y", "z"]))
-    workspace.bind(_dataset(tmp_path / "b", ["x", "y", "z"]))
+    bind(workspace, _dataset(tmp_path / "a", ["x", "y"]))
+    bind(workspace, _dataset(tmp_path / "b", ["x", "y", "z"]))
+    bind(workspace, _dataset(tmp_path / "b", ["x", "y", "z"]))
 
 
 @pytest.mark.parametrize("items", [["y", "x"], ["x"], ["x", "z", "y"]])
 def test_ids_mapped_anew_are_refused_with_the_ways_out(tmp_path: Path, items: list[str]) -> None:
     """The code of 'y' was 1; a model trained then must not meet another item under it."""
     workspace = Workspace(tmp_path / "home", "tiny")
-    workspace.bind(_dataset(tmp_path / "a", ["x", "y"]))
+    bind(workspace, _dataset(tmp_path / "a", ["x", "y"]))
     with pytest.raises(ConfigError, match=r"'item_id' has other codes .* FRESHRANK_HOME"):
-        workspace.bind(_dataset(tmp_path / "b", items))
-    workspace.bind(_dataset(tmp_path / "a", ["x", "y"]))
+        bind(workspace, _dataset(tmp_path / "b", items))
+    bind(workspace, _dataset(tmp_path / "a", ["x", "y"]))
 
 
 def test_another_name_is_another_workspace(tmp_path: Path) -> None:
     """Two logs side by side do not know each other."""
-    Workspace(tmp_path / "home", "tiny").bind(_dataset(tmp_path / "a", ["x", "y"]))
-    Workspace(tmp_path / "home", "other").bind(_dataset(tmp_path / "b", ["y", "x"]))
+    bind(Workspace(tmp_path / "home", "tiny"), _dataset(tmp_path / "a", ["x", "y"]))
+    bind(Workspace(tmp_path / "home", "other"), _dataset(tmp_path / "b", ["y", "x"]))
