@@ -43,6 +43,7 @@ lint: $(STAMP) docs ## Check style, types and documentation
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy $(PACKAGES) docs/hooks.py
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(STAMP) ## Lay the code out
 	$(VENV)/bin/ruff check --fix

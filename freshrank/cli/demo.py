@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from freshrank.datasets.kuairand import Protocol
     from freshrank.reports.report import RunSummary
     from freshrank.serving.client.client import Answer
+from freshrank.cli.terminal import ranking_table
 from freshrank.datasets.prepare import prepare
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ def start_server(data: Path, console: Console) -> None:
 
 
 def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
-    from freshrank.reports.report import ranking_table
 
     try:
         user, answer = ask_for_ranking(dataset, run_date)

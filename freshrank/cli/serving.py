@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freshrank.cli.options import Data
-from freshrank.cli.terminal import err, out, say
+from freshrank.cli.terminal import err, out, ranking_table, say
 
 commands = typer.Typer()
 
@@ -130,7 +130,6 @@ def rank(
 
 
 def _print_answer(answer: "Answer", top: int, as_json: bool) -> None:
-    from freshrank.reports.report import ranking_table
 
     if as_json:
         who = {"model_version": answer.model_version, "arm": answer.arm, "degraded": answer.degraded}

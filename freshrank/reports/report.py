@@ -5,7 +5,7 @@ from base64 import b64encode
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
@@ -29,9 +29,6 @@ from freshrank.evaluation.results import (
 )
 from freshrank.reports.figures import pictures, row_name
 from freshrank.storage.files import write_text
-
-if TYPE_CHECKING:
-    from freshrank.serving.client.client import Answer
 
 HEADLINES = {
     Decision.BLESSED: "Blessed: the challenger may serve",
@@ -283,19 +280,6 @@ def _table(summary: RunSummary) -> Table:
         table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    return table
-
-
-def ranking_table(answer: "Answer", top: int) -> Table:
-    """The first ``top`` candidates (0: all) of a ranking, best first."""
-    rows = answer.rows()[: top or None]
-    arm = f", arm {answer.arm} of the experiment" if answer.arm else ""
-    title = f"model version {answer.model_version}{arm}{', degraded' if answer.degraded else ''}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
     return table
 
 
