@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from freshrank.errors import ServingError
 
@@ -26,6 +25,9 @@ class GoldenCase:
 
 def golden_cases(bundle: Path) -> list[GoldenCase]:
     """All golden cases by number, at least one."""
+    # Here, because the client of a web server takes Tensors from this module and needs no safetensors.
+    from safetensors.numpy import load_file
+
     cases: dict[int, GoldenCase] = {}
     for key, tensor in load_file(bundle / "golden.safetensors").items():
         match = _GOLDEN_KEY.fullmatch(key)

@@ -134,12 +134,12 @@ def features_get(
     at: At = None,
 ) -> None:
     """Print what the online store knows of a user or of items, as JSON; unknown ids give nulls."""
-    from freshrank.datasets.mappings import MAPPINGS
+    from freshrank.datasets.layout import MAPPINGS
     from freshrank.dates import parse_instant
     from freshrank.features.store import FeatureStore
     from freshrank.pipeline.run import Run
     from freshrank.schema import ITEM_ID, USER_ID
-    from freshrank.serving.client.ids import Codes
+    from freshrank.serving.client import Codes
 
     if user is None and not item:
         raise ConfigError("features get: received no id, expected --user ID or --item ID")

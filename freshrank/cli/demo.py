@@ -19,7 +19,7 @@ from freshrank.schema import ITEM_ID, USER_ID
 if TYPE_CHECKING:
     from freshrank.datasets.kuairand import Protocol
     from freshrank.reports.report import RunSummary
-    from freshrank.serving.client.client import Answer
+    from freshrank.serving.client import Answer
 from freshrank.cli.terminal import ranking_table
 from freshrank.datasets.prepare import prepare
 
@@ -75,7 +75,7 @@ def _show_ranking(dataset: Dataset, run_date: date, console: Console) -> None:
 
 def ask_for_ranking(dataset: Dataset, run_date: date, candidates: int = 100) -> tuple[int, "Answer"]:
     """Ask the served model to rank items of the catalog and unknown ones for the user seen last."""
-    from freshrank.serving.client.client import Client
+    from freshrank.serving.client import Client
 
     last = dataset.impressions([dataset.days[-1]]).select(USER_ID).tail(1).collect()
     user = int(last[USER_ID][0])

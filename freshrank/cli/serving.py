@@ -13,7 +13,7 @@ from freshrank.cli.terminal import err, out, ranking_table, say
 commands = typer.Typer()
 
 if TYPE_CHECKING:
-    from freshrank.serving.client.client import Answer
+    from freshrank.serving.client import Answer
     from freshrank.serving.deploy.replicas import Replicas
     from freshrank.serving.repository import ModelRepository
 
@@ -121,7 +121,7 @@ def rank(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Ask Triton to rank candidate items for a user."""
-    from freshrank.serving.client.client import Client
+    from freshrank.serving.client import Client
 
     with Client.for_dataset(data) as client:
         items = [candidate.strip() for candidate in candidates.split(",") if candidate.strip()]

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from freshrank.serving.client.client import Answer
+    from freshrank.serving.client import Answer
 
 out = Console()
 err = Console(stderr=True, log_path=False)

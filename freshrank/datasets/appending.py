@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from freshrank.datasets.checks import Findings
-from freshrank.datasets.mappings import mapping_of
+from freshrank.datasets.layout import mapping_of
 from freshrank.errors import DataError
 from freshrank.schema import CREATED_AT, EVENT_TIMESTAMP, ITEM_ID, USER_ID, Kind, Role, Schema
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.datasets.mappings import MAPPINGS, Texts
+from freshrank.datasets.layout import MANIFEST, MAPPINGS, schema_of
+from freshrank.datasets.mappings import Texts
 from freshrank.dates import days, midnight
 from freshrank.errors import DataError, FreshrankError
-from freshrank.schema import CREATED_AT, ITEM_ID, JUDGED_CREATED_AT, Schema, load_schema
+from freshrank.schema import CREATED_AT, ITEM_ID, JUDGED_CREATED_AT, Schema
 from freshrank.storage.files import fingerprint, read_json
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 Frame = pl.DataFrame | pl.LazyFrame
 
 
@@ -35,12 +35,7 @@ class Dataset:
     @classmethod
     def open(cls, path: Path) -> "Dataset":
         """Open an imported directory; a :class:`DataError` says how to import one that is not."""
-        if not (path / MANIFEST).exists():
-            raise DataError(
-                f"{path}: no {MANIFEST}, so this is not an imported dataset; run "
-                f"`freshrank import parquet {path} --out DIR` or `freshrank import kuairand`"
-            )
-        return cls(path, load_schema(path / "schema.yaml"), read_json(path / MANIFEST))
+        return cls(path, schema_of(path), read_json(path / MANIFEST))
 
     @property
     def days(self) -> list[date]:

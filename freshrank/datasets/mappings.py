@@ -5,17 +5,11 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.schema import ITEM_ID, QUERY_ITEM_ID, Schema
+from freshrank.datasets.layout import mapping_of
+from freshrank.schema import Schema
 from freshrank.storage.files import sha256_of
 
-MAPPINGS = "mappings"
-"""Their folder in a dataset."""
 _EMPTY = pl.Series("value", [], dtype=pl.String)
-
-
-def mapping_of(column: str) -> str:
-    """Name of the mapping of ``column``: item ids share one, wherever they stand."""
-    return ITEM_ID if column == QUERY_ITEM_ID else column
 
 
 class Mappings:

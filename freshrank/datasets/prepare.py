@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from freshrank.datasets.dataset import MANIFEST
+from freshrank.datasets.layout import MANIFEST
 from freshrank.errors import ConfigError
 from freshrank.settings import settings
 

@@ -31,8 +31,9 @@ from freshrank.datasets.checks import (
     harmonised,
     keys_as_written,
 )
-from freshrank.datasets.dataset import MANIFEST, Dataset, Frame, existing
-from freshrank.datasets.mappings import MAPPINGS, Mappings, mapping_of
+from freshrank.datasets.dataset import Dataset, Frame, existing
+from freshrank.datasets.layout import MANIFEST, MAPPINGS, mapping_of
+from freshrank.datasets.mappings import Mappings
 from freshrank.dates import day_of
 from freshrank.errors import DataError
 from freshrank.schema import (

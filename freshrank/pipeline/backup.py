@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from freshrank.datasets.dataset import MANIFEST, Dataset
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.layout import MANIFEST
 from freshrank.errors import ConfigError, MissingArtifact
 from freshrank.serving.experiment import FILE as EXPERIMENT
 from freshrank.serving.repository import RANKER, ModelRepository, Pointer

@@ -6,8 +6,10 @@ the shapes here are without it.
 """
 
 from freshrank.bundle.format import TensorSpec
+from freshrank.bundle.golden import Tensors
 from freshrank.schema import Kind, Role, Schema
 
+RANKING = "ranking"
 MAX_CANDIDATES = 2000
 MAX_BATCH = 16
 """Requests that are waiting at the same time and may be answered together."""
@@ -46,3 +48,13 @@ def context_columns(schema: Schema, kind: Kind) -> list[str]:
     """Names of the context columns of ``kind`` in the order of their tensor."""
     columns = schema.impressions.items()
     return [name for name, column in columns if column.role is Role.CONTEXT and column.kind is kind]
+
+
+def on_wire(request: Tensors) -> Tensors:
+    """Tensors of ``INPUTS`` as the server takes them, with a leading dimension of 1."""
+    return {name: value[None] for name, value in request.items()}
+
+
+def off_wire(answer: Tensors) -> Tensors:
+    """The inverse, for an answer."""
+    return {name: value[0] for name, value in answer.items()}

@@ -26,12 +26,11 @@ from freshrank.bundle.format import BundleInfo, Signature, TensorSpec, check_bun
 from freshrank.errors import ServingError
 from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
-from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
+from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS, RANKING
 from freshrank.settings import PROJECT_ROOT, settings
 from freshrank.storage.files import atomic_directory, read_json, write_json, write_text
 
 RANKER = "ranker"
-RANKING = "ranking"
 TEMPLATES = PROJECT_ROOT / "triton_models"
 
 log = logging.getLogger(__name__)

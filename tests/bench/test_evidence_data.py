@@ -11,7 +11,7 @@ import pytest
 from freshrank.bench.paper.evidence_data import Prepared, load_evidence, locate, prepare
 from freshrank.bench.paper.rows import EVIDENCE_WINDOWS
 from freshrank.config import ModelConfig, RunConfig
-from freshrank.datasets.dataset import MANIFEST
+from freshrank.datasets.layout import MANIFEST
 from freshrank.errors import DataError
 from tests.bench.conftest import RUN_DATE, WINDOWS
 from tests.datasets.test_kuairand import published

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 from tiny_logs import SCHEMA, Tables, at, digests, shop
 
-from freshrank.datasets.dataset import MANIFEST, Dataset
+from freshrank.datasets.dataset import Dataset
+from freshrank.datasets.layout import MANIFEST
 from freshrank.errors import DataError
 
 FIRST, SECOND = date(2024, 3, 1), date(2024, 3, 2)

@@ -14,7 +14,8 @@ from freshrank.bench.measure import free_ports
 from freshrank.errors import ServingError
 from freshrank.serving.deploy.local_server import TritonServer
 from freshrank.serving.deploy.publish import publish
-from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
+from freshrank.serving.protocol import RANKING
+from freshrank.serving.repository import RANKER, ModelRepository, Pointer
 from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace

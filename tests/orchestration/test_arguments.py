@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from freshrank.config import TrainingConfig
-from freshrank.datasets.dataset import MANIFEST
+from freshrank.datasets.layout import MANIFEST
 from freshrank.errors import MissingArtifact
 from freshrank.orchestration.kubeflow.arguments import arguments, outcome
 from freshrank.pipeline.run import Run

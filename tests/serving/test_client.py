@@ -1,6 +1,7 @@
 """Clients speak the log's own ids, times and values."""
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -16,9 +17,10 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
 from freshrank.schema import Schema
-from freshrank.serving.client.client import Answer, AsyncClient, Client, _context, _microseconds
-from freshrank.serving.client.ids import UNKNOWN_ID, Codes, unknown_id
-from freshrank.serving.triton import TritonClient, refuse_other_project
+from freshrank.serving.client import UNKNOWN_ID, Answer, AsyncClient, Client, Codes, unknown_id
+from freshrank.serving.client.session import context_tensors, microseconds
+from freshrank.serving.connection import refuse_other_project
+from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 
@@ -54,6 +56,27 @@ def test_an_id_that_cannot_be_is_named(codes: Codes, value: Any) -> None:
     assert codes.id("user_id", np.float64(12.0)) == 12
 
 
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 1e300, float("inf"), True, np.True_])
+def test_an_id_that_is_no_int64_is_refused_in_a_sentence(codes: Codes, tmp_path: Path, value: Any) -> None:
+    """The column, what was received and what is expected; the ends of int64 are ids."""
+    sentence = re.escape(f"user_id: received {value!r}, expected text or an integer, as in the log")
+    with pytest.raises(ConfigError, match=f"^{sentence}(, within int64 .-2\\*\\*63 to 2\\*\\*63 - 1.)?$"):
+        codes.id("user_id", value)
+    with pytest.raises(ConfigError, match="user_id: received 9223372036854775808, expected text or an integer"):
+        codes.id("user_id", "9223372036854775808")
+    for end in (2**63 - 1, -(2**63)):
+        assert codes.id("user_id", end) == codes.id("user_id", str(end)) == end
+    with Client("127.0.0.1:1", tiny_schema(), tmp_path) as client:
+        for user, items in ((value, [1]), (1, [1, value])):
+            with pytest.raises(ConfigError, match=r"^(user|item)_id: received .* expected an integer"):
+                client.rank_ids(user, items)
+
+
+def test_half_a_surrogate_pair_is_text_that_no_import_has_seen() -> None:
+    """A request's JSON may hold one, and UTF-8 does not."""
+    assert unknown_id("\ud800") < UNKNOWN_ID
+
+
 def test_a_text_is_no_list_of_candidates(tmp_path: Path) -> None:
     """Its letters would be ranked."""
     with Client("127.0.0.1:1", tiny_schema(), tmp_path) as client, pytest.raises(ConfigError, match="expected a list"):
@@ -62,13 +85,13 @@ def test_a_text_is_no_list_of_candidates(tmp_path: Path) -> None:
 
 def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None:
     """In the order of the schema, with a mark for each column that was given."""
-    tensors = _context(["surface=home"], tiny_schema(), codes)
+    tensors = context_tensors(["surface=home"], tiny_schema(), codes)
     assert tensors["context_categorical"].tolist() == [1]
     assert tensors["context_present"].tolist() == [True, False]
-    tensors = _context({"hour": 13.5, "surface": "new here"}, tiny_schema(), codes)
+    tensors = context_tensors({"hour": 13.5, "surface": "new here"}, tiny_schema(), codes)
     assert (tensors["context_categorical"].tolist(), tensors["context_numeric"].tolist()) == ([UNKNOWN_ID], [13.5])
     assert tensors["context_present"].tolist() == [True, True]
-    assert _context(None, tiny_schema(), codes) == _context({"surface": None}, tiny_schema(), codes) == {}
+    assert context_tensors(None, tiny_schema(), codes) == context_tensors({"surface": None}, tiny_schema(), codes) == {}
 
 
 @pytest.mark.parametrize(
@@ -85,13 +108,13 @@ def test_context_values_become_the_tensors_of_the_protocol(codes: Codes) -> None
 def test_a_context_that_cannot_be_is_named(codes: Codes, given: list[str], sentence: str) -> None:
     """Before anything is sent."""
     with pytest.raises(ConfigError, match=sentence):
-        _context(given, tiny_schema(), codes)
+        context_tensors(given, tiny_schema(), codes)
 
 
 def test_a_category_of_integers_refuses_text(tmp_path: Path) -> None:
     """The log holds codes of the user's own: there is nothing to translate a word to."""
     with pytest.raises(ConfigError, match="'surface': received 'home', expected an integer as in the log"):
-        _context(["surface=home"], tiny_schema(), Codes(tmp_path))
+        context_tensors(["surface=home"], tiny_schema(), Codes(tmp_path))
 
 
 def test_a_time_has_a_zone() -> None:
@@ -103,10 +126,10 @@ def test_a_time_has_a_zone() -> None:
         noon_utc,
         noon_utc.astimezone(timezone(timedelta(hours=-5))),
     ]
-    assert {_microseconds(at) for at in same} == {1_704_542_400_000_000}
+    assert {microseconds(at) for at in same} == {1_704_542_400_000_000}
     for bad in ("2024-01-06T12:00:00", datetime(2024, 1, 6, 12), "noon"):
         with pytest.raises(ConfigError, match="expected a time with its zone"):
-            _microseconds(bad)
+            microseconds(bad)
 
 
 def test_rows_are_sorted_best_first(world: RankingWorld) -> None:

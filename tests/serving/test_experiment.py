@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.errors import ConfigError, ServingError
-from freshrank.serving.client.client import Client
+from freshrank.serving.client import Client
 from freshrank.serving.deploy.publish import rollback
 from freshrank.serving.deploy.run_experiment import described, planned, start, stop
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile

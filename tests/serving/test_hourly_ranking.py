@@ -18,11 +18,11 @@ from freshrank.features.hourly import HOUR, build_hourly, delay, life, only_stan
 from freshrank.features.store import FeatureStore
 from freshrank.pipeline import steps
 from freshrank.schema import ITEM_ID, Entity, Origin, dump_schema
+from freshrank.serving.protocol import on_wire
 from freshrank.serving.ranking.online_store import Online, online_rows
 from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.service import RankingService
 from freshrank.serving.repository import Pointer
-from freshrank.serving.triton import on_wire
 from freshrank.settings import settings
 
 NOON = datetime.combine(RUN_DATE, time(12), UTC)

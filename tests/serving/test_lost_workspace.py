@@ -13,7 +13,7 @@ import pytest
 from ranking_world import RUN_DATE, RankingWorld, noon
 
 from freshrank.errors import ServingError
-from freshrank.serving.client.client import Client
+from freshrank.serving.client import Client
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
 from freshrank.serving.ranking.latest import LOOK_SECONDS, LookedTooLong
 from freshrank.serving.ranking.ranked import Ranked

@@ -9,7 +9,7 @@ import pytest
 from ranking_world import RankingWorld
 
 from freshrank.errors import ServingError
-from freshrank.serving.client.client import Client
+from freshrank.serving.client import Client
 from freshrank.serving.deploy.publish import publish
 from freshrank.serving.probe_requests import MOST_RECORDED, record, recorded_path, warm_up_requests
 from freshrank.serving.triton import TritonClient

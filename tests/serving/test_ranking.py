@@ -20,16 +20,16 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from freshrank.bundle.golden import Tensors
 from freshrank.errors import ServingError
 from freshrank.features.frames import Frame
-from freshrank.serving.client.client import Answer, Client
+from freshrank.serving.client import Answer, Client
 from freshrank.serving.deploy.publish import publish, rollback
-from freshrank.serving.protocol import MAX_CANDIDATES
+from freshrank.serving.protocol import MAX_CANDIDATES, off_wire, on_wire
 from freshrank.serving.ranking.features import PAUSE_SECONDS
 from freshrank.serving.ranking.query import BadRequest, Query
 from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.served import NothingPublished
 from freshrank.serving.ranking.service import RankingService, online_features
 from freshrank.serving.repository import ModelRepository
-from freshrank.serving.triton import TritonClient, off_wire, on_wire
+from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 from tests.worlds import tiny_schema
 

@@ -10,7 +10,7 @@ from ranking_world import RUN_DATE, RankingWorld, never_asked, noon, served_worl
 
 from freshrank.bench.serving.redis_server import RedisServer
 from freshrank.features.store import FeatureStore
-from freshrank.serving.client.client import Answer, Client
+from freshrank.serving.client import Answer, Client
 from freshrank.serving.ranking.features import PAUSE_SECONDS
 from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
 from freshrank.settings import settings

@@ -24,7 +24,7 @@ from test_probe_requests import unseen
 from freshrank.bench.measure import free_ports
 from freshrank.cli import serving
 from freshrank.errors import ConfigError, ServerUnreachable, ServingError
-from freshrank.serving.client.client import Answer, Client
+from freshrank.serving.client import Answer, Client
 from freshrank.serving.deploy.local_server import TritonServer
 from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.deploy.replicas import Replicas, resolved, statuses

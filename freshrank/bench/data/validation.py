@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from rich.console import Console
 
 from freshrank.bench.measure import environment, machine
-from freshrank.datasets.dataset import MANIFEST
+from freshrank.datasets.layout import MANIFEST
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.features.snapshots import build_history
 from freshrank.pipeline.run import Run

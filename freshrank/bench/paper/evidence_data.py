@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 
 from freshrank.config import RunConfig, Split, TrainingConfig, WindowConfig
-from freshrank.datasets.dataset import MANIFEST, Dataset
+from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.kuairand import Protocol, import_kuairand
+from freshrank.datasets.layout import MANIFEST
 from freshrank.dates import days
 from freshrank.errors import DataError
 from freshrank.evaluation.metrics import Bools, Floats, Ints

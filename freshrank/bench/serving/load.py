@@ -21,13 +21,13 @@ from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.datasets.dataset import Dataset
 from freshrank.features.encoder import Blocks
 from freshrank.schema import ITEM_ID, SEQUENCE_ITEMS, USER_ID, Entity
-from freshrank.serving.protocol import OUTPUTS
+from freshrank.serving.protocol import OUTPUTS, RANKING, on_wire
 from freshrank.serving.ranking.feast_import import import_feast
 from freshrank.serving.ranking.online_store import RedisRows
 from freshrank.serving.ranking.query import Query
 from freshrank.serving.ranking.service import Batch, online_features
-from freshrank.serving.repository import RANKER, RANKING
-from freshrank.serving.triton import TritonClient, on_wire
+from freshrank.serving.repository import RANKER
+from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 

@@ -20,10 +20,10 @@ import numpy as np
 import polars as pl
 
 from freshrank.datasets.dataset import Dataset
-from freshrank.datasets.mappings import MAPPINGS
+from freshrank.datasets.layout import MAPPINGS
 from freshrank.errors import FreshrankError
 from freshrank.schema import ITEM_ID, USER_ID
-from freshrank.serving.client.client import Answer, AsyncClient, Client
+from freshrank.serving.client import Answer, AsyncClient, Client
 
 TOLERANCE = 1e-4
 """Of a score: the same request may be answered alone or together with others."""

@@ -30,7 +30,8 @@ from freshrank.reports.report import library_versions
 from freshrank.serving.cpu import give_way
 from freshrank.serving.deploy.local_server import SHARED_MEMORY
 from freshrank.serving.deploy.publish import publish, rollback
-from freshrank.serving.repository import RANKING, Pointer
+from freshrank.serving.protocol import RANKING
+from freshrank.serving.repository import Pointer
 from freshrank.serving.triton import TritonClient
 from freshrank.storage.files import write_json
 

@@ -22,9 +22,9 @@ from freshrank.errors import NoAnswerInTime, ServerUnreachable, ServingError
 from freshrank.serving.deploy.replicas import Fleet, Replica, Replicas, changing
 from freshrank.serving.experiment import CHAMPION, ExperimentFile
 from freshrank.serving.probe_requests import requests_from_nobody, warm_up_requests
-from freshrank.serving.protocol import MAX_CANDIDATES
-from freshrank.serving.repository import RANKER, RANKING, ModelRepository, Pointer
-from freshrank.serving.triton import TritonClient, off_wire, on_wire
+from freshrank.serving.protocol import MAX_CANDIDATES, RANKING, off_wire, on_wire
+from freshrank.serving.repository import RANKER, ModelRepository, Pointer
+from freshrank.serving.triton import TritonClient
 from freshrank.storage.workspace import Workspace
 
 TOLERANCE = 1e-5
