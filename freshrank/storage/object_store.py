@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from freshrank.errors import ConfigError, MissingArtifact, StorageError
+from freshrank.retry import retrying
 from freshrank.settings import settings, store_endpoint, store_url
 from freshrank.storage.files import atomic_directory, read_json, sha256_of, write_json
 
@@ -281,14 +281,8 @@ class ObjectStore:
 
     def _call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Tried again while what failed may pass; then an error that says what to mend."""
-        trying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=10),
-            retry=retry_if_exception(_may_pass),
-            reraise=True,
-        )
         try:
-            return trying(function, *arguments, **named)
+            return retrying(_may_pass, attempts=ATTEMPTS)(function, *arguments, **named)
         except Exception as error:
             self._explain(error)
 

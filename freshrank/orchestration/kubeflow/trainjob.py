@@ -14,11 +14,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.kubeflow.settings import ClusterSettings, secret_reference, step_environment
 from freshrank.pipeline import steps
+from freshrank.retry import retrying
 from freshrank.settings import from_environment, settings
 from freshrank.storage.files import fingerprint
 
@@ -298,14 +297,8 @@ class TrainJobs:
         def may_pass(error: BaseException) -> bool:
             return isinstance(error, HTTPError) or (isinstance(error, ApiException) and _is_passing(error.status))
 
-        trying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=30),
-            retry=retry_if_exception(may_pass),
-            reraise=True,
-        )
         try:
-            return trying(function, *arguments, **named)
+            return retrying(may_pass, attempts=ATTEMPTS)(function, *arguments, **named)
         except ApiException as error:
             raise _Refused(error.status, self.namespace, error.reason, error.body) from error
         except HTTPError as error:
