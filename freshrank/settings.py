@@ -152,10 +152,6 @@ class Settings(BaseSettings):
     def triton_grpc_url(self) -> str:
         return f"{self.triton_host}:{self.triton_grpc_port}"
 
-    @property
-    def triton_http_url(self) -> str:
-        return f"{self.triton_host}:{self.triton_http_port}"
-
 
 @cache
 def settings() -> Settings:

@@ -221,20 +221,6 @@ def _threshold_rows(threshold: Threshold) -> list[Difference]:
     return [row for row in threshold.differences if row.action is None or row.metric is MetricName.LOG_LOSS]
 
 
-def summary_lines(summary: RunSummary) -> list[str]:
-    """The same as :func:`print_summary` in plain sentences, for logs."""
-    return [
-        f"{summary.dataset} {summary.run_date}: {HEADLINES[summary.verdict.verdict]}.",
-        *(f"{MARKS[reason.passed][0]} {reason.sentence}" for reason in summary.verdict.obstacles),
-        *(
-            f"{name}: {_interval(row.challenger)} against {_interval(row.baseline)}, "
-            f"difference {_signed(row.difference)}"
-            for name, row in _headline_rows(summary.comparison)
-        ),
-        f"serving: {summary.serving}; report: {summary.report or 'none'}",
-    ]
-
-
 def _headline_rows(comparison: Comparison) -> list[tuple[str, Difference]]:
     wanted = ((FRESH, MetricName.HITS), (FRESH, MetricName.MATCHED_HITS), (ALL, MetricName.HITS))
     rows = [comparison.get(metric, slice) for slice, metric in wanted]

@@ -29,6 +29,7 @@ from freshrank.config import (
 from freshrank.errors import ConfigError, DataError
 from freshrank.export.calibration import Platt, fit_platt
 from freshrank.export.onnx_export import export_bundle
+from freshrank.features.columns import Int, integers
 from freshrank.features.encoder import Catalog, Encoder
 from freshrank.features.frames import Frame
 from freshrank.features.vocabulary import FIRST_KNOWN, MISSING, NEW, Vocabulary
@@ -80,11 +81,16 @@ def bundle(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def rows_of(vocabulary: Vocabulary, series: pl.Series) -> Int:
+    """Of the embedding table, one per value."""
+    return vocabulary.encode(integers(series), series.is_not_null().to_numpy())
+
+
 def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_missing_row() -> None:
     """7 is seen twice, 9 once; 8 never."""
     vocabulary = Vocabulary.fit(pl.Series([7, 7, 9]), None, min_count=2)
     assert len(vocabulary) == 3
-    assert vocabulary.encode_series(pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
+    assert rows_of(vocabulary, pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
 
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -95,7 +101,7 @@ def test_a_value_has_its_own_row_exactly_when_it_was_seen(seen: set[int], asked:
     """Close together or 64 bits apart, more values than are asked for or fewer."""
     vocabulary = Vocabulary(np.array(sorted(seen), np.int64))
     rows = {value: row for row, value in enumerate(sorted(seen), start=FIRST_KNOWN)} | {None: MISSING}
-    encoded = vocabulary.encode_series(pl.Series(asked, dtype=pl.Int64))
+    encoded = rows_of(vocabulary, pl.Series(asked, dtype=pl.Int64))
     assert encoded.tolist() == [rows.get(value, NEW) for value in asked]
 
 
@@ -380,10 +386,8 @@ def test_pretraining_reads_one_row_per_item_its_newest() -> None:
     encoded = Encoded.of(frame, FRAME.items, SCHEMA, 1)
     blocks, encoder = encoded.newest_items(), encoded.encoder
     assert blocks["item_id"].tolist() == list(range(2, 42))
-    assert (
-        blocks["item_categorical"].unique().tolist()
-        == encoder.vocabularies["category"].encode_series(pl.Series([3])).tolist()
-    )
+    expected = rows_of(encoder.vocabularies["category"], pl.Series([3]))
+    assert blocks["item_categorical"].unique().tolist() == expected.tolist()
 
 
 def test_a_schema_without_content_of_items_has_nothing_to_generate_ids_of_or_to_pretrain() -> None:

@@ -37,8 +37,8 @@ PATIENCE = 3.0
 PUBLISHER = """
 import logging, os, signal, sys
 from pathlib import Path
-from freshrank.serving.publish import publish
-from freshrank.serving.replicas import Replicas
+from freshrank.serving.deploy.publish import publish
+from freshrank.serving.deploy.replicas import Replicas
 from freshrank.serving.repository import ModelRepository
 
 class AtStep(logging.Handler):

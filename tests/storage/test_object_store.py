@@ -184,7 +184,7 @@ def _authenticate(proxy: Proxy, after: str) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from freshrank.objects import ObjectStore
+from freshrank.storage.object_store import ObjectStore
 ObjectStore(sys.argv[1]).save("data", Path(sys.argv[2]))
 """
 

@@ -287,7 +287,7 @@ def test_a_survivor_to_whom_nobody_comes_ends_and_says_why(tmp_path: Path, lost:
 RANK = """
 import sys, time
 import torch
-from freshrank.distributed import joined
+from freshrank.training.distributed import joined
 with joined() as group:
     time.sleep(2.5 * group.rank)
     group.wait()

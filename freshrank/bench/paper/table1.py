@@ -211,12 +211,6 @@ def _line(
     )
 
 
-def _boost(name: str, ours: list[Result]) -> float | None:
-    """Mean constant on fresh logits; None for a row that has none."""
-    boosts = [result.boost for result in ours]
-    return float(np.mean(boosts)) if name in BOOSTED.values() or any(boosts) else None
-
-
 def _others(ours: list[Result], base: list[Result], actions: list[str]) -> dict[str, Estimate]:
     found = {
         f"{metric}/{name}/{action}": lifts.paired(
