@@ -8,7 +8,6 @@
 The pointer is the only state: config.pbtxt is derived from it, so switching and rolling back are one rename.
 """
 
-import fcntl
 import logging
 import py_compile
 import shutil
@@ -28,7 +27,7 @@ from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
 from freshrank.settings import PROJECT_ROOT, settings
-from freshrank.storage.files import atomic_directory, read_json, write_json, write_text
+from freshrank.storage.files import atomic_directory, locked, read_json, write_json, write_text
 
 RANKER = "ranker"
 RANKING = "ranking"
@@ -75,9 +74,7 @@ class ModelRepository:
     @contextmanager
     def lock(self) -> Iterator[Self]:
         """Wait until no other process publishes, rolls back or starts a server here; a killed holder frees it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.root / "lock"):
             yield self
 
     def version_directory(self, version: int) -> Path:

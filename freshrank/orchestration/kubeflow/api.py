@@ -202,9 +202,10 @@ class PipelinesApi:
 
         calling = retrying(self._may_pass, seconds=self._settings.retry_seconds, before_pause=tell)
         try:
-            return calling(self._authorised, call)
+            result: T = calling(self._authorised, call)
         except Exception as error:
             raise explained(what, error, self._settings) from error
+        return result
 
     def _may_pass(self, error: BaseException) -> bool:
         """A name that was known a moment ago comes back; one that never was is misspelt."""
