@@ -34,6 +34,7 @@ RANKING = "ranking"
 TEMPLATES = PROJECT_ROOT / "triton_models"
 
 log = logging.getLogger(__name__)
+_COMPILED = shutil.ignore_patterns("__pycache__")
 
 Platform = Literal["python", "onnxruntime"]
 
@@ -106,6 +107,16 @@ class ModelRepository:
         with atomic_directory(self.version_directory(version)) as directory:
             shutil.copytree(bundle, directory, dirs_exist_ok=True)
             _place_code(RANKER, directory, self.version_directory(version))
+
+    def refresh_code(self, versions: Collection[int]) -> None:
+        """Give ``versions`` that an earlier release installed the code of this one: theirs imports what that release
+        had. To be called before a server loads them, for it would load again what changes afterwards."""
+        for directory in map(self.version_directory, versions):
+            if not _has_code(RANKER, directory):
+                with atomic_directory(directory) as refreshed:
+                    shutil.copytree(directory, refreshed, dirs_exist_ok=True, ignore=_COMPILED)
+                    _place_code(RANKER, refreshed, directory)
+                log.info("%s: the code of an earlier release is replaced", directory)
 
     def reject(self, version: int, reason: str) -> None:
         """Remove a version that never served; its number is not given again and ``reason`` is kept."""
@@ -191,7 +202,9 @@ class ModelRepository:
         return str(json_format.MessageToJson(text_format.Parse(self.ranker_config(versions), ModelConfig())))
 
     def write_configs(self) -> list[str]:
-        """Bring every config.pbtxt in line with the pointer; return the models a server loads at its start."""
+        """Bring every config.pbtxt in line with the pointer, and all code with this release; return the models a server
+        loads at its start."""
+        self.refresh_code(self.versions())
         self._write_ranking()
         pointer = self.served()
         if pointer is None:
@@ -210,7 +223,7 @@ class ModelRepository:
 
     def _write_ranking(self) -> None:
         code = self.models / RANKING / "1"
-        if not _is_same_file(code / "model.py", TEMPLATES / RANKING / "model.py"):
+        if not _has_code(RANKING, code):
             with atomic_directory(code) as directory:
                 _place_code(RANKING, directory, code)
         config = _render(
@@ -244,8 +257,9 @@ def _place_code(model: str, directory: Path, final: Path) -> None:
     py_compile.compile(str(code), dfile=str(final / "model.py"), doraise=True)
 
 
-def _is_same_file(left: Path, right: Path) -> bool:
-    return left.exists() and left.read_bytes() == right.read_bytes()
+def _has_code(model: str, directory: Path) -> bool:
+    code = directory / "model.py"
+    return code.exists() and code.read_bytes() == (TEMPLATES / model / "model.py").read_bytes()
 
 
 def _united(groups: list[tuple[TensorSpec, ...]]) -> list[TensorSpec]:

@@ -142,6 +142,7 @@ def _log_step(step: str, what: object) -> None:
 def _load_and_verify(fleet: Fleet, pointer: Pointer, tolerance: float, requests: Sequence[Tensors]) -> None:
     repository, version = fleet.repository, pointer.version
     before, live = repository.served(), repository.live()
+    repository.refresh_code([version])
 
     def prepare(replica: Replica) -> None:
         replica.enter("load", version)
