@@ -212,7 +212,7 @@ def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:
     is_secret = name in kind.model_fields and kind.model_fields[name].annotation is SecretStr
-    shown = (
-        "a secret" if is_secret else "a value that is not repeated here" if name in _NOT_REPEATED else repr(received)
-    )
+    shown = "a secret" if is_secret else repr(received)
+    if name in _NOT_REPEATED:
+        shown = "a value that is not repeated here"
     return f"{kind.model_config['env_prefix']}{name.upper()}: received {shown}, {expected}"

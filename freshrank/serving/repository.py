@@ -94,7 +94,8 @@ class ModelRepository:
     def install_version(self, bundle: Path) -> int:
         """Copy ``bundle`` in and return its version; a fingerprint already installed keeps its version."""
         info = check_bundle(bundle)
-        self._remove_unfinished()
+        for leftover in (self.models / RANKER).glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for version in self.versions():
             if self.info(version).fingerprint == info.fingerprint:
                 return version
@@ -187,12 +188,13 @@ class ModelRepository:
         """
         signatures = [self.signature(version) for version in versions]
         inputs = _united([signature.inputs for signature in signatures])
+        everywhere = set.intersection(*({spec.name for spec in signature.inputs} for signature in signatures))
         return _render(
             RANKER,
             versions=sorted(versions),
             inputs=inputs,
             outputs=_united([signature.outputs for signature in signatures]),
-            optional=_not_everywhere(inputs, signatures),
+            optional={spec.name for spec in inputs} - everywhere,
             platform=self.platform,
             threads=self.threads,
         )
@@ -242,10 +244,6 @@ class ModelRepository:
         rejected = [int(path.stem) for path in (self.root / "rejected").glob("*.json")]
         return 1 + max([0, *self.versions(), *rejected])
 
-    def _remove_unfinished(self) -> None:
-        for leftover in (self.models / RANKER).glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
 
 def _place_code(model: str, directory: Path, final: Path) -> None:
     """Put the Python model into ``directory``, which will be named ``final``, and compile it.
@@ -277,11 +275,6 @@ def _widened(left: TensorSpec, right: TensorSpec) -> TensorSpec:
         )
     shape = tuple(a if a == b else -1 for a, b in zip(left.shape, right.shape, strict=True))
     return left.model_copy(update={"shape": shape})
-
-
-def _not_everywhere(inputs: list[TensorSpec], signatures: list[Signature]) -> set[str]:
-    everywhere = set.intersection(*({spec.name for spec in signature.inputs} for signature in signatures))
-    return {spec.name for spec in inputs} - everywhere
 
 
 def _render(model: str, **values: object) -> str:

@@ -256,6 +256,8 @@ def _connect(how: ApiSettings) -> Any:
                 require_json(answer)
             return answer
 
+    if how.ca_cert is not None and not how.ca_cert.is_file():
+        raise ConfigError(f"FRESHRANK_KFP_CA_CERT: received {how.ca_cert}, expected a file with certificates (PEM)")
     warnings.filterwarnings("ignore", message="This client only works", category=FutureWarning)
     file, token = how.token_file(), how.token.get_secret_value()
     credentials = kfp_client.ServiceAccountTokenVolumeCredentials(str(file)) if file else None
@@ -263,18 +265,12 @@ def _connect(how: ApiSettings) -> Any:
         host=settings().kfp_host,
         existing_token=token or None,
         credentials=credentials,
-        ssl_ca_cert=_authority(how.ca_cert),
+        ssl_ca_cert=None if how.ca_cert is None else str(how.ca_cert),
     )
     api_client = connected._run_api.api_client
     api_client.configuration.retries = urllib3.Retry(0, redirect=3, raise_on_redirect=False)
     api_client.rest_client = Rest(api_client.configuration)
     return connected
-
-
-def _authority(file: Path | None) -> str | None:
-    if file is not None and not file.is_file():
-        raise ConfigError(f"FRESHRANK_KFP_CA_CERT: received {file}, expected a file with certificates (PEM)")
-    return None if file is None else str(file)
 
 
 def _named(name: str) -> str:

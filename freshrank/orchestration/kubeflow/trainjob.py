@@ -115,7 +115,8 @@ def _trainer(name: str, request: dict[str, str], cluster: ClusterSettings) -> di
     trainer = {
         "image": cluster.image,
         "command": ["python", "-m", "freshrank.training.torchrun_agent"],
-        "args": [*_rendezvous(name), "-m", "freshrank.pipeline.train_worker", _literal(json.dumps(request))],
+        # Doubled, a $ of the request stays one: Kubernetes would look for a variable of that name.
+        "args": [*_rendezvous(name), "-m", "freshrank.pipeline.train_worker", json.dumps(request).replace("$(", "$$(")],
         "env": _environment(cluster),
         "numNodes": cluster.train_nodes,
         "numProcPerNode": max(1, cluster.gpus),
@@ -135,10 +136,6 @@ def _rendezvous(name: str) -> list[str]:
         f"--rdzv-conf=join_timeout={ceil(settings().train_connect_seconds)}",
         f"--max-restarts={RESTARTS}",
     ]
-
-
-def _literal(text: str) -> str:
-    return text.replace("$(", "$$(")
 
 
 def _environment(cluster: ClusterSettings) -> list[dict[str, Any]]:
@@ -295,7 +292,9 @@ class TrainJobs:
         from urllib3.exceptions import HTTPError
 
         def may_pass(error: BaseException) -> bool:
-            return isinstance(error, HTTPError) or (isinstance(error, ApiException) and _is_passing(error.status))
+            if isinstance(error, ApiException):
+                return not error.status or error.status == 429 or error.status >= 500
+            return isinstance(error, HTTPError)
 
         try:
             return retrying(may_pass, attempts=ATTEMPTS)(function, *arguments, **named)
@@ -309,13 +308,13 @@ class _Refused(PipelineFailed):
     """What the API said no to."""
 
     def __init__(self, status: int, namespace: str, reason: str | None, body: Any) -> None:
-        may = (
-            f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
-            "list pods and get pods/log"
-            if status in (401, 403)
-            else ""
-        )
-        super().__init__(f"the Kubernetes API answered {status} {reason}: {_message(body)}{may}")
+        sentence = f"the Kubernetes API answered {status} {reason}: {_message(body)}"
+        if status in (401, 403):
+            sentence += (
+                f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
+                "list pods and get pods/log"
+            )
+        super().__init__(sentence)
         self.status = status
 
 
@@ -324,10 +323,6 @@ def _message(body: Any) -> str:
         return str(json.loads(body)["message"])
     except (TypeError, ValueError, KeyError):
         return str(body)
-
-
-def _is_passing(status: int | None) -> bool:
-    return not status or status == 429 or status >= 500
 
 
 def _ending(job: dict[str, Any]) -> str | None:

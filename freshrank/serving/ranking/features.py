@@ -87,12 +87,10 @@ class ItemCache:
         for number in ids.tolist():
             self._slots.setdefault(number, len(self._slots) + 1)
         if len(self._slots) >= len(self._expires):
-            self._grow(2 * (len(self._slots) + 1))
+            size = 2 * (len(self._slots) + 1)
+            self._arrays = {name: _longer(array, size) for name, array in self._arrays.items()}
+            self._expires = _longer(self._expires, size)
         return self.slots(ids)
-
-    def _grow(self, size: int) -> None:
-        self._arrays = {name: _longer(array, size) for name, array in self._arrays.items()}
-        self._expires = _longer(self._expires, size)
 
     def take(self, slots: Int) -> Found:
         """What is held in ``slots``."""
@@ -146,7 +144,8 @@ class OnlineFeatures:
         try:
             held = self._held_for(len(item_ids) + len(lookups) + users.arrays[Kind.SEQUENCE].size)
             users = self._fresh(user_ids, np.concatenate([item_ids, lookups]), held, now)
-            self._fresh(np.zeros(0, np.int64), sequences := _sequences(users), held, now)
+            sequences = users.values(SEQUENCE_ITEMS)[users.present(SEQUENCE_ITEMS)]
+            self._fresh(np.zeros(0, np.int64), sequences, held, now)
         except Exception as error:
             problem = error
         looked_up, ids = self._known(np.concatenate([sequences, lookups]))
@@ -187,8 +186,3 @@ class OnlineFeatures:
         found = self._cache.take(self._cache.slots(ids))
         rows = found.known.nonzero()[0]
         return Found(found.columns.take(rows), *(getattr(found, name)[rows] for name in _OF_ITEMS)), ids[rows]
-
-
-def _sequences(users: Columns) -> Int:
-    items: Int = users.values(SEQUENCE_ITEMS)[users.present(SEQUENCE_ITEMS)]
-    return items
