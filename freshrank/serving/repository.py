@@ -22,17 +22,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from pydantic import BaseModel, ConfigDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from freshrank import triton_models
 from freshrank.bundle.format import BundleInfo, Signature, TensorSpec, check_bundle, read_info, read_signature
 from freshrank.errors import ServingError
 from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.files import atomic_directory, read_json, write_json, write_text
 
 RANKER = "ranker"
 RANKING = "ranking"
-TEMPLATES = PROJECT_ROOT / "triton_models"
+TEMPLATES = Path(triton_models.__file__).parent
 
 log = logging.getLogger(__name__)
 
