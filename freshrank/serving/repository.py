@@ -14,6 +14,7 @@ import py_compile
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,7 +23,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from pydantic import BaseModel, ConfigDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from freshrank import triton_models
 from freshrank.bundle.format import BundleInfo, Signature, TensorSpec, check_bundle, read_info, read_signature
 from freshrank.errors import ServingError
 from freshrank.serving.cpu import usable_cores
@@ -33,7 +33,7 @@ from freshrank.storage.files import atomic_directory, read_json, write_json, wri
 
 RANKER = "ranker"
 RANKING = "ranking"
-TEMPLATES = Path(triton_models.__file__).parent
+TEMPLATES = Path(str(files("freshrank.triton_models")))
 
 log = logging.getLogger(__name__)
 
