@@ -12,6 +12,7 @@ import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -69,16 +70,18 @@ class Environment:
         (site,) = (self.path / "lib").glob("python*/site-packages")
         return site
 
-    def link(self, *requirements: str) -> "Environment":
-        """Add what ``requirements`` name, with everything it depends on in turn."""
-        for each in self._closure(list(map(Requirement, requirements))):
+    def link(self, *requirements: str, without: str = "") -> "Environment":
+        """Add what ``requirements`` name, with everything it depends on in turn but ``without``."""
+        for each in self._closure(list(map(Requirement, requirements)), without):
             link_files(each, self.site)
         return self
 
-    def _closure(self, wanted: list[Requirement]) -> Iterator[Distribution]:
+    def _closure(self, wanted: list[Requirement], without: str) -> Iterator[Distribution]:
         seen: set[tuple[str, str]] = set()
         while wanted:
             requirement = wanted.pop()
+            if requirement.name == without:
+                continue
             found = self._distribution(requirement.name)
             if not any(name == found.name for name, _ in seen):
                 yield found
@@ -94,13 +97,15 @@ class Environment:
         (metadata,) = self.site.glob("freshrank-*.dist-info")
         return Distribution.at(metadata)
 
-    def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Its Python with ``arguments``, in its empty directory, knowing nothing of this checkout."""
+    def run(
+        self, *arguments: str | Path, cwd: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Its Python with ``arguments``, in its empty directory or ``cwd``, knowing nothing of this checkout."""
         own = ("PYTHON", "FRESHRANK_", "AIRFLOW", "VIRTUAL_ENV")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         return subprocess.run(
             [self.python, *arguments],
-            cwd=self.work,
+            cwd=cwd or self.work,
             env=inherited | {"PATH": f"{self.path / 'bin'}{os.pathsep}{os.environ['PATH']}"} | variables,
             capture_output=True,
             text=True,
@@ -121,7 +126,14 @@ def link_files(package: Distribution, site: Path) -> None:
         return
     assert package.files is not None, f"{package.name} has no list of its files"
     for file in package.files:
-        target = site / file
-        if file.parts[0] != ".." and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(Path(str(file.locate())).resolve())
+        if file.parts[0] != ".." and file.suffix != ".pyc":
+            _link(Path(str(file.locate())), site / file)
+            if file.suffix == ".py":
+                # Where it is compiled already it need not be again.
+                _link(Path(cache_from_source(str(file.locate()))), Path(cache_from_source(str(site / file))))
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.exists() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source.resolve())

@@ -3,8 +3,11 @@
 import json
 import re
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -133,30 +136,65 @@ def test_what_a_command_needs_is_said_of_commands_that_there_are() -> None:
     assert set(EXTRAS.values()) <= set(distribution("freshrank").metadata.get_all("Provides-Extra"))
 
 
-@pytest.mark.slow
-def test_everything_installed_runs_a_day_from_an_empty_directory(
-    wheel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """`pip install 'freshrank[all]'`, and Triton as the documentation says: simulate, run, ask, and read the DAGs."""
-    whole = Environment.create(tmp_path_factory.mktemp("environment") / "all", wheel).link("freshrank[all]")
-    assert whole.check() == ""
-    link_files(distribution("nvidia-pytriton"), whole.site)
-    ports = {f"FRESHRANK_TRITON_{name.upper()}_PORT": str(port) for name, port in free_ports()}
+@dataclass(frozen=True)
+class Day:
+    """A directory without a checkout in which a day was run, and its Triton's ports."""
 
-    def freshrank(*arguments: str) -> str:
-        result = whole.run("-m", "freshrank", *arguments, **ports)
+    whole: Environment
+    ports: dict[str, str]
+
+    def freshrank(self, *arguments: str, by: Environment | None = None) -> str:
+        result = (by or self.whole).run("-m", "freshrank", *arguments, cwd=self.whole.work, **self.ports)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
         return result.stdout
 
-    sizes = ("--users", "200", "--days", "6", "--impressions-per-day", "2000")
-    freshrank("simulate", "--out", "data", *sizes)
+    def ranked_by(self, environment: Environment) -> list[dict[str, Any]]:
+        items = ("--user", "1", "--candidates", "1,2,3", "--at", "2024-01-07T12:00:00+00:00")
+        lines = self.freshrank("rank", "--data", "data", *items, "--json", by=environment)
+        return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def day(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Day]:
+    """`pip install 'freshrank[all]'` in an empty directory, and Triton as the documentation says: simulate and run."""
+    whole = Environment.create(tmp_path_factory.mktemp("environment") / "all", wheel).link("freshrank[all]")
+    assert whole.check() == ""
+    link_files(distribution("nvidia-pytriton"), whole.site)
+    made = Day(whole, {f"FRESHRANK_TRITON_{name.upper()}_PORT": str(port) for name, port in free_ports()})
+    made.freshrank("simulate", "--out", "data", "--users", "200", "--days", "6", "--impressions-per-day", "2000")
     try:
-        freshrank("run", "--data", "data", *(part for each in LENIENT for part in ("--set", each)))
-        asked = freshrank("rank", "--data", "data", "--user", "1", "--candidates", "1,2,3", "--json")
+        made.freshrank("run", "--data", "data", *(part for each in LENIENT for part in ("--set", each)))
+        yield made
     finally:
-        freshrank("stop", "--data", "data")
-    assert [json.loads(line)["model_version"] for line in asked.splitlines()] == [1, 1, 1]
-    (record,) = whole.work.glob(".freshrank/runs/*/*/run.json")
+        made.freshrank("stop", "--data", "data")
+
+
+@pytest.mark.slow
+def test_everything_installed_runs_a_day_from_an_empty_directory(day: Day) -> None:
+    """It was blessed, and version 1 answers."""
+    (record,) = day.whole.work.glob(".freshrank/runs/*/*/run.json")
     assert read_json(record)["verdict"] == "blessed"
-    dags = whole.run("-c", DAGS, AIRFLOW_HOME=str(whole.path / "airflow"), AIRFLOW__CORE__LOAD_EXAMPLES="False")
-    assert dags.stdout.splitlines()[-1:] == ["['daily_retraining', 'hourly_counters']"], dags.stderr
+    assert [row["model_version"] for row in day.ranked_by(day.whole)] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_the_dags_are_where_airflow_is_told_to_look(day: Day) -> None:
+    """In the installed package."""
+    home = {"AIRFLOW_HOME": str(day.whole.path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    result = day.whole.run("-c", DAGS, **home)
+    assert result.stdout.splitlines()[-1:] == ["['daily_retraining', 'hourly_counters']"], result.stderr
+
+
+@pytest.mark.slow
+def test_what_the_serving_extra_installs_serves_without_torch(
+    day: Day, wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As in Triton's image: the server is started anew by it, and answers as before."""
+    serving = Environment.create(tmp_path_factory.mktemp("environment") / "serve", wheel)
+    serving.link("freshrank[serve]", without="torch")
+    link_files(distribution("nvidia-pytriton"), serving.site)
+    assert not {"torch", "airflow", "kfp", "great_expectations"} & {path.name for path in serving.site.iterdir()}
+    before = day.ranked_by(day.whole)
+    day.freshrank("stop", "--data", "data")
+    day.freshrank("serve", "--data", "data", by=serving)
+    assert day.ranked_by(serving) == before
