@@ -28,6 +28,7 @@ from typing import Any
 from airflow.sdk import Asset, Param, PokeReturnValue, chain, dag, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+from freshrank.components import build
 from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator, data_directory, final_errors, run_config
 
 RANKER = Asset("ranker")
@@ -126,6 +127,7 @@ def daily_retraining() -> None:
         materialize(**LOG),
         KubeflowPipelineOperator(
             task_id="train_ranker",
+            build=build,
             **LOG,
             recipe="{{ params.recipe }}",
             overrides="{{ params.overrides | tojson }}",

@@ -16,7 +16,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from freshrank.errors import ConfigError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
 _REDIS_OPTIONS = {

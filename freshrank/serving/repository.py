@@ -13,6 +13,7 @@ import py_compile
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal, Self
 
@@ -26,12 +27,12 @@ from freshrank.errors import ServingError
 from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.files import atomic_directory, locked, read_json, write_json, write_text
 
 RANKER = "ranker"
 RANKING = "ranking"
-TEMPLATES = PROJECT_ROOT / "triton_models"
+TEMPLATES = Path(str(files("freshrank.triton_models")))
 
 log = logging.getLogger(__name__)
 _COMPILED = shutil.ignore_patterns("__pycache__")

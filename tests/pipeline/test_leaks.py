@@ -33,7 +33,7 @@ from freshrank.pipeline.champion import Champion
 from freshrank.pipeline.run import Run
 from freshrank.schema import EVENT_TIMESTAMP, Entity, Usage
 from freshrank.serving.repository import ModelRepository
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from freshrank.training import shards, stream
 from freshrank.training.batches import labels_of
@@ -44,6 +44,7 @@ from tests import test_windows
 from tests.features import test_frames, test_hourly, test_siblings, test_snapshots, test_store
 from tests.judging import sigmoid
 from tests.models import test_ranker
+from tests.paths import PROJECT_ROOT
 from tests.pipeline import test_judgement, test_steps
 from tests.tiny_log import day, impression, snapshots_of, write_log
 from tests.validation import test_validate

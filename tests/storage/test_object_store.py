@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import ConfigError, StorageError
-from freshrank.settings import PROJECT_ROOT, Settings, settings
+from freshrank.settings import Settings, settings
 from freshrank.storage.object_store import FETCHED, ObjectStore
 from tests.object_stores import BUCKET, Proxy, bare_client
+from tests.paths import PROJECT_ROOT
 
 FIRST, SECOND = {"a.txt": "one", "deep/b.txt": "two"}, {"a.txt": "one", "deep/b.txt": "changed", "c.txt": "new"}
 
