@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import freshrank
-from freshrank.storage import atomic_directory, fingerprint, read_json, write_json
+from freshrank.storage.files import atomic_directory, fingerprint, read_json, write_json
 
 EntryPoint = Callable[..., Any] | ModuleType
 SOURCES = Path(freshrank.__file__).parent

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from freshrank import derived
-from freshrank.derived import (
+from freshrank.storage import derived
+from freshrank.storage.derived import (
     Code,
     build_unless_current,
     code_fingerprint,
@@ -18,7 +18,7 @@ from freshrank.derived import (
     marked,
     marking,
 )
-from freshrank.storage import atomic_directory, write_json
+from freshrank.storage.files import atomic_directory, write_json
 
 FILES = {
     "settings.py": '''
@@ -303,7 +303,7 @@ def test_a_killed_build_leaves_nothing_that_passes_for_current(tmp_path: Path, b
     with marking(tmp_path / "built.json", "old"):
         (tmp_path / "a").write_text("old")
     code = (
-        "import os, signal, pathlib\nfrom freshrank.derived import build_unless_current, marking\n"
+        "import os, signal, pathlib\nfrom freshrank.storage.derived import build_unless_current, marking\n"
         "def die(directory):\n (directory / 'a').write_text('new'); os.kill(os.getpid(), signal.SIGKILL)\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n{build}"
     )
