@@ -6,8 +6,9 @@ of its directory carries it (:func:`build_unless_current`), or a marker beside f
 
 Its code is found, never listed: from the function that computes it, every definition of this package that its text
 names, and what those name in turn, across modules, whether they are imported at the top or where they are used. A class
-counts as a whole, and so does a module that is passed on as a value. Comments, docstrings and layout do not count.
-What no import statement shows is not found: a module that is imported under a computed name.
+counts as a whole, and so does a module that is passed on as a value. Comments, docstrings and layout do not count,
+nor do the modules of :data:`PLACES`. What no import statement shows is not found: a module that is imported under a
+computed name.
 """
 
 import ast
@@ -25,6 +26,9 @@ from freshrank.storage.files import atomic_directory, fingerprint, read_json, wr
 EntryPoint = Callable[..., Any] | ModuleType
 SOURCES = Path(freshrank.__file__).parent
 """Read once per process, which goes on with the code that it has."""
+PLACES = {"settings", "errors", "storage.workspace"}
+"""Modules that say where things lie and what is said when they do not: no result holds any of it. What may change a
+result is configuration, and a result's inputs hold it."""
 _FINGERPRINT = "fingerprint"
 
 
@@ -60,13 +64,14 @@ def marked(marker: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def marking(marker: Path, written: str, **facts: Any) -> Iterator[None]:
+def marking(marker: Path, written: str, **facts: Any) -> Iterator[dict[str, Any]]:
     """While its files are written there is no ``marker``; then it holds ``written``, their fingerprint, and ``facts``.
 
-    A process killed in between leaves files that are not current.
+    Facts that only the files tell are added to what it yields. A process killed in between leaves files that are not
+    current.
     """
     marker.unlink(missing_ok=True)
-    yield
+    yield facts
     write_json(marker, {_FINGERPRINT: written, **facts})
 
 
@@ -143,6 +148,8 @@ class Code:
         while (module := self._module(path)) is None:
             path, _, attribute = path.rpartition(".")
             below = f"{attribute}.{below}"
+        if path.partition(".")[2] in PLACES:
+            return set()
         name, _, attributes = below.removesuffix(".").partition(".")
         found = {(path, ""), *((path, each) for each in module.standing_for(name))}
         if name in module.imports:

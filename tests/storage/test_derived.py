@@ -21,12 +21,18 @@ from freshrank.storage.derived import (
 from freshrank.storage.files import atomic_directory, write_json
 
 FILES = {
-    "settings.py": '''
+    "constants.py": '''
 """Of the whole shop."""
 SMOOTHING = 2.0
 """Added to every count."""
 COLOUR = "red"
 ''',
+    "settings.py": """
+HOME = "here"
+""",
+    "errors.py": """
+class NoHome(Exception): ...
+""",
     "log/reading.py": '''
 class Log:
     """Of one day."""
@@ -36,11 +42,14 @@ class Log:
         return [1, 2]  # all of them
 ''',
     "counting/counts.py": """
-from shop import settings
+from shop import constants, settings
+from shop.errors import NoHome
 from shop.log.reading import Log
 
 def daily(log: Log):
-    return sum(log.rows()) + settings.SMOOTHING
+    if not settings.HOME:
+        raise NoHome
+    return sum(log.rows()) + constants.SMOOTHING
 
 def weekly(log: Log):
     return 7 * daily(log)
@@ -60,10 +69,10 @@ def mixed(counts):
     return counts / 2
 """,
     "paper/page.py": """
-import shop.settings
+import shop.constants
 
 def painted(model):
-    return f"{shop.settings.COLOUR} {model}"
+    return f"{shop.constants.COLOUR} {model}"
 """,
     "steps.py": """
 def build(log):
@@ -109,17 +118,19 @@ def stale_after(shop: Path, file: str, old: str, new: str) -> set[str]:
 @pytest.mark.parametrize(
     ("file", "old", "new", "stale"),
     [
-        ("settings.py", "2.0", "3.0", {"counts", "model", "report"}),
+        ("constants.py", "2.0", "3.0", {"counts", "model", "report"}),
         ("log/reading.py", "[1, 2]", "[2, 1]", {"counts", "model", "report"}),
         ("counting/counts.py", "sum(", "max(", {"counts", "model", "report"}),
         ("learning/loop.py", "sqrt(mixed", "2 * sqrt(mixed", {"model", "report"}),
         ("learning/techniques/mixup.py", "/ 2", "/ 3", {"model", "report"}),
         ("learning/__init__.py", "fitted as fit", "fitted as fit, fitted", set()),
-        ("settings.py", '"red"', '"blue"', {"report"}),
+        ("constants.py", '"red"', '"blue"', {"report"}),
         ("paper/page.py", "} {", "}: {", {"report"}),
         ("steps.py", "return daily(log)", "return daily(log) + 1", {"counts", "model", "report"}),
         ("steps.py", "return page.painted", "return 2 * page.painted", {"report"}),
         ("counting/counts.py", "7 * daily", "8 * daily", set()),
+        ("settings.py", "here", "there", set()),
+        ("errors.py", "...", "exit_code = 2", set()),
     ],
 )
 def test_an_edit_makes_every_output_stale_that_its_function_contributes_to_and_no_other(
@@ -135,8 +146,8 @@ def test_an_edit_makes_every_output_stale_that_its_function_contributes_to_and_n
         ("log/reading.py", "# all of them", "# the whole day"),
         ("log/reading.py", "In order of time.", "By time."),
         ("log/reading.py", '    """Of one day."""\n', ""),
-        ("settings.py", "Of the whole shop.", "Of the shop."),
-        ("settings.py", "Added to every count.", "Added to each."),
+        ("constants.py", "Of the whole shop.", "Of the shop."),
+        ("constants.py", "Added to every count.", "Added to each."),
         ("learning/loop.py", "sqrt(mixed(counts))", "sqrt(\n        mixed(counts),\n    )"),
         ("learning/loop.py", "\ndef fitted", "\n\n\n# how it is learned\ndef fitted"),
     ],
