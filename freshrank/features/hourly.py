@@ -161,7 +161,7 @@ def build_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date]) -
     """
     if not dataset.schema.history.hourly:
         return
-    stale = {day: key for day, key in _wanted(dataset, days).items() if not _is_built(workspace, day, key)}
+    stale = {day: key for day, key in hourly_fingerprints(dataset, days).items() if not _is_built(workspace, day, key)}
     if stale:
         remove_outgrown(hourly_folder(workspace), hourly_schema(dataset.schema))
     for day, key in stale.items():
@@ -179,7 +179,7 @@ def require_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date])
     inputs; never where the schema asks for none."""
     if not dataset.schema.history.hourly:
         return
-    absent = [day for day, key in _wanted(dataset, days).items() if not _is_built(workspace, day, key)]
+    absent = [day for day, key in hourly_fingerprints(dataset, days).items() if not _is_built(workspace, day, key)]
     if absent:
         raise MissingArtifact(
             f"hourly counters: those of {absent[0]} .. {absent[-1]} ({len(absent)} days) are missing or older than the "
@@ -187,7 +187,7 @@ def require_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date])
         )
 
 
-def _wanted(dataset: Dataset, days: Iterable[date]) -> dict[date, str]:
+def hourly_fingerprints(dataset: Dataset, days: Iterable[date]) -> dict[date, str]:
     """Fingerprint per day whose hours are read on ``days``: right after midnight those of the day before stand."""
     reach = timedelta(days=1)
     wanted = sorted({each for day in days for each in (day - reach, day)})

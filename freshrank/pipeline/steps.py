@@ -33,9 +33,12 @@ from freshrank.storage.derived import fingerprint_of
 from freshrank.storage.files import atomic_directory, atomic_write, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
+    from freshrank.pipeline.champion import Champion
     from freshrank.reports.report import RunSummary
 from freshrank.pipeline.run import FreshrankPath, Run, record_outcome, require_artifact
 
+KEY, BUNDLE = "key.json", "bundle.json"
+"""In the folders of :func:`train` and :func:`calibrate`: what they were made of."""
 log = logging.getLogger(__name__)
 
 
@@ -152,7 +155,7 @@ def train(
         learned(group).save(directory)
         sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
         config = {name: json.loads(section) for name, section in sections.items()}
-        write_json(directory / "key.json", {"key": key, "config": config})
+        write_json(directory / KEY, {"key": key, "config": config})
 
     kept, store = run.workspace.checkpoints / key, object_store.configured()
     copies = f"checkpoints/{run.dataset.schema.name}/{key}"
@@ -171,6 +174,22 @@ def train(
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
 
 
+def calibrate_inputs(
+    data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath
+) -> tuple[Run, list[date], str]:
+    """The run, the days that are calibrated on, and the fingerprint under which :func:`calibrate` keeps the bundle."""
+    run = Run(data, run_date)
+    wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
+    inputs = {
+        "train": read_json(require_artifact(Path(model_dir) / KEY, "freshrank train"))["key"],
+        "data": run.read(wanted),
+        "days": wanted,
+        "calibration": calibration,
+        "date": run.date,
+    }
+    return run, wanted, fingerprint_of(inputs, calibrate)
+
+
 def calibrate(
     data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath, out: FreshrankPath
 ) -> dict[str, Any]:
@@ -183,17 +202,8 @@ def calibrate(
     from freshrank.training.batches import labels_of
     from freshrank.training.trained import Trained, predict
 
-    run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
-    trained_key = read_json(require_artifact(Path(model_dir) / "key.json", "freshrank train"))
-    inputs = {
-        "train": trained_key["key"],
-        "data": run.read(wanted),
-        "days": wanted,
-        "calibration": calibration,
-        "date": run.date,
-    }
-    key = fingerprint_of(inputs, calibrate)
+    run, wanted, key = calibrate_inputs(data, run_date, windows, calibration, model_dir)
+    trained_key = read_json(Path(model_dir) / KEY)
 
     def compute(directory: Path) -> None:
         schema, items = run.dataset.schema, run.dataset.items()
@@ -215,7 +225,7 @@ def calibrate(
         export_bundle(trained, platt, frame, items, directory, facts)
 
     run.step("calibrate", key, out, compute)
-    platt = Platt.model_validate(read_json(Path(out) / "bundle.json")["platt"])
+    platt = Platt.model_validate(read_json(Path(out) / BUNDLE)["platt"])
     found = {"slope": platt.slope, "intercept": platt.intercept}
     by_action = {
         f"{part}_{action}": value
@@ -260,6 +270,28 @@ def item_history(run: Run) -> pl.DataFrame | None:
     return pl.read_parquet(present, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
 
 
+def evaluate_inputs(
+    data: FreshrankPath, run_date: str, windows: str, evaluation: str, gate: str, bundle: FreshrankPath
+) -> tuple[Run, list[date], "Champion | None", str]:
+    """The run, the days that are judged on, what serves, and the fingerprint under which :func:`evaluate` keeps the
+    judgement."""
+    from freshrank.pipeline.champion import champion
+    from freshrank.reports.report import TEMPLATE
+
+    run = Run(data, run_date)
+    facts = read_json(require_artifact(Path(bundle) / BUNDLE, "freshrank calibrate"))
+    wanted, served = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION), champion(run)
+    inputs = {
+        "bundle": facts["fingerprint"],
+        "data": run.read(wanted),
+        "days": wanted,
+        "sections": [evaluation, gate],
+        "champion": served.fingerprint if served else None,
+        "template": sha256_of(TEMPLATE),
+    }
+    return run, wanted, served, fingerprint_of(inputs, evaluate)
+
+
 def evaluate(
     data: FreshrankPath,
     run_date: str,
@@ -275,22 +307,10 @@ def evaluate(
     from freshrank.evaluation.gate import judge
     from freshrank.evaluation.threshold_sweep import with_thresholds
     from freshrank.evaluation.warm_up_curve import with_warm_up
-    from freshrank.pipeline.champion import champion as served_champion
     from freshrank.pipeline.judgement import JudgedRows, Judgement
-    from freshrank.reports.report import TEMPLATE
 
-    run = Run(data, run_date)
-    facts = read_json(require_artifact(Path(bundle) / "bundle.json", "freshrank calibrate"))
-    wanted = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION)
-    champion = served_champion(run)
-    inputs = {
-        "bundle": facts["fingerprint"],
-        "data": run.read(wanted),
-        "days": wanted,
-        "sections": [evaluation, gate],
-        "champion": champion.fingerprint if champion else None,
-        "template": sha256_of(TEMPLATE),
-    }
+    run, wanted, champion, key = evaluate_inputs(data, run_date, windows, evaluation, gate, bundle)
+    facts = read_json(Path(bundle) / BUNDLE)
 
     def compute(directory: Path) -> None:
         config, schema = _config(EvaluationConfig, evaluation), run.dataset.schema
@@ -312,7 +332,7 @@ def evaluate(
         judgement = Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
         judgement.write(directory, run)
 
-    run.step("evaluate", fingerprint_of(inputs, evaluate), out, compute)
+    run.step("evaluate", key, out, compute)
     verdict = read_json(Path(out) / "verdict.json")
     _publish_evidence(run, Path(out))
     return {"verdict": verdict["verdict"], "reasons": verdict["reasons"], **read_json(Path(out) / "headline.json")}

@@ -68,7 +68,7 @@ def training_shards(dataset: Dataset, workspace: Workspace, days: Sequence[date]
     Raises:
         MissingArtifact: the snapshots of ``days`` have not been built.
     """
-    directories = {day: _directory(dataset, workspace, day, shard_rows) for day in days}
+    directories = {day: shards_directory(dataset, workspace, day, shard_rows) for day in days}
     missing = sorted(day for day, directory in directories.items() if not directory.is_dir())
     if missing:
         builder = Builder(dataset, workspace, missing)
@@ -86,7 +86,7 @@ def _trained_on(dataset: Dataset, days: Sequence[date]) -> pl.LazyFrame:
     return dataset.impressions(list(days)).filter(pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING]))
 
 
-def _directory(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> Path:
+def shards_directory(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> Path:
     key = fingerprint_of({"frame": frame_path(dataset, workspace, day).name, "rows": shard_rows}, _cut)
     return workspace.shards / f"{day.isoformat()}-{key}"
 

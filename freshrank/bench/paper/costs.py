@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from freshrank.bench.paper.evidence_data import Evidence, load_evidence
-from freshrank.bench.paper.task import Task
+from freshrank.bench.paper.task import Task, predictions_of
 from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.export.calibration import Platt
 from freshrank.export.onnx_export import export_bundle
@@ -65,8 +65,8 @@ def costs(tasks: dict[str, Task], baseline: Task, repeats: int, console: Console
 
 
 def path_of_cost(task: Task, baseline: Task, repeats: int) -> Path:
-    inputs = {"repeats": repeats, "baseline": baseline.directory.name}
-    return task.directory / f"cost-{fingerprint_of(inputs, _measure)}.json"
+    inputs = {"repeats": repeats, "baseline": predictions_of(baseline).name}
+    return predictions_of(task) / f"cost-{fingerprint_of(inputs, _measure)}.json"
 
 
 def _measure(wanted: dict[str, tuple[Task, Path]], baseline: Task, repeats: int, console: Console) -> None:

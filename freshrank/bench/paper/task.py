@@ -66,26 +66,27 @@ class Task:
         """Of the row in the table."""
         return BOOSTED[self.row] if self.boosted else self.row
 
-    @property
-    def directory(self) -> Path:
-        """Where predictions lie."""
-        sections = {
-            name: getattr(self.config, name).model_dump(mode="json")
-            for name in ("model", "techniques", "training", "calibration")
-        }
-        key = fingerprint_of({"data": _data_fingerprint(self.source), "sections": sections}, _predict)
-        return _folder(self.source) / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
 
-    @property
-    def measures(self) -> Path:
-        """Where measures lie; there when the task is done."""
-        sections = [getattr(self.config, name).model_dump(mode="json") for name in ("calibration", "evaluation")]
-        key = fingerprint_of({"sections": sections, "boosted": self.boosted}, _judge)
-        return self.directory / f"measures-{key}"
+# Not of the class, which is at hand where one is trained: nobody trains anew because another number is judged by.
+def predictions_of(task: Task) -> Path:
+    """Where predictions lie."""
+    sections = {
+        name: getattr(task.config, name).model_dump(mode="json")
+        for name in ("model", "techniques", "training", "calibration")
+    }
+    key = fingerprint_of({"data": _data_fingerprint(task.source), "sections": sections}, _predict)
+    return _folder(task.source) / f"{task.row.replace('/', '_')}-s{task.seed}-{key}"
 
-    @property
-    def done(self) -> bool:
-        return self.measures.is_dir()
+
+def measures_of(task: Task) -> Path:
+    """Where measures lie."""
+    sections = [getattr(task.config, name).model_dump(mode="json") for name in ("calibration", "evaluation")]
+    key = fingerprint_of({"sections": sections, "boosted": task.boosted}, _judge)
+    return predictions_of(task) / f"measures-{key}"
+
+
+def is_done(task: Task) -> bool:
+    return measures_of(task).is_dir()
 
 
 @cache
@@ -100,10 +101,10 @@ def _data_fingerprint(source: Source) -> str:
 
 def perform(task: Task) -> None:
     """Do what of ``task`` is not there yet: training and predicting, then judging."""
-    if task.done:
+    if is_done(task):
         return
-    build_unless_current(task.directory, partial(_predict, task))
-    build_unless_current(task.measures, partial(_judge, task))
+    build_unless_current(predictions_of(task), partial(_predict, task))
+    build_unless_current(measures_of(task), partial(_judge, task))
 
 
 def _predict(task: Task, directory: Path) -> None:
@@ -135,13 +136,14 @@ def _parity(task: Task, evidence: Evidence, trained: Trained, logits: np.ndarray
 
 def _judge(task: Task, directory: Path) -> None:
     evidence = load_evidence(task.source)
-    logits = load_file(task.directory / "predictions.safetensors")
+    predictions = predictions_of(task)
+    logits, trained = load_file(predictions / "predictions.safetensors"), read_json(predictions / "facts.json")
     schema, config = evidence.schema, task.config.evaluation
     lists = config.lists
     calibrated, rows = (Judgeable.of(frame, schema, lists) for frame in (evidence.calibration, evidence.evaluation))
     platt = fit_platt(logits["calibration"], calibrated.labels, schema.actions, task.config.calibration)
     utilities = np.asarray(schema.utilities, np.float64)
-    boost = float(read_json(task.directory / "facts.json").get("fresh_shift", 0.0))
+    boost = float(trained.get("fresh_shift", 0.0))
     if task.boosted:
         boost = chosen_boost(calibrated, platt.scaled(logits["calibration"]), utilities, schema, config)
     judged = judged_of(rows, platt.scaled(logits["evaluation"]), utilities, boost)
@@ -152,7 +154,7 @@ def _judge(task: Task, directory: Path) -> None:
         "rows": rows.fingerprint(schema.actions),
         "actions": schema.actions,
         "boost": boost,
-        "parameters": read_json(task.directory / "facts.json")["parameters"],
+        "parameters": trained["parameters"],
     }
     write_json(directory / "metrics.json", facts | {"metrics": _flat(found)})
 
@@ -252,7 +254,8 @@ class Result:
 
     @classmethod
     def read(cls, task: Task) -> "Result":
-        facts, arrays = read_json(task.measures / "metrics.json"), load_file(task.measures / "lists.safetensors")
+        directory = measures_of(task)
+        facts, arrays = read_json(directory / "metrics.json"), load_file(directory / "lists.safetensors")
         return cls(
             task.name,
             task.seed,
