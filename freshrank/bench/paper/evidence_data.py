@@ -20,7 +20,8 @@ from freshrank.pipeline import steps
 from freshrank.pipeline.run import Run
 from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_ID, REQUEST_ID, USER_ID, Schema, Usage
 from freshrank.settings import settings
-from freshrank.storage.files import fingerprint, read_json, sha256_of, write_json
+from freshrank.storage.derived import fingerprint_of, is_current, marked, marking
+from freshrank.storage.files import fingerprint, sha256_of
 from freshrank.training.batches import Encoded, TensorFrame, labels_of
 from freshrank.training.device import Device
 from freshrank.training.loop import model_schema
@@ -187,11 +188,12 @@ def _imported(data: Path, protocol: Protocol) -> Dataset:
     out = settings().home / "data" / f"kuairand_{protocol}"
     stamp, manifest = out.with_suffix(".source.json"), out / MANIFEST
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(data.resolve().iterdir())}
-    made_of = {"from": str(data.resolve()), "files": files}
-    if stamp.exists() and manifest.exists() and read_json(stamp) == made_of | {"manifest": sha256_of(manifest)}:
+    expected = fingerprint_of({"from": str(data.resolve()), "files": files}, import_kuairand)
+    if is_current(stamp, expected, manifest) and marked(stamp)["manifest"] == sha256_of(manifest):
         return Dataset.open(out)
-    dataset = import_kuairand(data, out, protocol)
-    write_json(stamp, made_of | {"manifest": sha256_of(manifest)})
+    with marking(stamp, expected) as facts:
+        dataset = import_kuairand(data, out, protocol)
+        facts["manifest"] = sha256_of(manifest)
     return dataset
 
 

@@ -19,7 +19,6 @@ from freshrank.orchestration.kubeflow.settings import ClusterSettings, secret_re
 from freshrank.pipeline import steps
 from freshrank.retry import retrying
 from freshrank.settings import from_environment, settings
-from freshrank.storage.files import fingerprint
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 RESTARTS = 3
@@ -63,10 +62,10 @@ def train(
 
 
 def _train_on_nodes(request: dict[str, str], cluster: ClusterSettings) -> None:
-    run, key = steps.train_inputs(**request)
+    run, _, key = steps.train_inputs(**request)
     if run.done("train", key):
         return
-    job = manifest(f"freshrank-train-{fingerprint(key)}", request, cluster)
+    job = manifest(f"freshrank-train-{key}", request, cluster)
     try:
         TrainJobs.here().run(job, POLL_SECONDS)
     except NoTrainer as reason:
