@@ -147,6 +147,8 @@ def bench_train(
 ) -> None:
     """Examples per second and memory of streamed training, against the same steps from memory and two libraries.
 
+    Also how fast bfloat16 and torch.compile are on this machine's device, and what to set.
+
     The libraries come with `make test`, or with `pip install --no-deps torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py
     msgpack`; `--peers ""` does without them.
     """
@@ -173,6 +175,9 @@ def bench_train(
             f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
             f"{ratio.target} {'met' if ratio.met else 'NOT met'}"
         )
+    for numerics in found.numerics:
+        say(str(numerics))
+    say(found.advice)
     _say_where(target)
 
 

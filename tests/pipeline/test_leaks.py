@@ -304,7 +304,7 @@ def plausibility_of_a_trained_ranker() -> None:
     """The gate looks at a ranker's answers to rows that it was not trained on."""
     schema = tiny_schema()
     seen, judged_on = (random_frame(schema, seed, rows=2000) for seed in (0, 1))
-    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu", compile="off")
+    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu")
     ranker = train_ranker(seen, seen.items, schema, test_ranker.SMALL, PLAIN, fit)
     answers = sigmoid(predict(ranker, judged_on, judged_on.items))
     rows, config = judged_on.rows, EvaluationConfig(bootstrap=20)

@@ -24,7 +24,7 @@ WORLD = WorldConfig(users=80, days=4, items_at_start=60, new_items_per_day=8, im
 RUN_DATE = WORLD.last_day + timedelta(days=1)
 WINDOWS = WindowConfig(train_days=1)
 SMALL = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(8,), expert_dim=8)
-TRAINING = TrainingConfig(batch_size=256, min_steps=1, device="cpu", compile="off")
+TRAINING = TrainingConfig(batch_size=256, min_steps=1, device="cpu")
 
 
 @pytest.fixture
