@@ -17,6 +17,8 @@ from freshrank.models.ranker import Ranker
 from freshrank.storage.files import read_json
 from freshrank.training.batches import Encoded, TensorFrame
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def encoded(world: Prepared) -> Encoded[TensorFrame]:
