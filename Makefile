@@ -12,10 +12,12 @@ DATE ?=
 PROTOCOL ?=
 DATASET := $(or $(DATA),.freshrank/data/simulated)
 # One thread per worker: two workers with two threads each wait for one another at every small tensor.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+# A file stays whole, for what its tests share, and in the order of tests/conftest.py. The tests start about a hundred
+# processes, each of which would compile our modules anew where PYTHONDONTWRITEBYTECODE is set.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test test-slow lint format docs lock images clean
+.PHONY: help setup demo serve stop test test-fast test-slow lint format docs lock images clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,9 @@ stop: $(STAMP) ## Stop the local Triton: [DATA=imported dataset]
 
 test: $(STAMP) $(HEAVY) ## Run the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
+
+test-fast: $(STAMP) ## Run the unit tests alone, in less than a minute
+	$(PYTEST) -m "not (slow or integration or realdata)"
 
 test-slow: $(STAMP) $(HEAVY) ## Run the tests that take minutes
 	$(PYTEST) -m slow

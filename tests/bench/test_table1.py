@@ -23,6 +23,8 @@ from freshrank.evaluation.results import FRESH, MetricName
 from freshrank.storage.files import read_json
 from tests.bench.conftest import RUN_DATE
 
+pytestmark = pytest.mark.integration
+
 QUIET = Console(quiet=True)
 NAME = "table1-simulated"
 

@@ -32,6 +32,7 @@ from freshrank.training.batches import Encoded, TensorFrame
 
 IN_BOTH_PRECISIONS = tuple(each for each in NUMERICS if not each[1])
 """Without compilers, which take a minute."""
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from freshrank.recipes import DEFAULT_RECIPE
 from freshrank.settings import settings
 from tests.paths import PROJECT_ROOT
 
+pytestmark = pytest.mark.integration
+
 DAGS = PROJECT_ROOT / "dags"
 ORDER = ["wait_for_partition", "historical_features", "validate", "materialize", "train_ranker", "confirm_served"]
 

@@ -16,6 +16,8 @@ from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
 from tests.paths import PROJECT_ROOT
 from tests.tiny_log import at, write_log
 
+pytestmark = pytest.mark.integration
+
 ORDER = ["wait_for_log", "push_counters"]
 
 

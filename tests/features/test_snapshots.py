@@ -21,6 +21,8 @@ from freshrank.storage.derived import marked
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import FIRST, ITEMS, at, day, impression, log_schema, read_snapshots, snapshots_of, write_log
 
+pytestmark = pytest.mark.integration
+
 Log = list[dict[str, Any]]
 SCHEMA = log_schema()
 

@@ -26,6 +26,8 @@ from freshrank import __version__
 from freshrank.bench.measure import free_ports
 from tests.helm.charts import CHART, container_of, containers, rendered
 
+pytestmark = pytest.mark.integration
+
 IMAGES = CHART / "images"
 ROOT = CHART.parent
 LAUNCHER = IMAGES / "tritonserver.py"

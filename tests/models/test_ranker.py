@@ -321,6 +321,7 @@ def test_alignment_brings_what_is_generated_for_known_items_nearer_to_their_ids(
     assert ends[1] < 0.9 * ends[0]
 
 
+@pytest.mark.integration
 def test_the_exported_graph_generates_ids_as_the_torch_model_does(generating: Trained, tmp_path: Path) -> None:
     """Known and unknown items; no input is added to serving."""
     export_bundle(
@@ -449,6 +450,7 @@ def test_the_student_ends_nearer_to_the_teacher_where_it_is_aligned_with_it() ->
     assert all(ends[10.0][name] < 0.9 * ends[0.0][name] for name in ("rating", "ranking")), ends
 
 
+@pytest.mark.integration
 def test_the_exported_graph_chooses_between_teacher_and_student_as_the_torch_model_does(
     aligned: Trained, tmp_path: Path
 ) -> None:
@@ -534,6 +536,7 @@ def test_calibration_without_enough_positives_names_the_action_and_the_mend() ->
         fit_platt(np.zeros((50, 1), np.float32), label, ["click"], CalibrationConfig())
 
 
+@pytest.mark.integration
 def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_inside(
     trained: Trained, bundle: Path
 ) -> None:
@@ -546,11 +549,13 @@ def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_insi
     assert np.abs(answers["score"] - expected @ [1.0, 2.0]).max() < 1e-5
 
 
+@pytest.mark.integration
 def test_a_bundle_holds_what_serving_needs_with_an_all_missing_request_among_its_golden_answers(bundle: Path) -> None:
     """The serving side's own check accepts it."""
     assert check_bundle(bundle).fingerprint == "f"
 
 
+@pytest.mark.integration
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObject) -> None:

@@ -9,6 +9,8 @@ from freshrank.errors import PipelineFailed
 from freshrank.orchestration.airflow.home import airflow_environment, check_outcome, reason, run_dag, step_in
 from tests.paths import PROJECT_ROOT
 
+pytestmark = pytest.mark.integration
+
 LOG = """\
 2024-01-31T00:00:01.000000Z [info     ] [DAG TEST] starting task_id=validate map_index=-1 [dag] loc=dag.py:1501
 2024-01-31T00:00:02.000000Z [error    ] Task failed with exception     [task] loc=task_runner.py:1676

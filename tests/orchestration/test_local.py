@@ -10,6 +10,8 @@ from freshrank.errors import PipelineFailed
 from freshrank.orchestration.kubeflow.local import KEPT_RUNS, LOG, TAIL_LINES, explain, run_pipeline
 from freshrank.recipes import recipe
 
+pytestmark = pytest.mark.integration
+
 WITHOUT_YESTERDAY = date(2024, 1, 20)
 
 STEP_LOG = """\

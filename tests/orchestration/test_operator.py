@@ -30,6 +30,8 @@ from freshrank.pipeline.run import Run
 from freshrank.storage.files import write_json
 from tests.orchestration.kfp_server import Fault, KfpServer, api
 
+pytestmark = pytest.mark.integration
+
 DATE = "2024-01-07"
 
 

@@ -50,6 +50,8 @@ from tests.tiny_log import day, impression, snapshots_of, write_log
 from tests.validation import test_validate
 from tests.worlds import random_frame, tiny_schema
 
+pytestmark = pytest.mark.integration
+
 ONE_DAY = timedelta(days=1)
 Patch = pytest.MonkeyPatch
 Given = dict[str, Any]

@@ -27,6 +27,8 @@ from freshrank.storage.files import read_json, write_json
 from tests.pipeline.test_steps import SMALL, TRAINING, WINDOWS
 from tests.serving.tiny_bundles import write_bundle
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=14, items_at_start=60, new_items_per_day=8, impressions_per_day=300)
 EARLY = WORLD.last_day - timedelta(days=9)
 NEXT = WORLD.last_day + timedelta(days=1)

@@ -20,6 +20,8 @@ from freshrank.training.stream import encoded_days
 from freshrank.training.trained import DESCRIPTION
 from tests.tiny_log import day, impression, log_schema, write_log
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=4, items_at_start=60, new_items_per_day=8, impressions_per_day=400)
 RUN_DATE = WORLD.last_day + timedelta(days=1)
 WINDOWS = WindowConfig(train_days=1)

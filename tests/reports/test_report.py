@@ -28,6 +28,8 @@ from freshrank.reports.report import (
 )
 from tests.judging import logit, schema_of, with_logits, world
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = schema_of()
 CONFIG = EvaluationConfig(bootstrap=100)
 CHALLENGER = world(lists=300)

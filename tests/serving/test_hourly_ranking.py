@@ -25,6 +25,8 @@ from freshrank.serving.repository import Pointer
 from freshrank.serving.triton import on_wire
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 NOON = datetime.combine(RUN_DATE, time(12), UTC)
 TOLERANCE = 1e-5
 

@@ -32,6 +32,8 @@ from freshrank.serving.deploy.run_experiment import planned, start, stop
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 PATIENCE = 3.0
 """Seconds after which a replica that is stopped counts as one that does not answer, where a test stops one."""
 PUBLISHER = """

@@ -16,6 +16,8 @@ from freshrank.storage.object_store import FETCHED, ObjectStore
 from tests.object_stores import BUCKET, Proxy, bare_client
 from tests.paths import PROJECT_ROOT
 
+pytestmark = pytest.mark.integration
+
 FIRST, SECOND = {"a.txt": "one", "deep/b.txt": "two"}, {"a.txt": "one", "deep/b.txt": "changed", "c.txt": "new"}
 
 

@@ -28,6 +28,8 @@ from freshrank.training.trained import Trained, predict
 from tests.homes import Home
 from tests.rank import SCHEMA, frame, trained
 
+pytestmark = pytest.mark.integration
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
 
 

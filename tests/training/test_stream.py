@@ -33,6 +33,8 @@ from freshrank.training.stream import Epoch, Stream, encoded_days, joined
 from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 from tests.streams import cut, hours, stream_of
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=150, days=6, items_at_start=80, new_items_per_day=10, impressions_per_day=900)
 RUN_DATE = date(2024, 1, 7)
 WINDOWS = WindowConfig(train_days=3, calibration_days=1, evaluation_days=1)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -72,9 +73,10 @@ def compiled(build: PipelineBuilder, cluster: ClusterSettings | None) -> str:
     from kfp import compiler
 
     place = None if cluster is None else placement(cluster)
-    with TemporaryDirectory() as folder:
+    # At every setting of every task kfp describes the whole call stack: seconds below Airflow, nothing in a new thread.
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         package = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(build(place), str(package))
+        thread.submit(lambda: compiler.Compiler().compile(build(place), str(package))).result()
         return package.read_text()
 
 
