@@ -118,12 +118,9 @@ class ObjectStore:
         Only contents that the store lacks are sent. All but the newest ``keep`` versions are removed.
         """
         manifest = Manifest.of(directory, _files(directory) if names is None else names, facts or {})
-        held = {path.rpartition("/")[2]: facts["size"] for path, facts in self._list(name, "objects").items()}
-        missing = {
-            entry.sha256: directory / file
-            for file, entry in manifest.files.items()
-            if held.get(entry.sha256) != entry.bytes
-        }
+        held = {path.rpartition("/")[2]: found["size"] for path, found in self._list(name, "objects").items()}
+        entries = manifest.files.items()
+        missing = {entry.sha256: directory / file for file, entry in entries if held.get(entry.sha256) != entry.bytes}
 
         def send(item: tuple[str, Path]) -> None:
             sha256, path = item

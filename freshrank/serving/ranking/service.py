@@ -269,10 +269,13 @@ class RankingService:
                 answer=_part(per_candidate, place) | alike | {"arm": np.array([assigned[number].assignment.arm])},
                 inputs=_own(blocks, number, place, len(batch.queries)),
                 experiment=assigned[number].assignment.experiment,
-                shadows={version: _part(shadows[version], place) for version in asked if version in shadows},
+                shadows={
+                    version: _part(said, place)
+                    for version, said in shadows.items()
+                    if version in assigned[number].assignment.shadows
+                },
             )
             for number, (query, place) in enumerate(zip(batch.queries, batch.slices, strict=True))
-            for asked in [assigned[number].assignment.shadows]
         ]
 
     def _shadowed(self, assigned: Sequence[_Assigned], batch: Batch, known: Known) -> dict[int, Tensors]:
