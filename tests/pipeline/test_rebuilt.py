@@ -26,6 +26,8 @@ from freshrank.storage import derived
 from freshrank.storage.files import read_json, write_json
 from tests.storage.test_staleness import edit
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=4, items_at_start=60, new_items_per_day=8, impressions_per_day=400)
 RUN_DATE = WORLD.last_day + timedelta(days=1)
 WINDOWS = WindowConfig(train_days=1)
@@ -54,18 +56,18 @@ class Day:
         self.evaluate()
 
     def features(self) -> None:
-        steps.build_features(self.data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+        steps.build_features(self.data, RUN_DATE.isoformat(), WINDOWS)
 
     def train(self) -> None:
-        sections = [each.model_dump_json() for each in (WINDOWS, SMALL, TechniquesConfig(), TRAINING)]
+        sections = (WINDOWS, SMALL, TechniquesConfig(), TRAINING)
         steps.train(self.data, RUN_DATE.isoformat(), *sections, self.out / "train")
 
     def calibrate(self) -> None:
-        sections = [each.model_dump_json() for each in (WINDOWS, CalibrationConfig(min_positives=1))]
+        sections = (WINDOWS, CalibrationConfig(min_positives=1))
         steps.calibrate(self.data, RUN_DATE.isoformat(), *sections, self.out / "train", self.out / "bundle")
 
     def evaluate(self) -> None:
-        sections = [each.model_dump_json() for each in (WINDOWS, EvaluationConfig(bootstrap=20), GateConfig())]
+        sections = (WINDOWS, EvaluationConfig(bootstrap=20), GateConfig())
         steps.evaluate(self.data, RUN_DATE.isoformat(), *sections, self.out / "bundle", self.out / "evaluation")
 
     def written(self) -> dict[str, int]:
