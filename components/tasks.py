@@ -55,10 +55,9 @@ def calibrate(
     bundle: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from freshrank.orchestration.kubeflow.artifacts import log_metrics
-    from freshrank.pipeline import steps
+    from freshrank.orchestration.kubeflow import artifacts
 
-    log_metrics(metrics, steps.calibrate(data, run_date, windows, calibration, ranker.path, bundle.path))
+    artifacts.log_metrics(metrics, artifacts.calibrate(data, run_date, windows, calibration, ranker.path, bundle.path))
 
 
 @component

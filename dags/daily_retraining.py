@@ -65,7 +65,7 @@ def historical_features(data: str, run_date: str, params: dict[str, Any] | None 
     assert params is not None
     with final_errors():
         config = run_config(params["recipe"], params["overrides"])
-        steps.build_features(data_directory(data), run_date, config.windows.model_dump_json())
+        steps.build_features(data_directory(data), run_date, config.windows)
 
 
 @task
@@ -77,7 +77,7 @@ def validate(data: str, run_date: str, params: dict[str, Any] | None = None) -> 
     with final_errors():
         path, config = data_directory(data), run_config(params["recipe"], params["overrides"])
         folder = Run(path, run_date).directory / "validation"
-        steps.validate(path, run_date, config.validation.model_dump_json(), folder)
+        steps.validate(path, run_date, config.validation, folder)
 
 
 @task

@@ -1,9 +1,10 @@
 """What is trained, judged and shipped: one typed tree, serialised as JSON, one pipeline parameter per section."""
 
+from collections.abc import Mapping
 from datetime import date, timedelta
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -330,6 +331,15 @@ class RunConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+
+
+def parse_sections(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """``parameters`` of a process elsewhere: those named like a section of :class:`RunConfig` hold it as JSON."""
+    sections = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}
+    return {
+        name: sections[name].model_validate_json(text) if name in sections else text
+        for name, text in parameters.items()
+    }
 
 
 def age_names(edges: tuple[float, ...]) -> list[str]:

@@ -52,7 +52,7 @@ def validate(
 
     where = target or _folder(data, day, "validation")
     config = recipe(recipe_name, overrides).validation
-    result = steps.validate(data, run_date_of(data, day), config.model_dump_json(), where)
+    result = steps.validate(data, run_date_of(data, day), config, where)
     say(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
     report = ValidationReport.model_validate(read_json(where / "validation.json"))
     warned = [f"warning {result.name}: {result}" for result in report.failures(Severity.WARNING)]
@@ -71,10 +71,10 @@ def train(
     facts = steps.train(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.model.model_dump_json(),
-        config.techniques.model_dump_json(),
-        config.training.model_dump_json(),
+        config.windows,
+        config.model,
+        config.techniques,
+        config.training,
         where,
     )
     _print_facts(f"ranker: {where}", facts)
@@ -96,8 +96,8 @@ def calibrate(
     facts = steps.calibrate(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.calibration.model_dump_json(),
+        config.windows,
+        config.calibration,
         ranker or _folder(data, day, "train"),
         where,
     )
@@ -120,9 +120,9 @@ def evaluate(
     steps.evaluate(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.evaluation.model_dump_json(),
-        config.gate.model_dump_json(),
+        config.windows,
+        config.evaluation,
+        config.gate,
         bundle or _folder(data, day, "bundle"),
         where,
     )

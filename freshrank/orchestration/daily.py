@@ -26,11 +26,11 @@ def run(build: PipelineBuilder, data: Path, run_date: date, config: RunConfig, c
         if console:
             console.log(step)
 
-    windows, day = config.windows.model_dump_json(), run_date.isoformat()
+    windows, day = config.windows, run_date.isoformat()
     progress("historical features")
     steps.build_features(data, day, windows)
     progress("validate")
-    steps.validate(data, day, config.validation.model_dump_json(), Run(data, day).directory / "validation")
+    steps.validate(data, day, config.validation, Run(data, day).directory / "validation")
     progress("materialize")
     steps.materialize(data, day)
     run_pipeline(build, data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)

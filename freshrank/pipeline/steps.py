@@ -5,7 +5,6 @@ sections it takes and the code it runs (:mod:`freshrank.storage.derived`), so a 
 one that finished is not.
 """
 
-import json
 import logging
 import shutil
 from datetime import date, datetime, timedelta
@@ -20,7 +19,6 @@ from freshrank.config import (
     GateConfig,
     ModelConfig,
     Section,
-    Split,
     TechniquesConfig,
     TrainingConfig,
     ValidationConfig,
@@ -42,16 +40,11 @@ KEY, BUNDLE = "key.json", "bundle.json"
 log = logging.getLogger(__name__)
 
 
-def _config(section: type[Section], text: str) -> Any:
-    return section.model_validate_json(text)
+def _json(sections: dict[str, Section]) -> dict[str, Any]:
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
 
-def _split(run: Run, windows: str) -> Split:
-    split: Split = WindowConfig.model_validate_json(windows).split(run.date)
-    return split
-
-
-def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
+def build_features(data: FreshrankPath, run_date: str, windows: WindowConfig | None = None) -> None:
     """Historical snapshots for every day that is learned from or judged, and for the run's date itself; hourly counters
     for the former, where the schema has them.
 
@@ -63,7 +56,7 @@ def build_features(data: FreshrankPath, run_date: str, windows: str | None = Non
 
     run = Run(data, run_date)
     _refuse_future(run)
-    split = _split(run, windows or WindowConfig().model_dump_json())
+    split = (windows or WindowConfig()).split(run.date)
     window = days(split.train[0], split.evaluation[-1])
     needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
     with run.workspace.in_use():
@@ -108,22 +101,31 @@ def push_hourly(data: FreshrankPath, hour: datetime) -> int:
 
 
 def train_inputs(
-    data: FreshrankPath, run_date: str, windows: str, model: str, techniques: str, training: str
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
 ) -> tuple[Run, list[date], str]:
     """The run, the days its ranker is trained on, and the fingerprint under which :func:`train` keeps it."""
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    inputs = {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training]}
+    wanted = run.days(windows.split(run.date).train, "training", IN_TRAINING)
+    inputs = {
+        "data": run.read(wanted),
+        "days": wanted,
+        "sections": _json({"model": model, "techniques": techniques, "training": training}),
+    }
     return run, wanted, fingerprint_of(inputs, train)
 
 
 def train(
     data: FreshrankPath,
     run_date: str,
-    windows: str,
-    model: str,
-    techniques: str,
-    training: str,
+    windows: WindowConfig,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Train the ranker on the training days into directory ``out``.
@@ -139,23 +141,18 @@ def train(
     from freshrank.training.trained import DESCRIPTION, Trained
 
     run, wanted, key = train_inputs(data, run_date, windows, model, techniques, training)
-    fit, shape, switches = (
-        _config(section, text)
-        for section, text in ((TrainingConfig, training), (ModelConfig, model), (TechniquesConfig, techniques))
-    )
 
     def learned(group: Group) -> Trained:
-        seen = model_schema(run.dataset.schema, switches)
-        encoded = encoded_days(run.dataset, run.workspace, wanted, seen, shape.min_count, fit, group)
+        seen = model_schema(run.dataset.schema, techniques)
+        encoded = encoded_days(run.dataset, run.workspace, wanted, seen, model.min_count, training, group)
         place, copy = kept / str(group.size), f"{copies}/{group.size}"
-        with Checkpoints.opened(place, fit.checkpoint_every, group, store, copy) as keep:
-            return train_encoded(encoded, shape, switches, fit, None, keep, group)
+        with Checkpoints.opened(place, training.checkpoint_every, group, store, copy) as keep:
+            return train_encoded(encoded, model, techniques, training, None, keep, group)
 
     def compute(directory: Path) -> None:
         learned(group).save(directory)
         sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
-        config = {name: json.loads(section) for name, section in sections.items()}
-        write_json(directory / KEY, {"key": key, "config": config})
+        write_json(directory / KEY, {"key": key, "config": _json(sections)})
 
     kept, store = run.workspace.checkpoints / key, object_store.configured()
     copies = f"checkpoints/{run.dataset.schema.name}/{key}"
@@ -175,23 +172,28 @@ def train(
 
 
 def calibrate_inputs(
-    data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath
+    data: FreshrankPath, run_date: str, windows: WindowConfig, calibration: CalibrationConfig, model_dir: FreshrankPath
 ) -> tuple[Run, list[date], str]:
     """The run, the days that are calibrated on, and the fingerprint under which :func:`calibrate` keeps the bundle."""
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
+    wanted = run.days(windows.split(run.date).calibration, "calibration", IN_TRAINING)
     inputs = {
         "train": read_json(require_artifact(Path(model_dir) / KEY, "freshrank train"))["key"],
         "data": run.read(wanted),
         "days": wanted,
-        "calibration": calibration,
+        "calibration": calibration.model_dump(mode="json"),
         "date": run.date,
     }
     return run, wanted, fingerprint_of(inputs, calibrate)
 
 
 def calibrate(
-    data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath, out: FreshrankPath
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    calibration: CalibrationConfig,
+    model_dir: FreshrankPath,
+    out: FreshrankPath,
 ) -> dict[str, Any]:
     """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
     from freshrank.export.calibration import Platt, fit_platt
@@ -210,17 +212,16 @@ def calibrate(
         trained = Trained.load(Path(model_dir))
         frame = load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
         logits, labels = predict(trained, frame, items), labels_of(frame, schema)
-        settings = _config(CalibrationConfig, calibration)
-        platt = fit_platt(logits, labels, schema.actions, settings)
-        if settings.exposure == "parity":
-            platt = with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), settings)
+        platt = fit_platt(logits, labels, schema.actions, calibration)
+        if calibration.exposure == "parity":
+            platt = with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), calibration)
         facts = {
             "fingerprint": key,
             "run_date": run_date,
             "dataset": schema.name,
             "training": trained.facts,
             "platt": platt.model_dump(),
-            "config": trained_key["config"] | {"calibration": json.loads(calibration)},
+            "config": trained_key["config"] | _json({"calibration": calibration}),
         }
         export_bundle(trained, platt, frame, items, directory, facts)
 
@@ -235,7 +236,7 @@ def calibrate(
     return by_action | {"fresh_shift": platt.fresh_shift}
 
 
-def validate(data: FreshrankPath, run_date: str, validation: str, out: FreshrankPath) -> dict[str, Any]:
+def validate(data: FreshrankPath, run_date: str, validation: ValidationConfig, out: FreshrankPath) -> dict[str, Any]:
     """Check the newest day; write ``validation.json``, ``validation.html`` and ``data_docs/`` into ``out``.
 
     Raises:
@@ -245,7 +246,7 @@ def validate(data: FreshrankPath, run_date: str, validation: str, out: Freshrank
     from freshrank.validation.validate import inspect_day
 
     run = Run(data, run_date)
-    found = inspect_day(run.dataset, run.date, item_history(run), _config(ValidationConfig, validation))
+    found = inspect_day(run.dataset, run.date, item_history(run), validation)
     report = found.report
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "validation.json", report.model_dump(mode="json"))
@@ -271,7 +272,12 @@ def item_history(run: Run) -> pl.DataFrame | None:
 
 
 def evaluate_inputs(
-    data: FreshrankPath, run_date: str, windows: str, evaluation: str, gate: str, bundle: FreshrankPath
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    evaluation: EvaluationConfig,
+    gate: GateConfig,
+    bundle: FreshrankPath,
 ) -> tuple[Run, list[date], "Champion | None", str]:
     """The run, the days that are judged on, what serves, and the fingerprint under which :func:`evaluate` keeps the
     judgement."""
@@ -280,12 +286,12 @@ def evaluate_inputs(
 
     run = Run(data, run_date)
     facts = read_json(require_artifact(Path(bundle) / BUNDLE, "freshrank calibrate"))
-    wanted, served = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION), champion(run)
+    wanted, served = run.days(windows.split(run.date).evaluation, "evaluation", IN_EVALUATION), champion(run)
     inputs = {
         "bundle": facts["fingerprint"],
         "data": run.read(wanted),
         "days": wanted,
-        "sections": [evaluation, gate],
+        "sections": _json({"evaluation": evaluation, "gate": gate}),
         "champion": served.fingerprint if served else None,
         "template": sha256_of(TEMPLATE),
     }
@@ -295,9 +301,9 @@ def evaluate_inputs(
 def evaluate(
     data: FreshrankPath,
     run_date: str,
-    windows: str,
-    evaluation: str,
-    gate: str,
+    windows: WindowConfig,
+    evaluation: EvaluationConfig,
+    gate: GateConfig,
     bundle: FreshrankPath,
     out: FreshrankPath,
 ) -> dict[str, Any]:
@@ -313,22 +319,22 @@ def evaluate(
     facts = read_json(Path(bundle) / BUNDLE)
 
     def compute(directory: Path) -> None:
-        config, schema = _config(EvaluationConfig, evaluation), run.dataset.schema
-        rows = JudgedRows.load(run, wanted, config)
+        schema = run.dataset.schema
+        rows = JudgedRows.load(run, wanted, evaluation)
         ours, theirs = rows.of_bundle(Path(bundle)), rows.of_champion(champion)
-        comparison = compare(ours, theirs, schema, config)
-        comparison = with_thresholds(comparison, ours, theirs, schema, config)
+        comparison = compare(ours, theirs, schema, evaluation)
+        comparison = with_thresholds(comparison, ours, theirs, schema, evaluation)
         challenger, baseline = (
-            with_warm_up(evaluated(model, schema, config), model, schema, config) for model in (ours, theirs)
+            with_warm_up(evaluated(model, schema, evaluation), model, schema, evaluation) for model in (ours, theirs)
         )
         increase = facts["training"]["parameter_increase"]
-        verdict = judge(comparison, challenger, _config(GateConfig, gate), increase)
+        verdict = judge(comparison, challenger, gate, increase)
         log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
         for reason in verdict.obstacles:
             log.info(
                 "step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed, reason.sentence
             )
-        sections = {"evaluation": json.loads(evaluation), "gate": json.loads(gate)}
+        sections = _json({"evaluation": evaluation, "gate": gate})
         judgement = Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
         judgement.write(directory, run)
 

@@ -40,7 +40,7 @@ def made(path: Path, environment: pytest.MonkeyPatch) -> Run:
     environment.setenv("FRESHRANK_HOME", str(path / "home"))
     settings.cache_clear()
     data = simulate(path / "data", WORLD).path
-    steps.build_features(data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+    steps.build_features(data, RUN_DATE.isoformat(), WINDOWS)
     return Run(data, RUN_DATE.isoformat())
 
 
@@ -58,7 +58,7 @@ def hidden(run: Run, days: Iterable[date]) -> Iterator[None]:
 def trained(run: Run, out: Path) -> Path:
     """By the step, while the days of calibration and evaluation are away."""
     split = WINDOWS.split(RUN_DATE)
-    sections = [section.model_dump_json() for section in (WINDOWS, SMALL, TechniquesConfig(), TRAINING)]
+    sections = (WINDOWS, SMALL, TechniquesConfig(), TRAINING)
     with hidden(run, [*split.calibration, *split.evaluation]):
         steps.train(run.dataset.path, RUN_DATE.isoformat(), *sections, out)
     return out
@@ -73,11 +73,9 @@ def test_a_ranker_is_trained_without_the_log_of_the_days_that_calibrate_and_judg
 @pytest.mark.slow
 def test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it(run: Run, tmp_path: Path) -> None:
     """The same for the evaluation day. Slow by the export of the graph."""
-    ranker, config = trained(run, tmp_path / "trained"), CalibrationConfig(min_positives=1).model_dump_json()
+    ranker, config = trained(run, tmp_path / "trained"), CalibrationConfig(min_positives=1)
     with hidden(run, WINDOWS.split(RUN_DATE).evaluation):
-        steps.calibrate(
-            run.dataset.path, RUN_DATE.isoformat(), WINDOWS.model_dump_json(), config, ranker, tmp_path / "bundle"
-        )
+        steps.calibrate(run.dataset.path, RUN_DATE.isoformat(), WINDOWS, config, ranker, tmp_path / "bundle")
     assert (tmp_path / "bundle" / "ranker.onnx").exists()
 
 

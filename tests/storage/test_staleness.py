@@ -29,6 +29,8 @@ from freshrank.storage import derived
 from freshrank.storage.files import write_json
 from freshrank.training.shards import shards_directory
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=20, days=4, items_at_start=20, new_items_per_day=2, impressions_per_day=60)
 RUN_DATE = WORLD.last_day + timedelta(days=1)
 WINDOWS = WindowConfig(train_days=1)
@@ -110,18 +112,15 @@ class World:
 
     def _steps(self) -> dict[str, str]:
         """Of each by what the one before it leaves behind."""
-        of_day, windows = (self.data, RUN_DATE.isoformat()), WINDOWS.model_dump_json()
-        sections = [each.model_dump_json() for each in (CONFIG.model, CONFIG.techniques, CONFIG.training)]
-        train = steps.train_inputs(*of_day, windows, *sections)[-1]
+        asked = (self.data, RUN_DATE.isoformat(), WINDOWS)
+        train = steps.train_inputs(*asked, CONFIG.model, CONFIG.techniques, CONFIG.training)[-1]
         write_json(self.trained / "key.json", {"key": train, "config": {}})
-        calibration = CONFIG.calibration.model_dump_json()
-        calibrate = steps.calibrate_inputs(*of_day, windows, calibration, self.trained)[-1]
+        calibrate = steps.calibrate_inputs(*asked, CONFIG.calibration, self.trained)[-1]
         write_json(self.bundle / "bundle.json", {"fingerprint": calibrate})
-        sections = [each.model_dump_json() for each in (CONFIG.evaluation, CONFIG.gate)]
         return {
             TRAIN: train,
             CALIBRATE: calibrate,
-            EVALUATE: steps.evaluate_inputs(*of_day, windows, *sections, self.bundle)[-1],
+            EVALUATE: steps.evaluate_inputs(*asked, CONFIG.evaluation, CONFIG.gate, self.bundle)[-1],
         }
 
 

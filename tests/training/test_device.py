@@ -10,6 +10,7 @@ from freshrank.training.loop import train_encoded
 from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 
 
+@pytest.mark.integration
 def test_the_same_configuration_gives_the_same_ranker_in_the_precision_it_names() -> None:
     """bfloat16 twice, float32 once, on the CPU."""
     encoded, found = Encoded.of(FRAME, FRAME.items, SCHEMA, 1), []

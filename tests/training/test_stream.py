@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setenv("FRESHRANK_HOME", str(path / "home"))
         settings.cache_clear()
         data = simulate(path / "data", WORLD).path
-        steps.build_features(data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+        steps.build_features(data, RUN_DATE.isoformat(), WINDOWS)
         run = Run(data, RUN_DATE.isoformat())
     settings.cache_clear()
     return run

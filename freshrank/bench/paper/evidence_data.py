@@ -204,7 +204,7 @@ def prepare(prepared: Prepared) -> None:
         wanted = list(days(split.train[0], split.evaluation[-1]))
         if not set(wanted) & set(source.dataset().days):
             raise DataError(f"{source.path}: no impressions on {wanted[0]} .. {wanted[-1]}")
-        steps.build_features(source.path, source.run_date.isoformat(), source.windows.model_dump_json())
+        steps.build_features(source.path, source.run_date.isoformat(), source.windows)
         load_evidence(source)
     _check_same_rows(prepared)
 

@@ -112,7 +112,7 @@ def load_evidence(data: Path, protocol: "Protocol", train_days: int = 10, evalua
     run_date = dataset.days[-1] + timedelta(days=1)
     available = (run_date - dataset.days[0]).days - evaluation_days - 1
     windows = WindowConfig(train_days=max(1, min(train_days, available)), evaluation_days=evaluation_days)
-    steps.build_features(path, run_date.isoformat(), windows.model_dump_json())
+    steps.build_features(path, run_date.isoformat(), windows)
     run, split = Run(path, run_date.isoformat()), windows.split(run_date)
     loaded = [
         frames.load_frame(run.dataset, run.workspace, run.days(days, what, usages), usages)

@@ -325,7 +325,7 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
             f"bench train: --window-rows: received {plan.window_rows}, expected fewer than the "
             f"{work.rows} training rows, else nothing is streamed; or name more --days"
         )
-    steps.build_features(work.data, run_date.isoformat(), work.windows.model_dump_json())
+    steps.build_features(work.data, run_date.isoformat(), work.windows)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
         columns = alone(_export, work, path)

@@ -14,6 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from freshrank.config import parse_sections
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.kubeflow.settings import ClusterSettings, secret_reference, step_environment
 from freshrank.pipeline import steps
@@ -58,11 +59,11 @@ def train(
     cluster = from_environment(ClusterSettings)
     if cluster.train_nodes:
         _train_on_nodes(request, cluster)
-    return steps.train(**request, out=out)
+    return steps.train(**parse_sections(request), out=out)
 
 
 def _train_on_nodes(request: dict[str, str], cluster: ClusterSettings) -> None:
-    run, _, key = steps.train_inputs(**request)
+    run, _, key = steps.train_inputs(**parse_sections(request))
     if run.done("train", key):
         return
     job = manifest(f"freshrank-train-{key}", request, cluster)
