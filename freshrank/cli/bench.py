@@ -149,8 +149,7 @@ def bench_train(
 
     Also how fast bfloat16 and torch.compile are on this machine's device, and what to set.
 
-    The libraries come with `make test`, or with `pip install --no-deps torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py
-    msgpack`; `--peers ""` does without them.
+    The libraries come with `make test`, or with `pip install 'freshrank[bench]'`; `--peers ""` does without them.
     """
     from freshrank.bench.training.throughput import Plan, train
     from freshrank.dates import parse_day

@@ -130,7 +130,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
 ) -> None:
     """An import of it fails."""
     monkeypatch.setitem(__import__("sys").modules, "torch_rechub.trainers", None)
-    with pytest.raises(ConfigError, match=r"torch-rechub cannot be imported.*pip install --no-deps"):
+    with pytest.raises(ConfigError, match=r"torch-rechub cannot be imported.*pip install 'freshrank\[bench\]'"):
         peers.require(["torch-rechub"])
 
 

@@ -69,6 +69,7 @@ def test_what_orchestrators_read_imports_nothing_heavy(path: Path) -> None:
     assert imported(ast.parse(path.read_text()).body) & HEAVY == set()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dag", sources("dags"), ids=lambda path: path.name)
 def test_reading_a_dag_loads_neither_kfp_nor_what_trains(dag: Path) -> None:
     """The DAG processor reads every file again and again."""

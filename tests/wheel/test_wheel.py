@@ -20,6 +20,8 @@ from tests.homes import LENIENT
 from tests.paths import PROJECT_ROOT
 from tests.wheel.environments import Environment, build_wheel, link_files
 
+pytestmark = pytest.mark.integration
+
 FOLDERS = ("components", "dags", "feature_repo", "triton_models")
 
 TECHNIQUES = """
