@@ -6,17 +6,18 @@ PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 STAMP := $(VENV)/.ready
 HEAVY := $(VENV)/.heavy
-PACKAGES := freshrank components dags
 
 DATA ?=
 DATE ?=
 PROTOCOL ?=
 DATASET := $(or $(DATA),.freshrank/data/simulated)
 # One thread per worker: two workers with two threads each wait for one another at every small tensor.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+# A file stays whole, for what its tests share, and in the order of tests/conftest.py. The tests start about a hundred
+# processes, each of which would compile our modules anew where PYTHONDONTWRITEBYTECODE is set.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test test-slow lint format docs lock images clean
+.PHONY: help setup demo serve stop test test-fast test-slow lint format docs lock images clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +37,16 @@ stop: $(STAMP) ## Stop the local Triton: [DATA=imported dataset]
 test: $(STAMP) $(HEAVY) ## Run the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
 
+test-fast: $(STAMP) ## Run the unit tests alone, in less than a minute
+	$(PYTEST) -m "not (slow or integration or realdata)"
+
 test-slow: $(STAMP) $(HEAVY) ## Run the tests that take minutes
 	$(PYTEST) -m slow
 
 lint: $(STAMP) docs ## Check style, types and documentation
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy $(PACKAGES) docs/hooks.py
+	$(VENV)/bin/mypy freshrank docs/hooks.py
 	$(VENV)/bin/lint-imports --no-cache
 
 format: $(STAMP) ## Lay the code out
@@ -54,13 +58,17 @@ docs: $(STAMP) ## Build the documentation into site/; a broken link is an error
 	$(VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-# torch's CUDA companions depend on the build of torch, so the lock leaves them to pip (see setup).
+# Of runtime.lock are the images of steps and Airflow; of serve.lock is Triton's, whose models need no torch. FuxiCTR is
+# in heavy.lock. torch's CUDA companions depend on the build of torch, so the locks leave them to pip (see setup).
 RESOLVE = $(UV) pip compile pyproject.toml --quiet --no-header --no-annotate
 COMPANIONS := ^(nvidia-|cuda-|triton==)
 
 lock: $(STAMP) ## Resolve requirements/*.lock anew from pyproject.toml, keeping pinned versions that still fit
-	$(RESOLVE) --output-file requirements/runtime.lock
-	$(RESOLVE) --extra test --extra docs --constraint requirements/runtime.lock --output-file requirements/test.lock
+	$(RESOLVE) --extra orchestrate --output-file requirements/runtime.lock
+	echo torch | $(RESOLVE) --extra serve --excludes /dev/stdin --constraint requirements/runtime.lock \
+		--output-file requirements/serve.lock
+	echo fuxictr | $(RESOLVE) --extra all --extra test --extra docs --excludes /dev/stdin \
+		--constraint requirements/runtime.lock --output-file requirements/test.lock
 	sed -i -E '/$(COMPANIONS)/d' requirements/runtime.lock requirements/test.lock
 
 # A pushed image also says what it was built from and what is in it; Docker's own store cannot hold that.
@@ -71,7 +79,7 @@ images: ## Build the three images: [REGISTRY=host/path] [VERSION=tag] [PYTHON_IM
 
 clean: ## Remove caches and build outputs; .venv and the workspace .freshrank stay
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis local_outputs
-	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find -L freshrank tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The tests talk to a real Redis, which no Python package carries.
 REDIS = command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
@@ -100,7 +108,7 @@ $(STAMP): pyproject.toml requirements/test.lock requirements/bootstrap.lock requ
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode -r requirements/test.lock
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements/triton.lock
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
-	$(PYTHON) -m compileall -q $(PACKAGES)
+	$(PYTHON) -m compileall -q freshrank
 	$(PYTHON) -m pip check | grep -v -e '^nvidia-pytriton ' -e '^No broken requirements' && exit 1 || true
 	$(PYTHON) tests/helm_binary.py --dest $(VENV)/bin
 	@$(REDIS)

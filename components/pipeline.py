@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from kfp import dsl
 
-from components import tasks
+from freshrank.components import tasks
 
 NAME = "train-ranker"
 
 
-def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> dsl.base_component.BaseComponent:
+def build(place: Callable[[dsl.PipelineTask], object]) -> dsl.base_component.BaseComponent:
     """The pipeline ``train_ranker``; ``place`` is told every task and may say where it runs, not what it does."""
 
     @dsl.pipeline(  # type: ignore[untyped-decorator]
@@ -55,6 +55,3 @@ def build(place: Callable[[dsl.PipelineTask], object] = lambda task: None) -> ds
         return verdict  # type: ignore[no-any-return]
 
     return train_ranker
-
-
-train_ranker = build()

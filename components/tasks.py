@@ -10,7 +10,9 @@ from functools import partial
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Input, Metrics, Model, Output
 
-IMAGE = "freshrank/freshrank-python:0.1.0"
+from freshrank import __version__
+
+IMAGE = f"freshrank/freshrank-python:{__version__}"
 """A run in local subprocesses wants "python" in the name; on a cluster it is replaced by the configured image."""
 
 component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
@@ -53,10 +55,9 @@ def calibrate(
     bundle: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    from freshrank.orchestration.kubeflow.artifacts import log_metrics
-    from freshrank.pipeline import steps
+    from freshrank.orchestration.kubeflow import artifacts
 
-    log_metrics(metrics, steps.calibrate(data, run_date, windows, calibration, ranker.path, bundle.path))
+    artifacts.log_metrics(metrics, artifacts.calibrate(data, run_date, windows, calibration, ranker.path, bundle.path))
 
 
 @component

@@ -28,6 +28,7 @@ from typing import Any
 from airflow.sdk import Asset, Param, PokeReturnValue, chain, dag, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+from freshrank.components import build
 from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator, data_directory, final_errors, run_config
 
 RANKER = Asset("ranker")
@@ -64,7 +65,7 @@ def historical_features(data: str, run_date: str, params: dict[str, Any] | None 
     assert params is not None
     with final_errors():
         config = run_config(params["recipe"], params["overrides"])
-        steps.build_features(data_directory(data), run_date, config.windows.model_dump_json())
+        steps.build_features(data_directory(data), run_date, config.windows)
 
 
 @task
@@ -76,7 +77,7 @@ def validate(data: str, run_date: str, params: dict[str, Any] | None = None) -> 
     with final_errors():
         path, config = data_directory(data), run_config(params["recipe"], params["overrides"])
         folder = Run(path, run_date).directory / "validation"
-        steps.validate(path, run_date, config.validation.model_dump_json(), folder)
+        steps.validate(path, run_date, config.validation, folder)
 
 
 @task
@@ -126,6 +127,7 @@ def daily_retraining() -> None:
         materialize(**LOG),
         KubeflowPipelineOperator(
             task_id="train_ranker",
+            build=build,
             **LOG,
             recipe="{{ params.recipe }}",
             overrides="{{ params.overrides | tojson }}",

@@ -1,11 +1,12 @@
 """What is trained, judged and shipped: one typed tree, serialised as JSON, one pipeline parameter per section."""
 
+from collections.abc import Mapping
 from datetime import date, timedelta
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from freshrank.dates import days
@@ -242,8 +243,16 @@ class TrainingConfig(Section):
     """Steps after which a training is kept, to go on there should it be killed; 0 = never."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    """With torch.compile. Which of both pays on a machine, `freshrank bench train` measures."""
+
+    @field_validator("precision", "compile", mode="before")
+    @classmethod
+    def _of_older_releases(cls, value: object, info: ValidationInfo) -> object:
+        """Their "auto" measured what is fastest, and what lies in bundles says so; now it is the default."""
+        return cls.model_fields[str(info.field_name)].default if value == "auto" else value
 
 
 class CalibrationConfig(Section):
@@ -322,6 +331,15 @@ class RunConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+
+
+def parse_sections(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """``parameters`` of a process elsewhere: those named like a section of :class:`RunConfig` hold it as JSON."""
+    sections = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}
+    return {
+        name: sections[name].model_validate_json(text) if name in sections else text
+        for name, text in parameters.items()
+    }
 
 
 def age_names(edges: tuple[float, ...]) -> list[str]:

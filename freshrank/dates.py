@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
-
-import polars as pl
+from typing import TYPE_CHECKING
 
 from freshrank.errors import ConfigError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def midnight(day: date, utc_offset_hours: float) -> datetime:
@@ -13,7 +15,7 @@ def midnight(day: date, utc_offset_hours: float) -> datetime:
     return datetime.combine(day, time(), UTC) - timedelta(hours=utc_offset_hours)
 
 
-def day_of(timestamp: pl.Expr, utc_offset_hours: float) -> pl.Expr:
+def day_of(timestamp: "pl.Expr", utc_offset_hours: float) -> "pl.Expr":
     """Calendar day (pl.Date) of a UTC timestamp expression."""
     shifted = timestamp + timedelta(hours=utc_offset_hours)
     return shifted.dt.date()

@@ -96,9 +96,15 @@ def _value(text: str) -> Any:
 
 
 def named(sections: dict[str, Any]) -> str:
-    """Name of the recipe whose ``sections`` these are (as JSON), ``custom`` where it is none."""
+    """Name of the recipe whose ``sections`` these are (as JSON), ``custom`` where it is none.
+
+    Those of an older release are compared as this one reads them.
+    """
+    try:
+        config = RunConfig.model_validate(sections)
+    except ValidationError:
+        return "custom"
     for name, known in RECIPES.items():
-        tree = known.model_dump(mode="json")
-        if all(tree[section] == value for section, value in sections.items()):
+        if all(getattr(known, section) == getattr(config, section) for section in sections):
             return name
     return "custom"

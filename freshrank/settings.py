@@ -16,7 +16,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from freshrank.errors import ConfigError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _NOT_REPEATED = {"secret_env", "storage_url"}
 """Settings that may hold a secret where they are wrong."""
 _REDIS_OPTIONS = {
@@ -152,10 +151,6 @@ class Settings(BaseSettings):
     def triton_grpc_url(self) -> str:
         return f"{self.triton_host}:{self.triton_grpc_port}"
 
-    @property
-    def triton_http_url(self) -> str:
-        return f"{self.triton_host}:{self.triton_http_port}"
-
 
 @cache
 def settings() -> Settings:
@@ -216,7 +211,7 @@ def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
 
 def _problem(kind: type[BaseSettings], name: str, received: object, expected: str) -> str:
     is_secret = name in kind.model_fields and kind.model_fields[name].annotation is SecretStr
-    shown = (
-        "a secret" if is_secret else "a value that is not repeated here" if name in _NOT_REPEATED else repr(received)
-    )
+    shown = "a secret" if is_secret else repr(received)
+    if name in _NOT_REPEATED:
+        shown = "a value that is not repeated here"
     return f"{kind.model_config['env_prefix']}{name.upper()}: received {shown}, {expected}"

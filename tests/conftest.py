@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from tests.object_stores import Proxy
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: what is short then fills up whichever worker is done before the other."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The workspace; settings are read anew before and after the test."""

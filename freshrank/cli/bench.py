@@ -147,8 +147,9 @@ def bench_train(
 ) -> None:
     """Examples per second and memory of streamed training, against the same steps from memory and two libraries.
 
-    The libraries come with `make test`, or with `pip install --no-deps torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py
-    msgpack`; `--peers ""` does without them.
+    Also how fast bfloat16 and torch.compile are on this machine's device, and what to set.
+
+    The libraries come with `make test`, or with `pip install 'freshrank[bench]'`; `--peers ""` does without them.
     """
     from freshrank.bench.training.throughput import Plan, train
     from freshrank.dates import parse_day
@@ -173,6 +174,9 @@ def bench_train(
             f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
             f"{ratio.target} {'met' if ratio.met else 'NOT met'}"
         )
+    for numerics in found.numerics:
+        say(str(numerics))
+    say(found.advice)
     _say_where(target)
 
 

@@ -120,7 +120,7 @@ def features_build(
     from freshrank.pipeline import steps
 
     run_date = run_date_of(data, day)
-    steps.build_features(data, run_date, recipe(recipe_name, overrides).windows.model_dump_json())
+    steps.build_features(data, run_date, recipe(recipe_name, overrides).windows)
     kept = steps.materialize(data, run_date)
     online = f"; the online store holds the later state of {kept} and keeps it" if kept else " and materialized"
     say(f"features of {run_date} are built{online}")

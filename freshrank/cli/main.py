@@ -13,7 +13,7 @@ from freshrank.cli import data as data_commands
 from freshrank.cli import pipeline, serving, workspace
 from freshrank.cli.bench import bench
 from freshrank.cli.options import Day, Protocol
-from freshrank.cli.terminal import err, out, say
+from freshrank.cli.terminal import err, note, out, say
 from freshrank.errors import FreshrankError
 
 app = typer.Typer(
@@ -64,9 +64,24 @@ def demo(
     print_summary(demo_module.demo(data, day, protocol, out), out)
 
 
+EXTRAS = {
+    **dict.fromkeys(("demo", "run", "submit"), "orchestrate"),
+    **dict.fromkeys(("serve", "stop", "status", "rollback", "experiment"), "serve"),
+    "bench": "bench",
+}
+"""What a command needs beside the base install; the others, which read a log or train on it, need ``train``."""
+
+
 def main() -> None:
     try:
         app(standalone_mode=True)
+    except ModuleNotFoundError as error:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        if error.name is None or error.name.partition(".")[0] == "freshrank":
+            raise
+        extra = f"freshrank[{EXTRAS.get(command, 'train')}]"
+        note(f"freshrank {command} needs {extra} ({error.name} is not installed): pip install '{extra}'")
+        sys.exit(2)
     except FreshrankError as error:
         err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

@@ -26,12 +26,13 @@ Out = Annotated[Path | None, typer.Option("--out", help="Output directory. Defau
 @commands.command()
 def run(data: Data, day: Day = None, recipe_name: Recipe = DEFAULT_RECIPE, overrides: Overrides = None) -> None:
     """One day's retraining without Airflow: features, validation, Feast, the Kubeflow pipeline, the gate, Triton."""
+    from freshrank.components import build
     from freshrank.orchestration import daily
 
     config = recipe(recipe_name, overrides)
     with _server(data):
         quiet = not logging.getLogger("freshrank").isEnabledFor(logging.INFO)
-        daily.run(data, date.fromisoformat(run_date_of(data, day)), config, err if quiet else None)
+        daily.run(build, data, date.fromisoformat(run_date_of(data, day)), config, err if quiet else None)
     _print_run(data, run_date_of(data, day))
 
 
@@ -51,7 +52,7 @@ def validate(
 
     where = target or _folder(data, day, "validation")
     config = recipe(recipe_name, overrides).validation
-    result = steps.validate(data, run_date_of(data, day), config.model_dump_json(), where)
+    result = steps.validate(data, run_date_of(data, day), config, where)
     say(f"{result['passed']} of {result['expectations']} expectations hold; page: {where / 'validation.html'}")
     report = ValidationReport.model_validate(read_json(where / "validation.json"))
     warned = [f"warning {result.name}: {result}" for result in report.failures(Severity.WARNING)]
@@ -70,10 +71,10 @@ def train(
     facts = steps.train(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.model.model_dump_json(),
-        config.techniques.model_dump_json(),
-        config.training.model_dump_json(),
+        config.windows,
+        config.model,
+        config.techniques,
+        config.training,
         where,
     )
     _print_facts(f"ranker: {where}", facts)
@@ -95,8 +96,8 @@ def calibrate(
     facts = steps.calibrate(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.calibration.model_dump_json(),
+        config.windows,
+        config.calibration,
         ranker or _folder(data, day, "train"),
         where,
     )
@@ -119,9 +120,9 @@ def evaluate(
     steps.evaluate(
         data,
         run_date_of(data, day),
-        config.windows.model_dump_json(),
-        config.evaluation.model_dump_json(),
-        config.gate.model_dump_json(),
+        config.windows,
+        config.evaluation,
+        config.gate,
         bundle or _folder(data, day, "bundle"),
         where,
     )
@@ -192,6 +193,7 @@ def submit(
     cancel: Annotated[str | None, typer.Option("--cancel", help="Cancel the run of this id instead.")] = None,
 ) -> None:
     """Submit the same pipeline to Kubeflow Pipelines (FRESHRANK_KFP_HOST); the same question twice is one run."""
+    from freshrank.components import build
     from freshrank.orchestration.kubeflow import submit as cluster
 
     if cancel is not None:
@@ -200,7 +202,7 @@ def submit(
     if data is None:
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(run_date_of(data, day))
-    submission = cluster.prepare(data, run_date, recipe(recipe_name, overrides))
+    submission = cluster.prepare(build, data, run_date, recipe(recipe_name, overrides))
     for doubt in cluster.doubts(submission):
         warn(doubt)
     submission = submission if dry_run else cluster.start(submission)

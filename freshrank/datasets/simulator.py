@@ -161,11 +161,6 @@ def simulate(out: Path, world: WorldConfig) -> Dataset:
     return dataset
 
 
-def read_truth(dataset: Dataset, day: date) -> pl.DataFrame:
-    """True probabilities of ``day``: request_id, item_id (Int64), ``<action>_{probability,relevance}`` (Float32)."""
-    return pl.read_parquet(dataset.path / TRUTH / f"date={day.isoformat()}" / "part-0.parquet")
-
-
 def _problem(error: Any) -> str:
     wrong = error["msg"].lower().replace("input should be", "expected a value")
     return f"{'.'.join(map(str, error['loc']))}: received {error['input']!r}, {wrong}"

@@ -59,10 +59,6 @@ class Verdict(BaseModel):
     reasons: list[Reason]
 
     @property
-    def blessed(self) -> bool:
-        return self.verdict is Decision.BLESSED
-
-    @property
     def obstacles(self) -> list[Reason]:
         """The reasons that did not pass, failed ones first."""
         return sorted((r for r in self.reasons if not r.passed), key=lambda reason: reason.passed is None)

@@ -1,4 +1,4 @@
-"""Ranking, calibration and resampling arithmetic on plain arrays; what the numbers are called is in evaluation.py.
+"""Ranking, calibration and resampling arithmetic on plain arrays; what the numbers are called is in results.py.
 
 Shapes: N rows (candidates), A actions, L lists, I items, M measures, B bootstrap draws. ``lists`` holds the dense list
 number 0 .. L-1 of each row, ``items`` its dense item number. ``weights`` [N] are positive; None weighs rows alike.
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -166,12 +167,12 @@ def matched_ranks(
     by_tie = np.lexsort((ties, lists))  # once, so that each of the many sorts below has a key less
     lists, fresh = lists[by_tie], fresh[by_tie]
     clipped = np.clip(probabilities[by_tie].astype(np.float64), _LOGIT_CLIP, 1 - _LOGIT_CLIP)
-    logits = np.log(clipped) - np.log1p(-clipped)
+    logits = logit(clipped)
     direction = np.sign(utilities)
 
     def ranked(shift: float) -> tuple[Ints, float]:
         moved = logits + shift * fresh[:, None] * direction
-        rank = ranks((1 / (1 + np.exp(-moved))) @ utilities, lists, None)
+        rank = ranks(expit(moved) @ utilities, lists, None)
         return rank, float(fresh[rank < k].mean())
 
     low, high = -_MAX_SHIFT, _MAX_SHIFT

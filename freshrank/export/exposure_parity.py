@@ -13,6 +13,7 @@ import logging
 
 import numpy as np
 import polars as pl
+from scipy.special import expit
 
 from freshrank.config import CalibrationConfig
 from freshrank.evaluation import metrics
@@ -71,7 +72,7 @@ def parity_shift(logits: Floats, utilities: Floats, fresh: Bools, lists: Ints, i
         return 0.0
     numbers = np.unique(lists[kept], return_inverse=True)[1].astype(np.int64)
     ties = metrics.tie_key(0, lists[kept], items[kept])
-    probabilities = 1 / (1 + np.exp(-logits[kept].astype(np.float64)))
+    probabilities = expit(logits[kept].astype(np.float64))
     share = float(fresh[kept].mean())
     return float(metrics.matched_ranks(probabilities, utilities, fresh[kept], numbers, ties, k, share)[1])
 

@@ -7,7 +7,7 @@ run a day give the same numbers by construction. ``<features>/daily/date=YYYY-MM
 ``affinity_<column>.parquet``       per user and category: ``impressions``, ``positive_<action>``
 ``engaged.parquet``                 per user the last ``sequence_length`` impressions with an action: time, item,
                                     ``mask`` (bit per positive action)
-``built.json``                      fingerprint of what it was built from, rows of the log, how many of them came late
+``built.json``                      its fingerprint, rows of the log, how many of them came after it was first built
 """
 
 import logging
@@ -17,16 +17,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from freshrank.datasets.dataset import Dataset
 from freshrank.features.engines import Engine, Table, open_engine
 from freshrank.schema import EVENT_TIMESTAMP, IN_HISTORY, ITEM_ID, USAGE, USER_ID, Entity, Kind, Schema
-from freshrank.storage.files import atomic_directory, fingerprint, read_json, write_json
+from freshrank.storage.derived import fingerprint_of, is_current, marked, marking
+from freshrank.storage.files import atomic_directory
 from freshrank.storage.workspace import Workspace
 
-CODE_VERSION = 1
-"""Raise it when the same log gives other numbers, so that stored parts are rebuilt."""
 KEYS = {Entity.USER: USER_ID, Entity.ITEM: ITEM_ID}
 DAY = "day"
 CATEGORY = "category"
@@ -35,17 +32,6 @@ ENGAGED = "engaged"
 _BUILT = "built.json"
 
 log = logging.getLogger(__name__)
-
-
-class Built(BaseModel):
-    """What a day's parts were made of."""
-
-    model_config = ConfigDict(frozen=True)
-
-    fingerprint: str
-    rows: int
-    late: int = 0
-    """Rows that came after the day was first built."""
 
 
 def parts_directory(workspace: Workspace, day: date) -> Path:
@@ -65,29 +51,21 @@ def part_names(schema: Schema) -> list[str]:
 
 
 def parts_fingerprint(dataset: Dataset, day: date) -> str:
-    """Changes when the day's log does, or the categories of items that existed by its end."""
+    """Changes when the day's log does, the categories of items that existed by its end, or code."""
     history = dataset.schema.history
     settings = {"actions": dataset.schema.actions, "length": history.sequence_length, "affinity": history.affinity}
     items = dataset.items_fingerprint(day, history.affinity)
-    return fingerprint(
-        {"version": CODE_VERSION, "settings": settings, "items": items, "log": dataset.log_fingerprint([day])}
-    )
+    return fingerprint_of({"settings": settings, "items": items, "log": dataset.log_fingerprint([day])}, build_parts)
 
 
-def built(workspace: Workspace, day: date) -> Built | None:
-    """What the parts of ``day`` were made of; None where there are none."""
-    path = parts_directory(workspace, day) / _BUILT
-    return Built.model_validate(read_json(path)) if path.exists() else None
+def _marker(workspace: Workspace, day: date) -> Path:
+    return parts_directory(workspace, day) / _BUILT
 
 
 def stale_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> list[date]:
-    """Those of ``days`` in the log whose parts are missing or of other inputs, ascending."""
-    return [day for day in sorted(set(days) & set(dataset.days)) if not _is_current(dataset, workspace, day)]
-
-
-def _is_current(dataset: Dataset, workspace: Workspace, day: date) -> bool:
-    found = built(workspace, day)
-    return found is not None and found.fingerprint == parts_fingerprint(dataset, day)
+    """Those of ``days`` in the log whose parts are missing or of other inputs or code, ascending."""
+    present = sorted(set(days) & set(dataset.days))
+    return [day for day in present if not is_current(_marker(workspace, day), parts_fingerprint(dataset, day))]
 
 
 def build_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> Iterator[date]:
@@ -105,20 +83,22 @@ def build_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) ->
 
 
 def _write(engine: Engine, dataset: Dataset, workspace: Workspace, day: date, queries: dict[str, str]) -> None:
-    before, rows = built(workspace, day), dataset.rows(day)
-    late = (before.late + max(0, rows - before.rows)) if before else 0
-    if before and late > before.late:
+    before, rows = marked(_marker(workspace, day)), dataset.rows(day)
+    late = max(0, rows - before.get("rows", rows))
+    if late:
         log.warning(
             "history: %d rows of %s came late, after its features were built; later days' snapshots are built "
             "anew with them, though what was served did not know them",
-            rows - before.rows,
+            late,
             day,
         )
-    with atomic_directory(parts_directory(workspace, day)) as directory:
+    expected = parts_fingerprint(dataset, day)
+    with (
+        atomic_directory(parts_directory(workspace, day)) as directory,
+        marking(directory / _BUILT, expected, rows=rows, late=before.get("late", 0) + late),
+    ):
         for name, query in queries.items():
             engine.write(query, directory / f"{name}.parquet")
-        found = Built(fingerprint=parts_fingerprint(dataset, day), rows=rows, late=late)
-        write_json(directory / _BUILT, found.model_dump())
 
 
 def read_log(engine: Engine, dataset: Dataset, day: date) -> Table:

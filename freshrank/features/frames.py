@@ -7,6 +7,7 @@ and dtypes, and for the same day the same numbers.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ import polars as pl
 from freshrank.datasets.dataset import Dataset
 from freshrank.dates import day_of
 from freshrank.features.daily_aggregates import DAY, build_parts, part_path, stale_parts
-from freshrank.features.hourly import CODE_VERSION as HOURLY_VERSION
 from freshrank.features.hourly import COUNTED, require_hourly, with_counted_hour
 from freshrank.features.snapshots import history_fingerprint, require_history
 from freshrank.features.store import CREATED_AT_US, FeatureStore, stored_schema
@@ -36,11 +36,9 @@ from freshrank.schema import (
     Schema,
     Usage,
 )
-from freshrank.storage.files import atomic_directory, fingerprint
+from freshrank.storage.derived import build_unless_current, fingerprint_of
 from freshrank.storage.workspace import Workspace
 
-CODE_VERSION = 1
-"""Raise it when the same inputs give another frame, so that cached days are rebuilt."""
 USER_ROW, ITEM_ROW = "user_row", "item_row"
 JUDGED_AGE = "judged_age_days"
 EXPOSURES = "exposures"
@@ -99,24 +97,13 @@ def load_frame(
 def frame_path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
     """Where a day's frame is kept; the name changes when anything that reaches the frame does."""
     past = [seen for seen in dataset.days if seen <= day]
-    hourly = {"hourly": HOURLY_VERSION} if dataset.schema.history.hourly else {}
-    inputs = fingerprint(
-        {
-            "version": CODE_VERSION,
-            "log": dataset.log_fingerprint(past),
-            "items": dataset.items_fingerprint(day),
-            "users": dataset.manifest["files"]["users.parquet"]["sha256"],
-            "history": history_fingerprint(dataset, day),
-        }
-        | hourly
-    )
-    return workspace.frames / f"{day.isoformat()}-{inputs}"
-
-
-def _write(frame: Frame, path: Path) -> None:
-    with atomic_directory(path) as temporary:
-        for table in TABLES:
-            getattr(frame, table).write_parquet(temporary / f"{table}.parquet")
+    inputs = {
+        "log": dataset.log_fingerprint(past),
+        "items": dataset.items_fingerprint(day),
+        "users": dataset.manifest["files"]["users.parquet"]["sha256"],
+        "history": history_fingerprint(dataset, day),
+    }
+    return workspace.frames / f"{day.isoformat()}-{fingerprint_of(inputs, _write_missing)}"
 
 
 def _read(path: Path) -> Frame:
@@ -126,7 +113,13 @@ def _read(path: Path) -> Frame:
 def _write_missing(dataset: Dataset, workspace: Workspace, wanted: dict[date, Path]) -> None:
     builder = Builder(dataset, workspace, list(wanted))
     for day, path in wanted.items():
-        _write(builder.build(day), path)
+        build_unless_current(path, partial(_write, builder, day))
+
+
+def _write(builder: "Builder", day: date, directory: Path) -> None:
+    frame = builder.build(day)
+    for table in TABLES:
+        getattr(frame, table).write_parquet(directory / f"{table}.parquet")
 
 
 class Builder:

@@ -20,7 +20,7 @@ from freshrank.datasets.dataset import Dataset
 from freshrank.dates import midnight
 from freshrank.errors import DataError, MissingArtifact
 from freshrank.features.columns import Columns, Int
-from freshrank.features.snapshots import CREATED, is_kept, remove_outgrown
+from freshrank.features.snapshots import CREATED, remove_outgrown
 from freshrank.schema import (
     CREATED_AT,
     EVENT_TIMESTAMP,
@@ -33,11 +33,10 @@ from freshrank.schema import (
     Schema,
     hourly_names,
 )
-from freshrank.storage.files import atomic_write, fingerprint, write_json
+from freshrank.storage.derived import fingerprint_of, is_current, marking
+from freshrank.storage.files import atomic_write
 from freshrank.storage.workspace import Workspace
 
-CODE_VERSION = 1
-"""Raise it when the same log gives other numbers, so that stored counters are rebuilt."""
 HOUR = timedelta(hours=1)
 WINDOW = 24
 """Hours that are counted."""
@@ -162,14 +161,17 @@ def build_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date]) -
     """
     if not dataset.schema.history.hourly:
         return
-    stale = {day: key for day, key in _wanted(dataset, days).items() if not _is_built(workspace, day, key)}
+    stale = {day: key for day, key in hourly_fingerprints(dataset, days).items() if not _is_built(workspace, day, key)}
     if stale:
         remove_outgrown(hourly_folder(workspace), hourly_schema(dataset.schema))
     for day, key in stale.items():
-        _marker(workspace, day).unlink(missing_ok=True)
-        with atomic_write(hourly_path(workspace, day)) as temporary:
-            hour_counters(dataset, _hours(day, dataset.schema)).write_parquet(temporary)
-        write_json(_marker(workspace, day), key)
+        with marking(_marker(workspace, day), key):
+            _write_day(dataset, workspace, day)
+
+
+def _write_day(dataset: Dataset, workspace: Workspace, day: date) -> None:
+    with atomic_write(hourly_path(workspace, day)) as temporary:
+        hour_counters(dataset, _hours(day, dataset.schema)).write_parquet(temporary)
 
 
 def require_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date]) -> None:
@@ -177,7 +179,7 @@ def require_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date])
     inputs; never where the schema asks for none."""
     if not dataset.schema.history.hourly:
         return
-    absent = [day for day, key in _wanted(dataset, days).items() if not _is_built(workspace, day, key)]
+    absent = [day for day, key in hourly_fingerprints(dataset, days).items() if not _is_built(workspace, day, key)]
     if absent:
         raise MissingArtifact(
             f"hourly counters: those of {absent[0]} .. {absent[-1]} ({len(absent)} days) are missing or older than the "
@@ -185,13 +187,11 @@ def require_hourly(dataset: Dataset, workspace: Workspace, days: Iterable[date])
         )
 
 
-def _wanted(dataset: Dataset, days: Iterable[date]) -> dict[date, str]:
+def hourly_fingerprints(dataset: Dataset, days: Iterable[date]) -> dict[date, str]:
     """Fingerprint per day whose hours are read on ``days``: right after midnight those of the day before stand."""
     reach = timedelta(days=1)
     wanted = sorted({each for day in days for each in (day - reach, day)})
-    return {
-        day: fingerprint({"version": CODE_VERSION, "inputs": _inputs(dataset, [day - reach, day])}) for day in wanted
-    }
+    return {day: fingerprint_of(_inputs(dataset, [day - reach, day]), _write_day) for day in wanted}
 
 
 def _inputs(dataset: Dataset, days: list[date]) -> dict[str, object]:
@@ -216,7 +216,7 @@ def _marker(workspace: Workspace, day: date) -> Path:
 
 
 def _is_built(workspace: Workspace, day: date, expected: str) -> bool:
-    return is_kept(_marker(workspace, day), expected, hourly_path(workspace, day))
+    return is_current(_marker(workspace, day), expected, hourly_path(workspace, day))
 
 
 def with_counted_hour(rows: pl.DataFrame, items: pl.DataFrame, schema: Schema) -> pl.DataFrame:

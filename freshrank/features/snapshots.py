@@ -59,13 +59,12 @@ from freshrank.schema import (
     sibling_columns,
     sibling_names,
 )
-from freshrank.storage.files import atomic_write, fingerprint, read_json, write_json
+from freshrank.storage.derived import fingerprint_of, is_current, marking
+from freshrank.storage.files import atomic_write
 from freshrank.storage.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 1
-"""Raise it when the same log gives other numbers, so that stored snapshots are rebuilt."""
 CREATED = "created_timestamp"
 AGE, ITEMS, TODAY = "age", "items", "today"
 
@@ -89,13 +88,13 @@ def snapshot_path(workspace: Workspace, entity: Entity, day: date) -> Path:
 
 
 def history_fingerprint(dataset: Dataset, day: date) -> str:
-    """Changes when anything the snapshot of ``day`` depends on does."""
+    """Changes when anything that the snapshot of ``day`` depends on does, its code included."""
     history = dataset.schema.history
     parts = {seen.isoformat(): parts_fingerprint(dataset, seen) for seen in reach_days(dataset, day)}
     columns = dict.fromkeys(column for entry in history.siblings for column in sibling_columns(entry))
     born = dataset.items_fingerprint(day, tuple(columns)) if history.siblings else None
-    inputs = {"schema": dataset.schema.model_dump(mode="json"), "parts": parts, "born": born}
-    return fingerprint({"version": CODE_VERSION, "inputs": inputs})
+    # Not build_history: how progress is shown is no reason to build anew.
+    return fingerprint_of({"schema": dataset.schema.model_dump(mode="json"), "parts": parts, "born": born}, _build)
 
 
 def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> None:
@@ -152,16 +151,11 @@ def _build(dataset: Dataset, workspace: Workspace, wanted: dict[date, str]) -> I
         for day, built in wanted.items():
             views = day_views(engine, dataset, workspace, day)
             queries = queries or {e: engine.compile(table) for e, table in snapshots(views, dataset.schema).items()}
-            _write(engine, workspace, day, queries)
-            write_json(_marker(workspace, day), built)
+            with marking(_marker(workspace, day), built):
+                for entity, query in queries.items():
+                    with atomic_write(snapshot_path(workspace, entity, day)) as temporary:
+                        engine.write(query, temporary)
             yield day
-
-
-def _write(engine: Engine, workspace: Workspace, day: date, queries: dict[Entity, str]) -> None:
-    _marker(workspace, day).unlink(missing_ok=True)
-    for entity, query in queries.items():
-        with atomic_write(snapshot_path(workspace, entity, day)) as temporary:
-            engine.write(query, temporary)
 
 
 def _marker(workspace: Workspace, day: date) -> Path:
@@ -169,12 +163,7 @@ def _marker(workspace: Workspace, day: date) -> Path:
 
 
 def _is_built(workspace: Workspace, day: date, expected: str) -> bool:
-    return is_kept(_marker(workspace, day), expected, *(snapshot_path(workspace, entity, day) for entity in KEYS))
-
-
-def is_kept(marker: Path, expected: str, *files: Path) -> bool:
-    """Whether ``files`` are there and ``marker``, which is written after them, holds the fingerprint ``expected``."""
-    return all(file.exists() for file in (marker, *files)) and read_json(marker) == expected
+    return is_current(_marker(workspace, day), expected, *(snapshot_path(workspace, entity, day) for entity in KEYS))
 
 
 def day_views(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:

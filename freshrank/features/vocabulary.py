@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from freshrank.features.columns import Float, Int, integers
+from freshrank.features.columns import Float, Int
 
 MISSING, NEW, FIRST_KNOWN = 0, 1, 2
 """Rows of every embedding table: nothing there, never or rarely seen in training, then the known values."""
@@ -35,9 +35,6 @@ class Vocabulary:
     def encode(self, values: Int, present: npt.NDArray[np.bool_]) -> Int:
         """Row of each value; any shape."""
         return table_rows(self.values, values, present)
-
-    def encode_series(self, series: pl.Series) -> Int:
-        return self.encode(integers(series), series.is_not_null().to_numpy())
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,6 @@ class Ranker(nn.Module):
         self.row = EntityInputs(Entity.ROW, encoder, config)
         self.item_ids = ItemIds(encoder, config)
         self.has_query = schema.has_query
-        self.has_categories = "categorical" in self.item.blocks
         lookup_dim = config.item_id_dim + self.item.widths.get("categorical", 0)
         length = schema.history.sequence_length
         self.sequence = SequenceEncoder(lookup_dim, len(schema.actions), length, config)

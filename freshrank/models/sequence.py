@@ -1,6 +1,9 @@
 """The user's last engaged items as one vector: a transformer over padded or packed sequences."""
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +29,11 @@ class SequenceEncoder(nn.Module):
         self.action = nn.Embedding(2**actions + 1, dim)
         self.position = nn.Embedding(length, dim)
         self.head = nn.Parameter(torch.zeros(1, 1, dim))
-        layer = nn.TransformerEncoderLayer(
+        block = EncoderBlock(
             dim, config.sequence_heads, 2 * dim, dropout=config.dropout, batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(layer, config.sequence_layers, enable_nested_tensor=False)
+        blocks = nn.ModuleList(deepcopy(block) for _ in range(config.sequence_layers))
+        self.encoder = nn.ModuleDict({"layers": blocks})
         self.out_dim = 2 * dim
 
     def forward(self, tokens: Tensor, actions: Tensor) -> Tensor:
@@ -37,9 +41,9 @@ class SequenceEncoder(nn.Module):
         absent = actions == 0
         x = self.project(tokens) + self.action(actions) + self.position(_distance(~absent))
         x = torch.cat([self.head.expand(x.shape[0], -1, -1), x], dim=1)
-        masked = torch.cat([torch.zeros_like(absent[:, :1]), absent], dim=1)
-        encoded = self.encoder(x, src_key_padding_mask=masked)
-        present = (~masked).to(encoded.dtype).unsqueeze(-1)
+        valid = torch.cat([torch.ones_like(absent[:, :1]), ~absent], dim=1)
+        encoded = self._encoded(x, partial(_padded_attention, valid))
+        present = valid.to(encoded.dtype).unsqueeze(-1)
         mean = (encoded * present).sum(1) / present.sum(1)
         return torch.cat([encoded[:, 0], mean], dim=-1)
 
@@ -49,10 +53,40 @@ class SequenceEncoder(nn.Module):
         packing = Packing.of(present)
         x = self.project(tokens) + self.action(actions[present]) + self.position(_distance(present)[present])
         x = torch.cat([self.head[0].expand(len(actions), -1), x])
-        for layer in self.encoder.layers:
-            assert isinstance(layer, nn.TransformerEncoderLayer)
-            x = _packed_layer(layer, x, packing)
+        x = self._encoded(x, packing.attention)
         return torch.cat([x[: len(actions)], packing.means(x)], dim=-1)
+
+    def _encoded(self, x: Tensor, attend: "Attend") -> Tensor:
+        for block in self.encoder["layers"]:  # type: ignore[attr-defined]
+            x = block(x, attend)
+        return x
+
+
+Attend = Callable[[Tensor, int, float], Tensor]
+"""Queries, keys and values [..., 3 d], heads and dropout -> attended values [..., d]."""
+
+
+class EncoderBlock(nn.TransformerEncoderLayer):
+    """torch's block, norms first, whose attention is given: what lies where is the caller's to know."""
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:  # type: ignore[override]
+        """x [..., d] -> [..., d]."""
+        attention = self.self_attn
+        qkv = linear(self.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+        attended = attend(qkv, attention.num_heads, attention.dropout if self.training else 0.0)
+        x = x + self.dropout1(attention.out_proj(attended))
+        hidden = self.dropout(torch.relu(self.linear1(self.norm2(x))))
+        updated: Tensor = x + self.dropout2(self.linear2(hidden))
+        return updated
+
+
+def _padded_attention(valid: Tensor, qkv: Tensor, heads: int, dropout: float) -> Tensor:
+    """Scaled dot-product attention to the ``valid`` [U, L] places of each sequence: [U, L, 3 d] -> [U, L, d]."""
+    users, length, width = qkv.shape
+    q, k, v = qkv.view(users, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind()
+    mask = valid.view(users, 1, 1, length)
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).reshape(users, length, width // 3)
 
 
 def _distance(present: Tensor) -> Tensor:
@@ -101,13 +135,11 @@ class Packing:
         """Scaled dot-product attention within each sequence: queries, keys and values [U + T, 3 d] -> [U + T, d]."""
         sizes = [users * length for users, length in self.blocks]
         parts = zip(self.blocks, qkv.index_select(0, self.padded).split(sizes), self.valid.split(sizes), strict=True)
-        found = []
-        for (users, length), part, valid in parts:
-            q, k, v = part.view(users, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
-            mask = valid.view(users, 1, 1, length)
-            y = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-            found.append(y.transpose(1, 2).reshape(users * length, -1))
-        return torch.cat(found).index_select(0, self.back)
+        attended = [
+            _padded_attention(valid.view(block), part.view(*block, -1), heads, dropout).flatten(0, 1)
+            for block, part, valid in parts
+        ]
+        return torch.cat(attended).index_select(0, self.back)
 
     def means(self, x: Tensor) -> Tensor:
         """Mean of each sequence's rows, head included: [U + T, d] -> [U, d]."""
@@ -115,14 +147,3 @@ class Packing:
         sums = x[: len(users)].index_add(0, users.repeat_interleave(self.counts), x[len(users) :])
         means: Tensor = sums / (self.counts[:, None] + 1)
         return means
-
-
-def _packed_layer(layer: nn.TransformerEncoderLayer, x: Tensor, packing: Packing) -> Tensor:
-    """torch's layer, norms first, on packed rows [U + T, d]."""
-    attention = layer.self_attn
-    qkv = linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
-    attended = packing.attention(qkv, attention.num_heads, attention.dropout if layer.training else 0.0)
-    x = x + layer.dropout1(attention.out_proj(attended))
-    hidden = layer.dropout(torch.relu(layer.linear1(layer.norm2(x))))
-    updated: Tensor = x + layer.dropout2(layer.linear2(hidden))
-    return updated

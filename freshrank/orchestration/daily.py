@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from freshrank.config import RunConfig
+from freshrank.orchestration.kubeflow.arguments import PipelineBuilder
 from freshrank.pipeline import steps
 from freshrank.pipeline.prune import prune_after_a_day
 from freshrank.pipeline.run import Run
@@ -14,8 +15,8 @@ from freshrank.pipeline.run import Run
 log = logging.getLogger(__name__)
 
 
-def run(data: Path, run_date: date, config: RunConfig, console: Console | None = None) -> None:
-    """Features, validation, Feast, then the Kubeflow pipeline: what the DAG does, in this process.
+def run(build: PipelineBuilder, data: Path, run_date: date, config: RunConfig, console: Console | None = None) -> None:
+    """Features, validation, Feast, then the Kubeflow pipeline of ``build``: what the DAG does, in this process.
 
     With a ``console`` each step is named on it and the pipeline's output goes to its log alone.
     """
@@ -25,12 +26,12 @@ def run(data: Path, run_date: date, config: RunConfig, console: Console | None =
         if console:
             console.log(step)
 
-    windows, day = config.windows.model_dump_json(), run_date.isoformat()
+    windows, day = config.windows, run_date.isoformat()
     progress("historical features")
     steps.build_features(data, day, windows)
     progress("validate")
-    steps.validate(data, day, config.validation.model_dump_json(), Run(data, day).directory / "validation")
+    steps.validate(data, day, config.validation, Run(data, day).directory / "validation")
     progress("materialize")
     steps.materialize(data, day)
-    run_pipeline(data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)
+    run_pipeline(build, data, run_date, config, (lambda step: progress(f"  pipeline step {step}")) if console else None)
     prune_after_a_day(data)

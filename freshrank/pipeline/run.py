@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -15,7 +14,8 @@ from freshrank.datasets.dataset import Dataset
 from freshrank.dates import days, parse_day
 from freshrank.errors import DataError, MissingArtifact
 from freshrank.schema import USAGE, Usage
-from freshrank.storage.files import atomic_directory, fingerprint, read_json, write_json
+from freshrank.storage.derived import build_unless_current
+from freshrank.storage.files import atomic_directory, read_json, write_json
 from freshrank.storage.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -51,27 +51,25 @@ class Run:
         lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
         return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
 
-    def kept(self, name: str, inputs: dict[str, Any]) -> Path:
-        """Where the step store holds this fingerprint, once it is done."""
-        return self.workspace.steps / name / fingerprint(inputs)
+    def kept(self, name: str, key: str) -> Path:
+        """Where the step store holds what has the fingerprint ``key``, once it is done."""
+        return self.workspace.steps / name / key
 
-    def done(self, name: str, inputs: dict[str, Any]) -> bool:
-        """Whether the step store holds this fingerprint."""
-        return self.kept(name, inputs).is_dir()
+    def done(self, name: str, key: str) -> bool:
+        return self.kept(name, key).is_dir()
 
-    def step(self, name: str, inputs: dict[str, Any], out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
-        """Compute into the step store unless it holds this fingerprint, then copy to ``out``."""
-        key = fingerprint(inputs)
-        kept = self.kept(name, inputs)
+    def step(self, name: str, key: str, out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
+        """Compute into the step store unless it holds what has the fingerprint ``key``, then copy to ``out``."""
+        kept = self.kept(name, key)
         with self.workspace.in_use():
             self._say_used(kept)
-        if self.done(name, inputs):
-            log.info("step=%s date=%s fingerprint=%s state=reused", name, self.date, key)
-        else:
+
+        def logged(directory: Path) -> None:
             log.info("step=%s date=%s fingerprint=%s state=started", name, self.date, key)
-            with atomic_directory(kept) as directory:
-                compute(directory)
-            log.info("step=%s date=%s fingerprint=%s state=finished", name, self.date, key)
+            compute(directory)
+
+        state = "finished" if build_unless_current(kept, logged) else "reused"
+        log.info("step=%s date=%s fingerprint=%s state=%s", name, self.date, key, state)
         with atomic_directory(Path(out)) as directory:
             shutil.copytree(kept, directory, dirs_exist_ok=True)
         return Path(out)

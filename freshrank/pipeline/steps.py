@@ -1,16 +1,14 @@
 """The steps of a daily run. The command line, the Kubeflow components and the DAG only call these.
 
 Every step is a function of its inputs: its output is kept under the fingerprint of the data it reads, the config
-sections it takes and the code it runs, so a step that was killed is done again and one that finished is not.
+sections it takes and the code it runs (:mod:`freshrank.storage.derived`), so a step that was killed is done again and
+one that finished is not.
 """
 
-import inspect
-import json
 import logging
 import shutil
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -21,7 +19,6 @@ from freshrank.config import (
     GateConfig,
     ModelConfig,
     Section,
-    Split,
     TechniquesConfig,
     TrainingConfig,
     ValidationConfig,
@@ -30,30 +27,24 @@ from freshrank.config import (
 from freshrank.dates import days
 from freshrank.errors import DataError
 from freshrank.schema import CREATED_AT, IN_EVALUATION, IN_TRAINING, ITEM_ID, Entity
-from freshrank.storage.files import atomic_directory, atomic_write, fingerprint, read_json, sha256_of, write_json
+from freshrank.storage.derived import fingerprint_of
+from freshrank.storage.files import atomic_directory, atomic_write, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
+    from freshrank.pipeline.champion import Champion
     from freshrank.reports.report import RunSummary
 from freshrank.pipeline.run import FreshrankPath, Run, record_outcome, require_artifact
 
+KEY, BUNDLE = "key.json", "bundle.json"
+"""In the folders of :func:`train` and :func:`calibrate`: what they were made of."""
 log = logging.getLogger(__name__)
 
 
-def _code(*modules: ModuleType) -> str:
-    """Fingerprint of the source of ``modules``: an edit makes their kept outputs stale."""
-    return fingerprint([sha256_of(Path(inspect.getfile(module))) for module in modules])
+def _json(sections: dict[str, Section]) -> dict[str, Any]:
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
 
-def _config(section: type[Section], text: str) -> Any:
-    return section.model_validate_json(text)
-
-
-def _split(run: Run, windows: str) -> Split:
-    split: Split = WindowConfig.model_validate_json(windows).split(run.date)
-    return split
-
-
-def build_features(data: FreshrankPath, run_date: str, windows: str | None = None) -> None:
+def build_features(data: FreshrankPath, run_date: str, windows: WindowConfig | None = None) -> None:
     """Historical snapshots for every day that is learned from or judged, and for the run's date itself; hourly counters
     for the former, where the schema has them.
 
@@ -65,7 +56,7 @@ def build_features(data: FreshrankPath, run_date: str, windows: str | None = Non
 
     run = Run(data, run_date)
     _refuse_future(run)
-    split = _split(run, windows or WindowConfig().model_dump_json())
+    split = (windows or WindowConfig()).split(run.date)
     window = days(split.train[0], split.evaluation[-1])
     needed = run.days(window, "training, calibration or evaluation", (*IN_TRAINING, *IN_EVALUATION))
     with run.workspace.in_use():
@@ -110,52 +101,31 @@ def push_hourly(data: FreshrankPath, hour: datetime) -> int:
 
 
 def train_inputs(
-    data: FreshrankPath, run_date: str, windows: str, model: str, techniques: str, training: str
-) -> tuple[Run, dict[str, Any]]:
-    """The run, and all that its ranker depends on: :func:`train` keeps it under the fingerprint of the latter."""
-    from freshrank.features import columns, encoder, frames, hourly, snapshots
-    from freshrank.models import inputs, ranker
-    from freshrank.techniques import aldi, feature_dropout, history_masking, meta_embedding, mixup, residual, score_reg
-    from freshrank.techniques import self_supervision as objectives
-    from freshrank.training import augmentations, checkpoints, distributed, pretrain_items, shards, stream
-    from freshrank.training import loop as training_module
-
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
+) -> tuple[Run, list[date], str]:
+    """The run, the days its ranker is trained on, and the fingerprint under which :func:`train` keeps it."""
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).train, "training", IN_TRAINING)
-    code = _code(
-        columns,
-        encoder,
-        frames,
-        snapshots,
-        hourly,
-        shards,
-        stream,
-        distributed,
-        checkpoints,
-        training_module,
-        augmentations,
-        inputs,
-        ranker,
-        aldi,
-        feature_dropout,
-        history_masking,
-        mixup,
-        residual,
-        score_reg,
-        meta_embedding,
-        pretrain_items,
-        objectives,
-    )
-    return run, {"data": run.read(wanted), "days": wanted, "sections": [model, techniques, training], "code": code}
+    wanted = run.days(windows.split(run.date).train, "training", IN_TRAINING)
+    inputs = {
+        "data": run.read(wanted),
+        "days": wanted,
+        "sections": _json({"model": model, "techniques": techniques, "training": training}),
+    }
+    return run, wanted, fingerprint_of(inputs, train)
 
 
 def train(
     data: FreshrankPath,
     run_date: str,
-    windows: str,
-    model: str,
-    techniques: str,
-    training: str,
+    windows: WindowConfig,
+    model: ModelConfig,
+    techniques: TechniquesConfig,
+    training: TrainingConfig,
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Train the ranker on the training days into directory ``out``.
@@ -164,37 +134,34 @@ def train(
     was kept last, with an object store (FRESHRANK_STORAGE_URL) on any node.
     """
     from freshrank.storage import object_store
-    from freshrank.training import checkpoints, distributed, stream
-    from freshrank.training import loop as training_module
+    from freshrank.training.checkpoints import Checkpoints, forget
+    from freshrank.training.distributed import Group, joined
+    from freshrank.training.loop import model_schema, train_encoded
+    from freshrank.training.stream import encoded_days
     from freshrank.training.trained import DESCRIPTION, Trained
 
-    run, key = train_inputs(data, run_date, windows, model, techniques, training)
-    fit, shape, switches = (
-        _config(section, text)
-        for section, text in ((TrainingConfig, training), (ModelConfig, model), (TechniquesConfig, techniques))
-    )
+    run, wanted, key = train_inputs(data, run_date, windows, model, techniques, training)
 
-    def learned(group: distributed.Group) -> Trained:
-        seen = training_module.model_schema(run.dataset.schema, switches)
-        encoded = stream.encoded_days(run.dataset, run.workspace, key["days"], seen, shape.min_count, fit, group)
+    def learned(group: Group) -> Trained:
+        seen = model_schema(run.dataset.schema, techniques)
+        encoded = encoded_days(run.dataset, run.workspace, wanted, seen, model.min_count, training, group)
         place, copy = kept / str(group.size), f"{copies}/{group.size}"
-        with checkpoints.Checkpoints.opened(place, fit.checkpoint_every, group, store, copy) as keep:
-            return training_module.train_encoded(encoded, shape, switches, fit, None, keep, group)
+        with Checkpoints.opened(place, training.checkpoint_every, group, store, copy) as keep:
+            return train_encoded(encoded, model, techniques, training, None, keep, group)
 
     def compute(directory: Path) -> None:
         learned(group).save(directory)
         sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
-        config = {name: json.loads(section) for name, section in sections.items()}
-        write_json(directory / "key.json", {"key": key, "config": config})
+        write_json(directory / KEY, {"key": key, "config": _json(sections)})
 
-    kept, store = run.workspace.checkpoints / fingerprint(key), object_store.configured()
-    copies = f"checkpoints/{run.dataset.schema.name}/{kept.name}"
-    with distributed.joined() as group:
+    kept, store = run.workspace.checkpoints / key, object_store.configured()
+    copies = f"checkpoints/{run.dataset.schema.name}/{key}"
+    with joined() as group:
         if group.leads:
             run.step("train", key, out, compute)
             shutil.rmtree(kept, ignore_errors=True)
             if store:
-                checkpoints.forget(store, f"{copies}/{group.size}")
+                forget(store, f"{copies}/{group.size}")
         elif not run.done("train", key):
             learned(group)
         group.wait()
@@ -204,51 +171,62 @@ def train(
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
 
 
-def calibrate(
-    data: FreshrankPath, run_date: str, windows: str, calibration: str, model_dir: FreshrankPath, out: FreshrankPath
-) -> dict[str, Any]:
-    """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
-    from freshrank.export import calibration as calibration_module
-    from freshrank.export import exposure_parity, onnx_export
-    from freshrank.features import frames
-    from freshrank.features.encoder import Catalog
-    from freshrank.training import batches
-    from freshrank.training import trained as trained_module
-    from freshrank.training.trained import Trained
-
+def calibrate_inputs(
+    data: FreshrankPath, run_date: str, windows: WindowConfig, calibration: CalibrationConfig, model_dir: FreshrankPath
+) -> tuple[Run, list[date], str]:
+    """The run, the days that are calibrated on, and the fingerprint under which :func:`calibrate` keeps the bundle."""
     run = Run(data, run_date)
-    wanted = run.days(_split(run, windows).calibration, "calibration", IN_TRAINING)
-    trained_key = read_json(require_artifact(Path(model_dir) / "key.json", "freshrank train"))
-    key = {
-        "train": trained_key["key"],
+    wanted = run.days(windows.split(run.date).calibration, "calibration", IN_TRAINING)
+    inputs = {
+        "train": read_json(require_artifact(Path(model_dir) / KEY, "freshrank train"))["key"],
         "data": run.read(wanted),
         "days": wanted,
-        "calibration": calibration,
+        "calibration": calibration.model_dump(mode="json"),
         "date": run.date,
-        "code": _code(calibration_module, exposure_parity, onnx_export),
     }
+    return run, wanted, fingerprint_of(inputs, calibrate)
+
+
+def calibrate(
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    calibration: CalibrationConfig,
+    model_dir: FreshrankPath,
+    out: FreshrankPath,
+) -> dict[str, Any]:
+    """Fit Platt scaling on the calibration days and export the version bundle into ``out``."""
+    from freshrank.export.calibration import Platt, fit_platt
+    from freshrank.export.exposure_parity import with_parity
+    from freshrank.export.onnx_export import export_bundle
+    from freshrank.features.encoder import Catalog
+    from freshrank.features.frames import load_frame
+    from freshrank.training.batches import labels_of
+    from freshrank.training.trained import Trained, predict
+
+    run, wanted, key = calibrate_inputs(data, run_date, windows, calibration, model_dir)
+    trained_key = read_json(Path(model_dir) / KEY)
 
     def compute(directory: Path) -> None:
         schema, items = run.dataset.schema, run.dataset.items()
         trained = Trained.load(Path(model_dir))
-        frame = frames.load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
-        logits, labels = trained_module.predict(trained, frame, items), batches.labels_of(frame, schema)
-        settings = _config(CalibrationConfig, calibration)
-        platt = calibration_module.fit_platt(logits, labels, schema.actions, settings)
-        if settings.exposure == "parity":
-            platt = exposure_parity.with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), settings)
+        frame = load_frame(run.dataset, run.workspace, wanted, IN_TRAINING)
+        logits, labels = predict(trained, frame, items), labels_of(frame, schema)
+        platt = fit_platt(logits, labels, schema.actions, calibration)
+        if calibration.exposure == "parity":
+            platt = with_parity(platt, trained, frame, Catalog.build(items, trained.encoder), calibration)
         facts = {
-            "fingerprint": fingerprint(key),
+            "fingerprint": key,
             "run_date": run_date,
             "dataset": schema.name,
             "training": trained.facts,
             "platt": platt.model_dump(),
-            "config": trained_key["config"] | {"calibration": json.loads(calibration)},
+            "config": trained_key["config"] | _json({"calibration": calibration}),
         }
-        onnx_export.export_bundle(trained, platt, frame, items, directory, facts)
+        export_bundle(trained, platt, frame, items, directory, facts)
 
     run.step("calibrate", key, out, compute)
-    platt = calibration_module.Platt.model_validate(read_json(Path(out) / "bundle.json")["platt"])
+    platt = Platt.model_validate(read_json(Path(out) / BUNDLE)["platt"])
     found = {"slope": platt.slope, "intercept": platt.intercept}
     by_action = {
         f"{part}_{action}": value
@@ -258,7 +236,7 @@ def calibrate(
     return by_action | {"fresh_shift": platt.fresh_shift}
 
 
-def validate(data: FreshrankPath, run_date: str, validation: str, out: FreshrankPath) -> dict[str, Any]:
+def validate(data: FreshrankPath, run_date: str, validation: ValidationConfig, out: FreshrankPath) -> dict[str, Any]:
     """Check the newest day; write ``validation.json``, ``validation.html`` and ``data_docs/`` into ``out``.
 
     Raises:
@@ -268,7 +246,7 @@ def validate(data: FreshrankPath, run_date: str, validation: str, out: Freshrank
     from freshrank.validation.validate import inspect_day
 
     run = Run(data, run_date)
-    found = inspect_day(run.dataset, run.date, item_history(run), _config(ValidationConfig, validation))
+    found = inspect_day(run.dataset, run.date, item_history(run), validation)
     report = found.report
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "validation.json", report.model_dump(mode="json"))
@@ -293,56 +271,71 @@ def item_history(run: Run) -> pl.DataFrame | None:
     return pl.read_parquet(present, hive_partitioning=False).join(births, on=ITEM_ID, how="inner")
 
 
+def evaluate_inputs(
+    data: FreshrankPath,
+    run_date: str,
+    windows: WindowConfig,
+    evaluation: EvaluationConfig,
+    gate: GateConfig,
+    bundle: FreshrankPath,
+) -> tuple[Run, list[date], "Champion | None", str]:
+    """The run, the days that are judged on, what serves, and the fingerprint under which :func:`evaluate` keeps the
+    judgement."""
+    from freshrank.pipeline.champion import champion
+    from freshrank.reports.report import TEMPLATE
+
+    run = Run(data, run_date)
+    facts = read_json(require_artifact(Path(bundle) / BUNDLE, "freshrank calibrate"))
+    wanted, served = run.days(windows.split(run.date).evaluation, "evaluation", IN_EVALUATION), champion(run)
+    inputs = {
+        "bundle": facts["fingerprint"],
+        "data": run.read(wanted),
+        "days": wanted,
+        "sections": _json({"evaluation": evaluation, "gate": gate}),
+        "champion": served.fingerprint if served else None,
+        "template": sha256_of(TEMPLATE),
+    }
+    return run, wanted, served, fingerprint_of(inputs, evaluate)
+
+
 def evaluate(
     data: FreshrankPath,
     run_date: str,
-    windows: str,
-    evaluation: str,
-    gate: str,
+    windows: WindowConfig,
+    evaluation: EvaluationConfig,
+    gate: GateConfig,
     bundle: FreshrankPath,
     out: FreshrankPath,
 ) -> dict[str, Any]:
     """Judge the bundle on the evaluation days against what serves; write evaluation, verdict and report to ``out``."""
-    from freshrank.evaluation import evaluate as judging
-    from freshrank.evaluation import gate as gate_module
-    from freshrank.evaluation import metrics, popularity, threshold_sweep, warm_up_curve
-    from freshrank.pipeline import champion as champion_module
-    from freshrank.pipeline import judgement as judged
-    from freshrank.reports import figures, report
+    from freshrank.evaluation.evaluate import compare
+    from freshrank.evaluation.evaluate import evaluate as evaluated
+    from freshrank.evaluation.gate import judge
+    from freshrank.evaluation.threshold_sweep import with_thresholds
+    from freshrank.evaluation.warm_up_curve import with_warm_up
+    from freshrank.pipeline.judgement import JudgedRows, Judgement
 
-    run = Run(data, run_date)
-    facts = read_json(require_artifact(Path(bundle) / "bundle.json", "freshrank calibrate"))
-    wanted = run.days(_split(run, windows).evaluation, "evaluation", IN_EVALUATION)
-    champion = champion_module.champion(run)
-    code = _code(judging, metrics, warm_up_curve, threshold_sweep, gate_module, judged, popularity, figures, report)
-    key = {
-        "bundle": facts["fingerprint"],
-        "data": run.read(wanted),
-        "days": wanted,
-        "sections": [evaluation, gate],
-        "champion": champion.fingerprint if champion else None,
-        "code": code,
-    }
+    run, wanted, champion, key = evaluate_inputs(data, run_date, windows, evaluation, gate, bundle)
+    facts = read_json(Path(bundle) / BUNDLE)
 
     def compute(directory: Path) -> None:
-        config, schema = _config(EvaluationConfig, evaluation), run.dataset.schema
-        rows = judged.JudgedRows.load(run, wanted, config)
+        schema = run.dataset.schema
+        rows = JudgedRows.load(run, wanted, evaluation)
         ours, theirs = rows.of_bundle(Path(bundle)), rows.of_champion(champion)
-        comparison = judging.compare(ours, theirs, schema, config)
-        comparison = threshold_sweep.with_thresholds(comparison, ours, theirs, schema, config)
+        comparison = compare(ours, theirs, schema, evaluation)
+        comparison = with_thresholds(comparison, ours, theirs, schema, evaluation)
         challenger, baseline = (
-            warm_up_curve.with_warm_up(judging.evaluate(model, schema, config), model, schema, config)
-            for model in (ours, theirs)
+            with_warm_up(evaluated(model, schema, evaluation), model, schema, evaluation) for model in (ours, theirs)
         )
         increase = facts["training"]["parameter_increase"]
-        verdict = gate_module.judge(comparison, challenger, _config(GateConfig, gate), increase)
+        verdict = judge(comparison, challenger, gate, increase)
         log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
         for reason in verdict.obstacles:
             log.info(
                 "step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed, reason.sentence
             )
-        sections = {"evaluation": json.loads(evaluation), "gate": json.loads(gate)}
-        judgement = judged.Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
+        sections = _json({"evaluation": evaluation, "gate": gate})
+        judgement = Judgement(facts, champion, challenger, baseline, comparison, verdict, sections)
         judgement.write(directory, run)
 
     run.step("evaluate", key, out, compute)

@@ -2,8 +2,9 @@
 
 python -m freshrank.training.torchrun_agent ... -m freshrank.pipeline.train_worker REQUEST
 
-REQUEST is a JSON object: the arguments of :func:`freshrank.pipeline.steps.train` but for ``out``. What is learned
-stays in the step store of the shared workspace, where the step that asked for it finds it.
+REQUEST is a JSON object: the arguments of :func:`freshrank.pipeline.steps.train` but for ``out``, each section of
+the config as JSON in a string. What is learned stays in the step store of the shared workspace, where the step that
+asked for it finds it.
 """
 
 import json
@@ -11,6 +12,7 @@ import logging
 import sys
 from tempfile import TemporaryDirectory
 
+from freshrank.config import parse_sections
 from freshrank.errors import FreshrankError
 
 
@@ -19,7 +21,7 @@ def main(request: str) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with TemporaryDirectory() as out:
-        steps.train(**json.loads(request), out=f"{out}/ranker")
+        steps.train(**parse_sections(json.loads(request)), out=f"{out}/ranker")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from freshrank.evaluation.results import (
 from freshrank.reports.figures import pictures, row_name
 from freshrank.storage.files import write_text
 
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 HEADLINES = {
     Decision.BLESSED: "Blessed: the challenger may serve",
     Decision.REJECTED: "Rejected: what serves keeps serving",
@@ -134,12 +135,12 @@ def write_report(path: Path, report: ReportInput) -> None:
     """Render ``report`` to one self-contained HTML file, atomically; equal input gives equal bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    loader = FileSystemLoader(TEMPLATE.parent)
     environment = Environment(
         autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(data_uri=_data_uri, interval=_interval, number=_number, short=_short, signed=_signed)
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template(TEMPLATE.name).render(
         report=report,
         headline=HEADLINES[report.verdict.verdict],
         marks=MARKS,
@@ -219,20 +220,6 @@ def _both(report: ReportInput, metric: MetricName, name: str, action: str, by: W
 def _threshold_rows(threshold: Threshold) -> list[Difference]:
     """The averages of Hits@k and the log loss of every action; Hits@k per action is in ``comparison.json`` only."""
     return [row for row in threshold.differences if row.action is None or row.metric is MetricName.LOG_LOSS]
-
-
-def summary_lines(summary: RunSummary) -> list[str]:
-    """The same as :func:`print_summary` in plain sentences, for logs."""
-    return [
-        f"{summary.dataset} {summary.run_date}: {HEADLINES[summary.verdict.verdict]}.",
-        *(f"{MARKS[reason.passed][0]} {reason.sentence}" for reason in summary.verdict.obstacles),
-        *(
-            f"{name}: {_interval(row.challenger)} against {_interval(row.baseline)}, "
-            f"difference {_signed(row.difference)}"
-            for name, row in _headline_rows(summary.comparison)
-        ),
-        f"serving: {summary.serving}; report: {summary.report or 'none'}",
-    ]
 
 
 def _headline_rows(comparison: Comparison) -> list[tuple[str, Difference]]:

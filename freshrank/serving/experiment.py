@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freshrank.errors import ServingError
-from freshrank.storage.files import read_json, write_json
+from freshrank.storage.files import WatchedFile, read_json, write_json
 
 FILE = "experiment.json"
 CHAMPION = 0
@@ -102,23 +102,18 @@ class ExperimentFile:
 
     def __init__(self, root: Path) -> None:
         self.path = root / FILE
-        self._seen: tuple[int, int, int] | None = None
-        self._value: Experiment | None = None
+        self._watched = WatchedFile(self.path, self.read_anew)
         self._complaint = ""
 
     def read(self) -> Experiment | None:
         """Read again only when the file is another one; one that cannot be read leaves the last good one in force."""
         try:
-            state = self.path.stat()
-            seen = (state.st_mtime_ns, state.st_size, state.st_ino)
-            if seen != self._seen:
-                self._value = self.read_anew()
-                self._seen = seen
+            return self._watched.value()
         except FileNotFoundError:
-            self._seen = self._value = None
+            self._watched.forget()
         except (OSError, ServingError) as error:
             self._complain(str(error))
-        return self._value
+        return self._watched.last
 
     def read_anew(self) -> Experiment | None:
         """What the file says now, None without one; ServingError where it cannot be read."""
@@ -132,7 +127,8 @@ class ExperimentFile:
             ) from error
 
     def _complain(self, problem: str) -> None:
-        stands = f"'{self._value.name}' goes on" if self._value else "there is no experiment"
+        last = self._watched.last
+        stands = f"'{last.name}' goes on" if last else "there is no experiment"
         if problem != self._complaint:
             log.warning("%s; until then %s", problem, stands)
         self._complaint = problem

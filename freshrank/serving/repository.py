@@ -8,12 +8,12 @@
 The pointer is the only state: config.pbtxt is derived from it, so switching and rolling back are one rename.
 """
 
-import fcntl
 import logging
 import py_compile
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal, Self
 
@@ -27,13 +27,14 @@ from freshrank.errors import ServingError
 from freshrank.serving.cpu import usable_cores
 from freshrank.serving.experiment import ExperimentFile
 from freshrank.serving.protocol import INPUTS, MAX_BATCH, OPTIONAL, OUTPUTS, RANKING
-from freshrank.settings import PROJECT_ROOT, settings
-from freshrank.storage.files import atomic_directory, read_json, write_json, write_text
+from freshrank.settings import settings
+from freshrank.storage.files import atomic_directory, locked, read_json, write_json, write_text
 
 RANKER = "ranker"
-TEMPLATES = PROJECT_ROOT / "triton_models"
+TEMPLATES = Path(str(files("freshrank.triton_models")))
 
 log = logging.getLogger(__name__)
+_COMPILED = shutil.ignore_patterns("__pycache__")
 
 Platform = Literal["python", "onnxruntime"]
 
@@ -74,9 +75,7 @@ class ModelRepository:
     @contextmanager
     def lock(self) -> Iterator[Self]:
         """Wait until no other process publishes, rolls back or starts a server here; a killed holder frees it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.root / "lock"):
             yield self
 
     def version_directory(self, version: int) -> Path:
@@ -95,7 +94,8 @@ class ModelRepository:
     def install_version(self, bundle: Path) -> int:
         """Copy ``bundle`` in and return its version; a fingerprint already installed keeps its version."""
         info = check_bundle(bundle)
-        self._remove_unfinished()
+        for leftover in (self.models / RANKER).glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for version in self.versions():
             if self.info(version).fingerprint == info.fingerprint:
                 return version
@@ -108,6 +108,16 @@ class ModelRepository:
         with atomic_directory(self.version_directory(version)) as directory:
             shutil.copytree(bundle, directory, dirs_exist_ok=True)
             _place_code(RANKER, directory, self.version_directory(version))
+
+    def refresh_code(self, versions: Collection[int]) -> None:
+        """Give ``versions`` that an earlier release installed the code of this one: theirs imports what that release
+        had. To be called before a server loads them, for it would load again what changes afterwards."""
+        for directory in map(self.version_directory, versions):
+            if not _has_code(RANKER, directory):
+                with atomic_directory(directory) as refreshed:
+                    shutil.copytree(directory, refreshed, dirs_exist_ok=True, ignore=_COMPILED)
+                    _place_code(RANKER, refreshed, directory)
+                log.info("%s: the code of an earlier release is replaced", directory)
 
     def reject(self, version: int, reason: str) -> None:
         """Remove a version that never served; its number is not given again and ``reason`` is kept."""
@@ -178,12 +188,13 @@ class ModelRepository:
         """
         signatures = [self.signature(version) for version in versions]
         inputs = _united([signature.inputs for signature in signatures])
+        everywhere = set.intersection(*({spec.name for spec in signature.inputs} for signature in signatures))
         return _render(
             RANKER,
             versions=sorted(versions),
             inputs=inputs,
             outputs=_united([signature.outputs for signature in signatures]),
-            optional=_not_everywhere(inputs, signatures),
+            optional={spec.name for spec in inputs} - everywhere,
             platform=self.platform,
             threads=self.threads,
         )
@@ -193,7 +204,9 @@ class ModelRepository:
         return str(json_format.MessageToJson(text_format.Parse(self.ranker_config(versions), ModelConfig())))
 
     def write_configs(self) -> list[str]:
-        """Bring every config.pbtxt in line with the pointer; return the models a server loads at its start."""
+        """Bring every config.pbtxt in line with the pointer, and all code with this release; return the models a server
+        loads at its start."""
+        self.refresh_code(self.versions())
         self._write_ranking()
         pointer = self.served()
         if pointer is None:
@@ -212,7 +225,7 @@ class ModelRepository:
 
     def _write_ranking(self) -> None:
         code = self.models / RANKING / "1"
-        if not _is_same_file(code / "model.py", TEMPLATES / RANKING / "model.py"):
+        if not _has_code(RANKING, code):
             with atomic_directory(code) as directory:
                 _place_code(RANKING, directory, code)
         config = _render(
@@ -231,10 +244,6 @@ class ModelRepository:
         rejected = [int(path.stem) for path in (self.root / "rejected").glob("*.json")]
         return 1 + max([0, *self.versions(), *rejected])
 
-    def _remove_unfinished(self) -> None:
-        for leftover in (self.models / RANKER).glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
 
 def _place_code(model: str, directory: Path, final: Path) -> None:
     """Put the Python model into ``directory``, which will be named ``final``, and compile it.
@@ -246,8 +255,9 @@ def _place_code(model: str, directory: Path, final: Path) -> None:
     py_compile.compile(str(code), dfile=str(final / "model.py"), doraise=True)
 
 
-def _is_same_file(left: Path, right: Path) -> bool:
-    return left.exists() and left.read_bytes() == right.read_bytes()
+def _has_code(model: str, directory: Path) -> bool:
+    code = directory / "model.py"
+    return code.exists() and code.read_bytes() == (TEMPLATES / model / "model.py").read_bytes()
 
 
 def _united(groups: list[tuple[TensorSpec, ...]]) -> list[TensorSpec]:
@@ -265,11 +275,6 @@ def _widened(left: TensorSpec, right: TensorSpec) -> TensorSpec:
         )
     shape = tuple(a if a == b else -1 for a, b in zip(left.shape, right.shape, strict=True))
     return left.model_copy(update={"shape": shape})
-
-
-def _not_everywhere(inputs: list[TensorSpec], signatures: list[Signature]) -> set[str]:
-    everywhere = set.intersection(*({spec.name for spec in signature.inputs} for signature in signatures))
-    return {spec.name for spec in inputs} - everywhere
 
 
 def _render(model: str, **values: object) -> str:

@@ -9,13 +9,14 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 _HOST = socket.gethostname().replace("-", "_")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+Value = TypeVar("Value")
 
 
 def _temporary(path: Path) -> Path:
@@ -109,6 +110,28 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
             yield False
         else:
             yield True
+
+
+class WatchedFile(Generic[Value]):
+    """What ``read`` makes of the file ``path``, read again only when it is another file."""
+
+    def __init__(self, path: Path, read: Callable[[], Value]) -> None:
+        self.path = path
+        self.last: Value | None = None
+        """What was read last; what cannot be read now leaves it."""
+        self._read = read
+        self._seen: tuple[int, int, int] | None = None
+
+    def value(self) -> Value:
+        """FileNotFoundError where it is gone, whatever ``read`` raises where it cannot be read."""
+        state = self.path.stat()
+        seen = (state.st_mtime_ns, state.st_size, state.st_ino)
+        if self.last is None or seen != self._seen:
+            self.last, self._seen = self._read(), seen
+        return self.last
+
+    def forget(self) -> None:
+        self.last = self._seen = None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from freshrank.errors import ConfigError, MissingArtifact, StorageError
+from freshrank.retry import retrying
 from freshrank.settings import settings, store_endpoint, store_url
 from freshrank.storage.files import atomic_directory, read_json, sha256_of, write_json
 
@@ -99,10 +99,7 @@ class ObjectStore:
             raise ConfigError(f"object store: {error}") from None
         self._fs: Any = _file_system(self.url)
         self._root: str = self._fs._strip_protocol(self.url)
-        self._require()
-
-    def _require(self) -> None:
-        """The bucket, or the directory, must be there: a missing one would look like an empty one."""
+        # A missing bucket or directory would look like an empty one.
         if self.url.startswith("s3:"):
             self._call(self._fs.call_s3, "head_bucket", Bucket=self._root.partition("/")[0])
         elif not Path(self._root).is_dir():
@@ -121,11 +118,15 @@ class ObjectStore:
         Only contents that the store lacks are sent. All but the newest ``keep`` versions are removed.
         """
         manifest = Manifest.of(directory, _files(directory) if names is None else names, facts or {})
-        held = self._sizes(name)
-        missing = {
-            entry.sha256: file for file, entry in manifest.files.items() if held.get(entry.sha256) != entry.bytes
-        }
-        _in_parallel(lambda item: self._put(directory / item[1], self._object(name, item[0])), missing.items())
+        held = {path.rpartition("/")[2]: found["size"] for path, found in self._list(name, "objects").items()}
+        entries = manifest.files.items()
+        missing = {entry.sha256: directory / file for file, entry in entries if held.get(entry.sha256) != entry.bytes}
+
+        def send(item: tuple[str, Path]) -> None:
+            sha256, path = item
+            self._call(self._write, self._object(name, sha256), lambda key: self._fs.put_file(str(path), key))
+
+        _in_parallel(send, missing.items())
         self._write_manifest(name, manifest)
         self._prune(name, keep)
         log.info("kept %s/%s: %d files, %d of them sent", self.url, name, len(manifest.files), len(missing))
@@ -171,7 +172,8 @@ class ObjectStore:
             self._delete(self._list(name, part))
 
     def _fetch(self, name: str, manifest: Manifest, directory: Path) -> Manifest:
-        known = _known(directory)
+        listed = read_json(directory / FETCHED) if (directory / FETCHED).exists() else {}
+        known = {file: Entry(**entry) for file, entry in listed.items()}
         if known == manifest.files and all(_is_there(directory / file, entry) for file, entry in known.items()):
             return manifest
         with atomic_directory(directory) as temporary:
@@ -198,9 +200,6 @@ class ObjectStore:
         except _Absent as error:
             raise Broken(f"{key}: is gone from the store") from error
         raise Broken(f"{key}: {path.stat().st_size} bytes that are not the {entry.bytes} that were kept there")
-
-    def _put(self, path: Path, key: str) -> None:
-        self._call(self._write, key, lambda target: self._fs.put_file(str(path), target))
 
     def _write(self, key: str, write: Callable[[str], object]) -> None:
         """An upload is seen once it is whole in S3, but not in a directory, where it needs a rename."""
@@ -261,9 +260,6 @@ class ObjectStore:
             return datetime.now(UTC) - written.astimezone(UTC) > _LEFT_OVER
         return False
 
-    def _sizes(self, name: str) -> dict[str, int]:
-        return {path.rpartition("/")[2]: facts["size"] for path, facts in self._list(name, "objects").items()}
-
     def _list(self, name: str, part: str) -> dict[str, dict[str, Any]]:
         where = f"{self._root}/{name}/{part}"
         found: dict[str, dict[str, Any]] = self._call(self._fs.find, where, detail=True)
@@ -281,14 +277,8 @@ class ObjectStore:
 
     def _call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Tried again while what failed may pass; then an error that says what to mend."""
-        trying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=10),
-            retry=retry_if_exception(_may_pass),
-            reraise=True,
-        )
         try:
-            return trying(function, *arguments, **named)
+            return retrying(_may_pass, attempts=ATTEMPTS)(function, *arguments, **named)
         except Exception as error:
             self._explain(error)
 
@@ -345,11 +335,6 @@ def _files(directory: Path) -> list[str]:
     return [
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != FETCHED
     ]
-
-
-def _known(directory: Path) -> dict[str, Entry]:
-    path = directory / FETCHED
-    return {name: Entry(**entry) for name, entry in read_json(path).items()} if path.exists() else {}
 
 
 def _is_there(path: Path, entry: Entry) -> bool:

@@ -122,18 +122,12 @@ class Checkpoints:
             if mirror:
                 mirror.wait()
 
-    @property
-    def device(self) -> str | None:
-        """What the kept training runs on; None where none is kept."""
-        path = self.directory / "state.json"
-        return read_json(path)["device"] if path.exists() else None
-
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def restore(self, state: State) -> None:
         """Take ``state`` to where the kept training was; leave it where none is kept."""
-        if self.device is None:
+        if not (self.directory / "state.json").exists():
             return
         tensors = load_file(self.directory / "state.safetensors")
         state.restore(tensors, read_json(self.directory / "state.json"))

@@ -4,14 +4,12 @@ Rows of the same user and day stand together in a batch, so the user block and i
 per user and day and not once per impression; users are shuffled within the whole training range.
 """
 
-import copy
 import functools
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable
 
 import polars as pl
 import torch
@@ -38,7 +36,6 @@ from freshrank.training.trained import Trained
 
 log = logging.getLogger(__name__)
 SMALLEST_BATCH = 32
-_MEASURED_STEPS = 15
 
 Watch = Callable[[int, Ranker, Batch], None]
 
@@ -78,13 +75,9 @@ def train_encoded(
 
     A training kept in ``checkpoints`` goes on where it was. Every rank of ``group`` calls this and gets one ranker.
     """
-    encoder, data, options = encoded.encoder, encoded.data, Device.options(training)
+    encoder, data, device = encoded.encoder, encoded.data, Device.choose(training)
     torch.manual_seed(training.seed)
-    ranker = Ranker(encoder, model, techniques).to(options[0].name)
-    kept = checkpoints.device if checkpoints else None
-    device = next((option for option in options if str(option) == kept), None) or fastest(
-        options, ranker, data, techniques, training, group
-    )
+    ranker = Ranker(encoder, model, techniques).to(device.name)
     log.info("training on %s, %d rows, %d user-days", device, len(data), data.user_days)
     started = time.perf_counter()
     if techniques.pretraining:
@@ -131,7 +124,7 @@ def fit(
     """Train ``ranker`` in place, one optimiser step per batch."""
     size = batch_size(training, len(data))
     steps = training.epochs * -(-len(data) // size)
-    state = _start(ranker, training, steps, device, group)
+    state = _start(ranker, training, steps, group)
     # Draws of its own: switching mixup on leaves batches, hidden ids and initial weights as they were.
     transforms, mixing = batch_transforms(encoder, techniques, training, state.draws), state.draws.generator(2)
     if checkpoints:
@@ -154,14 +147,14 @@ def fit(
     return state.curve
 
 
-def _start(ranker: Ranker, training: TrainingConfig, steps: int, device: Device, group: Group) -> State:
+def _start(ranker: Ranker, training: TrainingConfig, steps: int, group: Group) -> State:
     optimizer = torch.optim.AdamW(
         ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     draws = Draws(training.seed, group.rank)
     draws.seed_torch()
-    return State(ranker, optimizer, schedule, draws, str(device))
+    return State(ranker, optimizer, schedule, draws)
 
 
 class _Loss(nn.Module):
@@ -198,37 +191,6 @@ def _step(
     (loss * weight).backward()
     optimizer.step()
     return loss, parts
-
-
-def fastest(
-    options: Sequence[Device],
-    ranker: Ranker,
-    data: Source,
-    techniques: TechniquesConfig,
-    training: TrainingConfig,
-    group: Group = ALONE,
-) -> Device:
-    """The one of ``options`` whose steps measure fastest on the first batch; ranker and draws stay as they are."""
-    if len(options) == 1:
-        return options[0]
-    batch = next(data.feed(batch_size(training, len(data)), 1, training.seed, 0, group)).batch
-    seconds = [step_seconds(option, copy.deepcopy(ranker), batch, techniques) for option in options]
-    log.info("seconds per step: %s", ", ".join(f"{o} {s:.4f}" for o, s in zip(options, seconds, strict=True)))
-    return options[int(group.gathered(torch.tensor(seconds))[0].argmin())]
-
-
-def step_seconds(device: Device, ranker: Ranker, batch: Batch, techniques: TechniquesConfig) -> float:
-    """Median of some steps of ``ranker`` on ``batch``, after others that compile and warm up; trains ``ranker``."""
-    loss_of, mixing, found = _Loss(ranker, techniques, device.compiled), torch.Generator().manual_seed(0), []
-    optimizer = torch.optim.AdamW(ranker.parameters(), fused=True)
-    ranker.train()
-    with torch.random.fork_rng():
-        for _ in range(_MEASURED_STEPS):
-            started = time.perf_counter()
-            loss, _ = _step(loss_of, optimizer, device, batch, mixing)
-            float(loss.detach())  # waits for a GPU
-            found.append(time.perf_counter() - started)
-    return median(found[_MEASURED_STEPS // 3 :])
 
 
 def batch_size(training: TrainingConfig, rows: int) -> int:

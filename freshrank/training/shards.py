@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,11 @@ import pyarrow.parquet as pq
 from freshrank.datasets.dataset import Dataset
 from freshrank.features.frames import TABLES, Builder, Frame, Part, frame_path, kept
 from freshrank.schema import IN_TRAINING, ITEM_AGE, ITEM_ID, USAGE, USER_ID, Schema
-from freshrank.storage.files import atomic_directory, fingerprint, read_json, write_json
+from freshrank.storage.derived import build_unless_current, fingerprint_of
+from freshrank.storage.files import read_json, write_json
 from freshrank.storage.workspace import Workspace
 
 log = logging.getLogger(__name__)
-CODE_VERSION = 1
-"""Raise it when the same frame is cut differently, so that kept shards are cut again."""
 DESCRIPTION = "shards.json"
 FIRST = "first"
 ROWS_AT_ONCE = 500_000
@@ -68,8 +68,8 @@ def training_shards(dataset: Dataset, workspace: Workspace, days: Sequence[date]
     Raises:
         MissingArtifact: the snapshots of ``days`` have not been built.
     """
-    directories = {day: _directory(dataset, workspace, day, shard_rows) for day in days}
-    missing = sorted(day for day, directory in directories.items() if not (directory / DESCRIPTION).exists())
+    directories = {day: shards_directory(dataset, workspace, day, shard_rows) for day in days}
+    missing = sorted(day for day, directory in directories.items() if not directory.is_dir())
     if missing:
         builder = Builder(dataset, workspace, missing)
         for day in missing:
@@ -86,16 +86,16 @@ def _trained_on(dataset: Dataset, days: Sequence[date]) -> pl.LazyFrame:
     return dataset.impressions(list(days)).filter(pl.col(USAGE).is_in([usage.value for usage in IN_TRAINING]))
 
 
-def _directory(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> Path:
-    key = fingerprint({"frame": frame_path(dataset, workspace, day).name, "rows": shard_rows, "version": CODE_VERSION})
+def shards_directory(dataset: Dataset, workspace: Workspace, day: date, shard_rows: int) -> Path:
+    key = fingerprint_of({"frame": frame_path(dataset, workspace, day).name, "rows": shard_rows}, _cut)
     return workspace.shards / f"{day.isoformat()}-{key}"
 
 
 def _cut(builder: Builder, day: date, directory: Path, shard_rows: int) -> None:
     parts = max(1, -(-training_rows(builder.dataset, [day]) // shard_rows))
     log.info("cutting %s into %d shards", day, parts)
-    with atomic_directory(directory) as temporary:
-        write_shards(_frames(builder, day, parts, shard_rows), builder.dataset.schema, temporary)
+    frames = _frames(builder, day, parts, shard_rows)
+    build_unless_current(directory, partial(write_shards, frames, builder.dataset.schema))
 
 
 def read_shards(directory: Path) -> list[Shard]:

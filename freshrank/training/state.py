@@ -89,7 +89,6 @@ class State:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     draws: Draws
-    device: str
     curve: TrainingCurve = field(default_factory=TrainingCurve)
     sums: RunningMean = field(default_factory=RunningMean)
     step: int = 0
@@ -107,7 +106,6 @@ class State:
         sums = {name: float(total) for name, total in self.sums.sums.items()}
         return {
             "step": self.step,
-            "device": self.device,
             "schedule": self.schedule.state_dict(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
             "curve": {"steps": self.curve.steps, "losses": self.curve.losses},

@@ -12,6 +12,8 @@ from freshrank.bench.paper.rows import BASELINE, chosen
 from freshrank.bench.paper.table1 import Options, tasks_of
 from freshrank.config import ModelConfig, RunConfig
 
+pytestmark = pytest.mark.integration
+
 QUIET = Console(quiet=True)
 
 

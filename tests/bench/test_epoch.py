@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -9,6 +10,8 @@ from freshrank.bench.paper.evidence_data import Prepared, load_evidence
 from freshrank.bench.paper.rows import BASELINE, ROWS, config_of
 from freshrank.bench.training.epoch import _PerImpression, epoch
 from freshrank.storage.files import read_json
+
+pytestmark = pytest.mark.integration
 
 
 def test_both_ways_end_with_the_same_losses(world: Prepared, home: Path) -> None:

@@ -16,6 +16,8 @@ from freshrank.errors import DataError
 from tests.bench.conftest import RUN_DATE, WINDOWS
 from tests.datasets.test_kuairand import published
 
+pytestmark = pytest.mark.integration
+
 
 def test_raw_files_are_imported_under_the_protocol_and_as_the_oracle(home: Path) -> None:
     """Once: a second call takes the import that was made of these very files, a changed file makes it anew."""

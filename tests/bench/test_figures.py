@@ -27,6 +27,8 @@ from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.schema import Group
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 NAMES = ["2a", "2b", "2c", "6a", "6b", "6c", "7a", "7b"]
 WORLD = WorldConfig(users=60, days=6, items_at_start=80, new_items_per_day=8, impressions_per_day=600)
 PNG = b"\x89PNG\r\n\x1a\n"

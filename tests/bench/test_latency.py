@@ -23,6 +23,8 @@ from freshrank.config import CalibrationConfig, ModelConfig, RunConfig, Training
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.storage.files import read_json
 
+pytestmark = pytest.mark.integration
+
 PLAN = Plan(sizes=(500,), callers=(1, 2), rounds=2)
 
 

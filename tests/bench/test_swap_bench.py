@@ -13,6 +13,8 @@ from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.settings import settings
 from freshrank.storage.files import read_json
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=6, items_at_start=120, new_items_per_day=10, impressions_per_day=1500)
 
 

@@ -15,6 +15,8 @@ from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.features.frames import Frame
 from tests.judging import logit, schema_of, with_logits, world
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = schema_of()
 CONFIG = EvaluationConfig(age_buckets=(), exposure_buckets=())
 UTILITIES = np.asarray(SCHEMA.utilities, np.float64)

@@ -6,16 +6,33 @@ import pytest
 import torch
 from rich.console import Console
 
-from freshrank.bench.measure import peak_mib
+from freshrank.bench.measure import peak_mib, ratio
 from freshrank.bench.paper.evidence_data import Prepared, load_evidence
 from freshrank.bench.paper.rows import BASELINE, ROWS, config_of
 from freshrank.bench.training import peers
-from freshrank.bench.training.throughput import READY, STREAMED, First, Measured, Plan, Ready, _ratios, train
+from freshrank.bench.training.throughput import (
+    NUMERICS,
+    READY,
+    STREAMED,
+    First,
+    Measured,
+    NumericsSpeed,
+    Plan,
+    Ready,
+    _ratios,
+    advice,
+    train,
+)
 from freshrank.config import ModelConfig, TrainingConfig
 from freshrank.errors import ConfigError
 from freshrank.models.ranker import Ranker
+from freshrank.recipes import recipe
 from freshrank.storage.files import read_json
 from freshrank.training.batches import Encoded, TensorFrame
+
+IN_BOTH_PRECISIONS = tuple(each for each in NUMERICS if not each[1])
+"""Without compilers, which take a minute."""
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +86,33 @@ def test_a_ratio_is_the_median_of_those_of_each_round_against_the_better_peer() 
     assert not better.met
 
 
+def numerics(precision: str, compiled: bool, *speed_ups: float, failure: str = "") -> NumericsSpeed:
+    found = ratio("speed-up", speed_ups, [1.0] * len(speed_ups)) if speed_ups else None
+    return NumericsSpeed(precision=precision, compile=compiled, speed_up=found, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        (
+            [numerics("float32", True, 1.2, 1.3), numerics("bfloat16", True, 1.9, 1.7)],
+            "cuda (H): the fastest is --set training.precision=bfloat16 --set training.compile=true",
+        ),
+        (
+            [numerics("float32", True, failure="no compiler"), numerics("bfloat16", False, 2.0, 0.9)],
+            "cuda (H): nothing is faster than the defaults in every round",
+        ),
+    ],
+)
+def test_the_configuration_to_set_is_the_fastest_that_is_faster_in_every_round(
+    speeds: list[NumericsSpeed], expected: str
+) -> None:
+    """And its name is what `--set` takes."""
+    assert advice("cuda (H)", speeds).startswith(expected)
+    flags = [part for part in advice("cuda (H)", speeds).replace(";", " ").split() if "=" in part]
+    assert recipe("baseline", flags).training.compile == bool(flags)
+
+
 def speed(rows: int) -> Measured:
     return Measured(rows=rows, seconds=1.0, cpu_seconds=1.0, peak_mib=1.0)
 
@@ -86,7 +130,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
 ) -> None:
     """An import of it fails."""
     monkeypatch.setitem(__import__("sys").modules, "torch_rechub.trainers", None)
-    with pytest.raises(ConfigError, match=r"torch-rechub cannot be imported.*pip install --no-deps"):
+    with pytest.raises(ConfigError, match=r"torch-rechub cannot be imported.*pip install 'freshrank\[bench\]'"):
         peers.require(["torch-rechub"])
 
 
@@ -102,9 +146,20 @@ def test_rows_that_all_fit_a_window_are_refused_before_anything_is_measured(worl
 @pytest.mark.slow
 def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Prepared, tmp_path: Path) -> None:
     """Ten batches of 256 rows, one round, torch-rechub; streamed in windows of 1,000 rows."""
-    plan = Plan(days=3, batch_size=256, window_rows=1000, steps=10, peer_steps=4, rounds=1, peers=("torch-rechub",))
+    plan = Plan(
+        days=3,
+        batch_size=256,
+        window_rows=1000,
+        steps=10,
+        peer_steps=4,
+        rounds=1,
+        peers=("torch-rechub",),
+        numerics=IN_BOTH_PRECISIONS,
+    )
     found = train(world.source.path, world.source.run_date, plan, tmp_path / "train.json", Console(quiet=True))
     assert found.same_losses
     assert read_json(tmp_path / "train.json") == found.model_dump()
     assert (tmp_path / "train.png").stat().st_size > 10_000
+    assert [(each.precision, each.compile, each.failure) for each in found.numerics] == [("bfloat16", False, "")]
+    assert found.advice.startswith("cpu")
     assert set(found.systems) == {STREAMED, READY, "torch-rechub", "torch-rechub, its own loader"}

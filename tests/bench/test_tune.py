@@ -21,6 +21,8 @@ from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.storage.files import read_json, write_json
 
+pytestmark = pytest.mark.integration
+
 QUIET = Console(quiet=True)
 
 

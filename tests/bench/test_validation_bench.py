@@ -12,6 +12,8 @@ from freshrank.config import Severity
 from freshrank.storage.files import read_json
 from freshrank.validation.expectations import Check, Sheet
 
+pytestmark = pytest.mark.integration
+
 NOON = datetime(2024, 1, 2, 12, tzinfo=UTC)
 DAY = datetime(2024, 1, 2, tzinfo=UTC)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from freshrank.components import build
 from freshrank.config import RunConfig, Section
 from freshrank.orchestration.kubeflow.submit import compiled
 
@@ -14,7 +15,7 @@ STEPS = {"calibrate", "deploy", "evaluate", "stop", "train", "validate-data"}
 
 @pytest.fixture(scope="module")
 def spec() -> dict[str, Any]:
-    return dict(yaml.safe_load(compiled(None)))
+    return dict(yaml.safe_load(compiled(build, None)))
 
 
 @pytest.fixture(scope="module")
@@ -128,4 +129,4 @@ def test_a_step_installs_nothing_and_streams_its_output(containers: dict[str, An
 
 def test_compiling_twice_gives_the_same_package(spec: dict[str, Any]) -> None:
     """The idempotency key of a submission hashes the package."""
-    assert yaml.safe_load(compiled(None)) == spec
+    assert yaml.safe_load(compiled(build, None)) == spec

@@ -22,7 +22,10 @@ from redis.retry import Retry
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed, ServingError, ValidationFailed
 from freshrank.orchestration.airflow.operator import data_directory, final_errors, run_config
 from freshrank.recipes import DEFAULT_RECIPE
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
+from tests.paths import PROJECT_ROOT
+
+pytestmark = pytest.mark.integration
 
 DAGS = PROJECT_ROOT / "dags"
 ORDER = ["wait_for_partition", "historical_features", "validate", "materialize", "train_ranker", "confirm_served"]

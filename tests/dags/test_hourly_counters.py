@@ -10,10 +10,13 @@ from airflow.dag_processing.dagbag import DagBag
 from jinja2 import Environment, StrictUndefined
 
 from freshrank.features.store import FeatureStore
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
+from tests.paths import PROJECT_ROOT
 from tests.tiny_log import at, write_log
+
+pytestmark = pytest.mark.integration
 
 ORDER = ["wait_for_log", "push_counters"]
 

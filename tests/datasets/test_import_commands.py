@@ -20,6 +20,8 @@ from freshrank.schema import dump_schema
 from freshrank.storage.files import write_json
 from freshrank.validation.validate import validate_day
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def narrow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from freshrank.datasets.dataset import Dataset
-from freshrank.datasets.simulator import TRUE_PROBABILITIES, WorldConfig, read_truth, simulate
+from freshrank.datasets.simulator import TRUE_PROBABILITIES, TRUTH, WorldConfig, simulate
 from freshrank.errors import ConfigError
 from freshrank.schema import Kind
 
@@ -135,9 +135,14 @@ def test_the_last_day_has_enough_lists_with_a_fresh_positive_for_the_gate(demo: 
     assert last["request_id"].n_unique() >= 300
 
 
+def truth_of(dataset: Dataset, day: date) -> pl.DataFrame:
+    """True probabilities of the rows of ``day``."""
+    return pl.read_parquet(dataset.path / TRUTH / f"date={day.isoformat()}" / "part-0.parquet")
+
+
 def test_the_truth_is_the_rate_of_what_happened(demo: Dataset) -> None:
     """In each tenth of the true probability, the share of positives is that probability within 2 points."""
-    truth = pl.concat([read_truth(demo, day) for day in demo.days])
+    truth = pl.concat([truth_of(demo, day) for day in demo.days])
     log = demo.impressions().collect().join(truth, on=["request_id", "item_id"], how="inner")
     assert len(log) == len(truth) == sum(day["rows"] for day in demo.manifest["days"].values())
     for action in demo.schema.actions:
@@ -159,7 +164,7 @@ def test_the_oracle_beats_popularity(demo: Dataset) -> None:
     past = log.filter(pl.col("day") < last).group_by("item_id").agg((pl.col("click").sum() + 2) / (pl.len() + 10))
     judged = (
         log.filter(pl.col("day") == last)
-        .join(read_truth(demo, last), on=["request_id", "item_id"])
+        .join(truth_of(demo, last), on=["request_id", "item_id"])
         .join(past.rename({"click": "popularity"}), on="item_id", how="left")
         .with_columns(pl.col("popularity").fill_null(0.2))
     )

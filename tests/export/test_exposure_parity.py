@@ -18,6 +18,8 @@ from freshrank.training.loop import train_ranker
 from freshrank.training.trained import Trained
 from tests.worlds import random_frame, tiny_schema
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = tiny_schema()
 FRAME = random_frame(SCHEMA)
 SMALL = ModelConfig(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import ConfigError
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
+from tests.paths import PROJECT_ROOT
 from tests.tiny_log import impression, write_log
 
 DEFINITIONS = str(PROJECT_ROOT / "feature_repo" / "definitions.py")

@@ -26,6 +26,8 @@ from freshrank.serving.ranking.service import Batch, online_features
 from freshrank.storage.workspace import Workspace
 from tests.generated_worlds import DAYS, START, UNKNOWN, GeneratedWorld, rich_world, worlds
 
+pytestmark = pytest.mark.integration
+
 LAST = START.date() + timedelta(days=DAYS - 1)
 SMALL = ModelConfig(
     item_id_dim=2,

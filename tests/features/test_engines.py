@@ -16,6 +16,8 @@ from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import day, impression, log_schema, read_snapshots, write_log
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = log_schema().with_siblings(("category", "tags", "duration", "category+duration"))
 LAST = 23 + 59 / 60
 SNAPSHOTS = [day(number) for number in (-1, 1, 3, 6)]

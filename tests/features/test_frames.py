@@ -19,6 +19,8 @@ from freshrank.schema import IN_EVALUATION, IN_TRAINING, Entity
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import at, day, impression, log_schema, write_log
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = log_schema()
 DAYS = [day(number) for number in range(6)]
 LOG = [

@@ -25,6 +25,8 @@ from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import ITEMS, at, day, impression, log_schema, write_log
 
+pytestmark = pytest.mark.integration
+
 DELAY = timedelta(minutes=10)
 NEW = 6
 """Born at 6:00 of day 3."""

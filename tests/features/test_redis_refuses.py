@@ -14,6 +14,8 @@ from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import day, impression, write_log
 
+pytestmark = pytest.mark.integration
+
 Open = Callable[..., FeatureStore]
 DAY = day(2)
 LOG = [impression(number, user=1, item=1 + number, click=1, hour=number) for number in range(2)]

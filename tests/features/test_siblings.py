@@ -40,6 +40,8 @@ from tests.models.test_ranker import SMALL, TRAINING
 from tests.tiny_log import ITEMS, at, day, impression, log_schema, snapshots_of, write_log
 from tests.worlds import random_frame, tiny_schema
 
+pytestmark = pytest.mark.integration
+
 Log = list[dict[str, Any]]
 ENTRIES = ("category", "tags", "duration", "category+duration")
 SCHEMA = log_schema().with_siblings(ENTRIES)

@@ -25,6 +25,8 @@ from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.tiny_log import ITEMS, USERS, UTC_TIMESTAMP, at, day, impression, log_schema, write_log
 
+pytestmark = pytest.mark.integration
+
 SCHEMA = log_schema()
 BIG = 2**60 + 1
 LAST = 9

@@ -1,6 +1,10 @@
 """The values for Airflow's own chart fit what this chart renders and what the image holds (that chart is not here)."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,7 @@ import yaml
 from freshrank.orchestration.kubeflow.placement import PUBLISHER_LABEL
 from freshrank.orchestration.kubeflow.settings import _PROJECTED_TOKEN
 from tests.helm.charts import CHART, Object, named, of_kind, rendered
-from tests.helm.test_images import pinned, stages
+from tests.helm.test_images import ROOT, ancestry, pinned, stages
 
 
 def values() -> Object:
@@ -101,7 +105,11 @@ def test_airflow_runs_the_dags_of_its_image() -> None:
     folder = values()["config"]["core"]["dags_folder"]
     assert f"AIRFLOW__CORE__DAGS_FOLDER={folder}" in variables_of_the_image()
     assert folder == "/opt/freshrank/dags"
-    assert [text for text in stages()["airflow"].of("COPY") if text == "dags/ dags/"]
+    (step,) = [text for text in stages()["airflow"].of("RUN") if text.startswith("ln -s")]
+    (program,) = re.findall(r'python -c \'(.*?)\'\)" dags$', step)
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {"daily_retraining.py", "hourly_counters.py"} <= {path.name for path in Path(asked.stdout.strip()).iterdir()}
+    assert [stage.of("WORKDIR") for stage in ancestry("airflow") if stage.of("WORKDIR")] == [["/opt/freshrank"]]
     assert not values()["dags"]["persistence"]["enabled"]
     assert not values()["dags"]["gitSync"]["enabled"]
 

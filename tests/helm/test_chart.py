@@ -44,6 +44,8 @@ from tests.helm.charts import (
 )
 from tests.tiny_log import log_schema
 
+pytestmark = pytest.mark.integration
+
 SCENARIOS = ["default", "kind", "gpu", "production"]
 COMPONENTS = ["triton", "feast", "redis"]
 KUBERNETES = ["1.29", kubernetes_validate.latest_version()]

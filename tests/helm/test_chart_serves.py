@@ -23,6 +23,8 @@ from tests.helm.charts import container_of, init_container_of, is_ready, rendere
 from tests.helm.test_monitoring import TRITONS
 from tests.serving.tiny_bundles import write_bundle
 
+pytestmark = pytest.mark.integration
+
 TOKEN = "a-token"
 OF_THE_WHEEL = ("backend-directory", "backend-config", "allow-gpu-metrics")
 OF_THIS_MACHINE = ("grpc-port", "http-port", "metrics-port", "grpc-address", "http-address", "metrics-address")

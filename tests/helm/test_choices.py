@@ -207,6 +207,7 @@ def test_what_would_collide_with_the_charts_own_or_with_kubernetes_is_refused(ov
         (['home.path="/tmp"'], "home.path", "/tmp", "neither above nor below /tmp"),
         (['home.path="/dev"'], "home.path", "/dev", "/dev/shm"),
         (['home.path="/opt/freshrank/home/"'], "home.path", "/opt/freshrank/home/", "/opt/freshrank"),
+        (['home.path="/opt/venv/home"'], "home.path", "/opt/venv/home", "/opt/venv, which is the code of the images"),
         (['storage.url="file:///mnt/copies"'], "storage.url", "file:///mnt/copies", "s3://bucket/prefix"),
         (
             ['storage.url="file:///var/lib/freshrank/../x"'],

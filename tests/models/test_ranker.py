@@ -29,6 +29,7 @@ from freshrank.config import (
 from freshrank.errors import ConfigError, DataError
 from freshrank.export.calibration import Platt, fit_platt
 from freshrank.export.onnx_export import export_bundle
+from freshrank.features.columns import Int, integers
 from freshrank.features.encoder import Catalog, Encoder
 from freshrank.features.frames import Frame
 from freshrank.features.vocabulary import FIRST_KNOWN, MISSING, NEW, Vocabulary
@@ -80,11 +81,16 @@ def bundle(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def rows_of(vocabulary: Vocabulary, series: pl.Series) -> Int:
+    """Of the embedding table, one per value."""
+    return vocabulary.encode(integers(series), series.is_not_null().to_numpy())
+
+
 def test_vocabulary_maps_rare_and_unknown_values_to_the_new_row_and_null_to_the_missing_row() -> None:
     """7 is seen twice, 9 once; 8 never."""
     vocabulary = Vocabulary.fit(pl.Series([7, 7, 9]), None, min_count=2)
     assert len(vocabulary) == 3
-    assert vocabulary.encode_series(pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
+    assert rows_of(vocabulary, pl.Series([7, 9, 8, None])).tolist() == [2, NEW, NEW, MISSING]
 
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -95,7 +101,7 @@ def test_a_value_has_its_own_row_exactly_when_it_was_seen(seen: set[int], asked:
     """Close together or 64 bits apart, more values than are asked for or fewer."""
     vocabulary = Vocabulary(np.array(sorted(seen), np.int64))
     rows = {value: row for row, value in enumerate(sorted(seen), start=FIRST_KNOWN)} | {None: MISSING}
-    encoded = vocabulary.encode_series(pl.Series(asked, dtype=pl.Int64))
+    encoded = rows_of(vocabulary, pl.Series(asked, dtype=pl.Int64))
     assert encoded.tolist() == [rows.get(value, NEW) for value in asked]
 
 
@@ -315,6 +321,7 @@ def test_alignment_brings_what_is_generated_for_known_items_nearer_to_their_ids(
     assert ends[1] < 0.9 * ends[0]
 
 
+@pytest.mark.integration
 def test_the_exported_graph_generates_ids_as_the_torch_model_does(generating: Trained, tmp_path: Path) -> None:
     """Known and unknown items; no input is added to serving."""
     export_bundle(
@@ -380,10 +387,8 @@ def test_pretraining_reads_one_row_per_item_its_newest() -> None:
     encoded = Encoded.of(frame, FRAME.items, SCHEMA, 1)
     blocks, encoder = encoded.newest_items(), encoded.encoder
     assert blocks["item_id"].tolist() == list(range(2, 42))
-    assert (
-        blocks["item_categorical"].unique().tolist()
-        == encoder.vocabularies["category"].encode_series(pl.Series([3])).tolist()
-    )
+    expected = rows_of(encoder.vocabularies["category"], pl.Series([3]))
+    assert blocks["item_categorical"].unique().tolist() == expected.tolist()
 
 
 def test_a_schema_without_content_of_items_has_nothing_to_generate_ids_of_or_to_pretrain() -> None:
@@ -445,6 +450,7 @@ def test_the_student_ends_nearer_to_the_teacher_where_it_is_aligned_with_it() ->
     assert all(ends[10.0][name] < 0.9 * ends[0.0][name] for name in ("rating", "ranking")), ends
 
 
+@pytest.mark.integration
 def test_the_exported_graph_chooses_between_teacher_and_student_as_the_torch_model_does(
     aligned: Trained, tmp_path: Path
 ) -> None:
@@ -530,6 +536,7 @@ def test_calibration_without_enough_positives_names_the_action_and_the_mend() ->
         fit_platt(np.zeros((50, 1), np.float32), label, ["click"], CalibrationConfig())
 
 
+@pytest.mark.integration
 def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_inside(
     trained: Trained, bundle: Path
 ) -> None:
@@ -542,11 +549,13 @@ def test_the_exported_graph_answers_as_the_torch_model_with_the_calibration_insi
     assert np.abs(answers["score"] - expected @ [1.0, 2.0]).max() < 1e-5
 
 
+@pytest.mark.integration
 def test_a_bundle_holds_what_serving_needs_with_an_all_missing_request_among_its_golden_answers(bundle: Path) -> None:
     """The serving side's own check accepts it."""
     assert check_bundle(bundle).fingerprint == "f"
 
 
+@pytest.mark.integration
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_whatever_is_missing_the_score_is_finite(bundle: Path, data: st.DataObject) -> None:

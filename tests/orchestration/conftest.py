@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from freshrank.components import build
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.orchestration.kubeflow.submit import Submission, prepare
 from freshrank.recipes import recipe
@@ -35,7 +36,7 @@ def prepared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Submissio
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FRESHRANK_HOME", str(tmp_path_factory.mktemp("compiled")))
         settings.cache_clear()
-        submission = prepare(world, date(2024, 1, 7), recipe())
+        submission = prepare(build, world, date(2024, 1, 7), recipe())
     settings.cache_clear()
     return submission
 

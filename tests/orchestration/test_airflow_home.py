@@ -7,7 +7,9 @@ import pytest
 
 from freshrank.errors import PipelineFailed
 from freshrank.orchestration.airflow.home import airflow_environment, check_outcome, reason, run_dag, step_in
-from freshrank.settings import PROJECT_ROOT
+from tests.paths import PROJECT_ROOT
+
+pytestmark = pytest.mark.integration
 
 LOG = """\
 2024-01-31T00:00:01.000000Z [info     ] [DAG TEST] starting task_id=validate map_index=-1 [dag] loc=dag.py:1501
@@ -31,7 +33,7 @@ def test_airflow_sees_only_this_project_and_this_machine(tmp_path: Path, monkeyp
     monkeypatch.setenv("AIRFLOW_CONN_PRODUCTION", "http://elsewhere")
     environment = airflow_environment(tmp_path)
     assert environment["AIRFLOW_HOME"] == str(tmp_path)
-    assert environment["AIRFLOW__CORE__DAGS_FOLDER"] == str(PROJECT_ROOT / "dags")
+    assert Path(environment["AIRFLOW__CORE__DAGS_FOLDER"]).resolve() == PROJECT_ROOT / "dags"
     assert environment["AIRFLOW__API__HOST"] == "127.0.0.1"
     assert not [name for name, value in environment.items() if name.startswith("AIRFLOW") and "elsewhere" in value]
 

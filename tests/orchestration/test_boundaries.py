@@ -1,14 +1,17 @@
 """The direction of knowledge: dags -> components -> freshrank, and nothing heavy where it would be read often."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from freshrank.settings import PROJECT_ROOT
+from tests.paths import PROJECT_ROOT
 
-ORCHESTRATORS = {"airflow", "kfp", "kubernetes", "components"}
+ORCHESTRATORS = {"airflow", "kfp", "kubernetes"}
+ABOVE = {"freshrank.components", "freshrank.dags"}
 HEAVY = {
     "torch",
     "pandas",
@@ -27,31 +30,53 @@ def sources(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((PROJECT_ROOT / folder).rglob("*.py"))]
 
 
-def imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
-    """Top-level packages imported by ``nodes``."""
+def modules(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
+    """What ``nodes`` import, with what is imported from it: it may be a module as well."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-LIBRARY = [path for path in sources("freshrank") if "orchestration" not in path.parts]
+def imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
+    """Top-level packages imported by ``nodes``."""
+    return {name.split(".")[0] for name in modules(nodes)}
+
+
+ROOMS_ABOVE = {"orchestration", "cli", "components", "dags"}
+LIBRARY = [path for path in sources("freshrank") if not ROOMS_ABOVE & set(path.relative_to(PROJECT_ROOT).parts)]
 ORCHESTRATION = sources("freshrank/orchestration")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LIBRARY, *sources("freshrank/cli")], ids=lambda path: path.name)
 def test_the_library_knows_no_orchestrator(path: Path) -> None:
     """Not even inside a function."""
     assert imported(ast.walk(ast.parse(path.read_text()))) & ORCHESTRATORS == set()
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *ORCHESTRATION], ids=lambda path: path.name)
+def test_the_pipeline_is_handed_in_from_outside(path: Path) -> None:
+    """Only the command line and the DAG choose which one; what runs it runs any, and knows no schedule."""
+    assert modules(ast.walk(ast.parse(path.read_text()))) & ABOVE == set()
 
 
 @pytest.mark.parametrize("path", sources("components", "dags"), ids=lambda path: path.name)
 def test_what_orchestrators_read_imports_nothing_heavy(path: Path) -> None:
     """Bodies of tasks and components import what they use when they run."""
     assert imported(ast.parse(path.read_text()).body) & HEAVY == set()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("dag", sources("dags"), ids=lambda path: path.name)
+def test_reading_a_dag_loads_neither_kfp_nor_what_trains(dag: Path) -> None:
+    """The DAG processor reads every file again and again."""
+    heavy = HEAVY | {"kfp"}
+    code = f"import runpy, sys; runpy.run_path({str(dag)!r}); print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("path", ORCHESTRATION, ids=lambda path: path.name)

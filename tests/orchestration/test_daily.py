@@ -14,6 +14,8 @@ import pytest
 from freshrank.storage.files import read_json
 from tests.homes import DAY_1, DAY_2, LENIENT, Home
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from freshrank.components import build
 from freshrank.errors import PipelineFailed
 from freshrank.orchestration.kubeflow.local import KEPT_RUNS, LOG, TAIL_LINES, explain, run_pipeline
 from freshrank.recipes import recipe
+
+pytestmark = pytest.mark.integration
 
 WITHOUT_YESTERDAY = date(2024, 1, 20)
 
@@ -36,7 +39,7 @@ def test_a_step_that_fails_is_named_with_its_own_error(
 ) -> None:
     """Validation refuses a day without a log; no step after it starts, and its text reaches the caller whole."""
     with pytest.raises(PipelineFailed, match=r"step 'validate-data' failed\nValidationFailed: (.|\n)*2024-01-19"):
-        run_pipeline(world, WITHOUT_YESTERDAY, recipe())
+        run_pipeline(build, world, WITHOUT_YESTERDAY, recipe())
     (kept,) = (home / "kfp").glob(f"*/{LOG}")
     assert "Executing task 'train'" not in kept.read_text()
     assert "Executing task" in capfd.readouterr().out, "the steps' output is streamed as well"
@@ -47,7 +50,7 @@ def test_only_the_latest_runs_are_kept(world: Path, home: Path) -> None:
     for number in range(KEPT_RUNS + 2):
         (home / "kfp" / f"2024010{number}T000000.000000-for-2024-01-01").mkdir(parents=True)
     with pytest.raises(PipelineFailed):
-        run_pipeline(world, WITHOUT_YESTERDAY, recipe())
+        run_pipeline(build, world, WITHOUT_YESTERDAY, recipe())
     kept = sorted(path.name for path in (home / "kfp").iterdir())
     assert len(kept) == KEPT_RUNS
     assert kept[-1].endswith(f"-for-{WITHOUT_YESTERDAY}")

@@ -21,6 +21,7 @@ from airflow.sdk.execution_time.comms import TaskStatesResult
 from airflow.sdk.execution_time.supervisor import set_supervisor_comms
 from airflow.serialization.serialized_objects import DagSerialization
 
+from freshrank.components import build
 from freshrank.errors import ClusterUnreachable
 from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator, RunLink
 from freshrank.orchestration.airflow.trigger import RunTrigger
@@ -28,6 +29,8 @@ from freshrank.orchestration.kubeflow import submit
 from freshrank.pipeline.run import Run
 from freshrank.storage.files import write_json
 from tests.orchestration.kfp_server import Fault, KfpServer, api
+
+pytestmark = pytest.mark.integration
 
 DATE = "2024-01-07"
 
@@ -57,7 +60,7 @@ def submitted(
 
 def operator(world: Path, **changes: Any) -> KubeflowPipelineOperator:
     return KubeflowPipelineOperator(
-        task_id="train_ranker", data=str(world), run_date=DATE, poll_seconds=0.01, **changes
+        task_id="train_ranker", build=build, data=str(world), run_date=DATE, poll_seconds=0.01, **changes
     )
 
 

@@ -16,9 +16,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 from freshrank.pipeline.run import Run
-from freshrank.settings import PROJECT_ROOT
 from freshrank.storage.files import write_json
 from tests.orchestration.kfp_server import KfpServer
+from tests.paths import PROJECT_ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +26,12 @@ PATIENCE = 240
 TASK = "/api/v2/dags/one_run/dagRuns/{run}/taskInstances/train_ranker"
 DAG = """
 from airflow.sdk import DAG
-from freshrank.orchestration.operator import KubeflowPipelineOperator
+from freshrank.components import build
+from freshrank.orchestration.airflow.operator import KubeflowPipelineOperator
 with DAG("one_run", schedule=None, is_paused_upon_creation=False):
-    KubeflowPipelineOperator(task_id="train_ranker", data={data!r}, run_date="2024-01-07", poll_seconds=0.5)
+    KubeflowPipelineOperator(
+        task_id="train_ranker", build=build, data={data!r}, run_date="2024-01-07", poll_seconds=0.5
+    )
 """
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from freshrank.components import build
 from freshrank.orchestration.kubeflow import submit as module
 from freshrank.orchestration.kubeflow.arguments import arguments
 from freshrank.orchestration.kubeflow.settings import ClusterSettings
 from freshrank.recipes import recipe
-from freshrank.settings import PROJECT_ROOT, Settings, settings
+from freshrank.settings import Settings, settings
+from tests.paths import PROJECT_ROOT
 
 EVERYTHING = ClusterSettings(
     image="registry.example/freshrank:2",
@@ -58,7 +60,7 @@ KFP_ENV = {"PYTHONUNBUFFERED"}
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> dict[str, Any]:
     """The specification with the Kubernetes part in it; environment variables by name."""
-    path.write_text(module.compiled(cluster))
+    path.write_text(module.compiled(build, cluster))
     whole: dict[str, Any] = {}
     for document in yaml.safe_load_all(path.read_text()):
         whole |= document

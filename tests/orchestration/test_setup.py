@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from freshrank.settings import PROJECT_ROOT
+from tests.paths import PROJECT_ROOT
 
 REQUIREMENTS = PROJECT_ROOT / "requirements"
 LOCKS = sorted(REQUIREMENTS.glob("*.lock"))
@@ -64,15 +64,43 @@ def test_a_lock_pins_versions_and_names_no_place(path: str) -> None:
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[\w.]+", line)] == []
 
 
-def test_the_lock_holds_everything_the_project_asks_for() -> None:
-    """A dependency added to pyproject.toml without `make lock` is noticed here."""
+def asked_for(*extras: str) -> set[str]:
+    """Packages of the base and of ``extras``, with those that they name in turn."""
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
-    runtime = {canonical(requirement) for requirement in project["dependencies"]}
-    test = {canonical(requirement) for requirement in project["optional-dependencies"]["test"]}
-    assert runtime - set(pins("runtime.lock")) == set()
-    assert runtime | test <= set(pins("test.lock"))
+    optional: dict[str, list[str]] = project["optional-dependencies"]
+    found = {canonical(requirement) for requirement in project["dependencies"]}
+    for extra in extras:
+        for requirement in optional[extra]:
+            inner = re.fullmatch(r"freshrank\[(.*)\]", requirement)
+            found |= asked_for(*inner[1].split(",")) if inner else {canonical(requirement)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lock", "extras", "left_out"),
+    [
+        ("runtime.lock", ["orchestrate"], set()),
+        ("serve.lock", ["serve"], {"torch"}),
+        ("test.lock", ["all", "test", "docs"], {"fuxictr"}),
+    ],
+)
+def test_a_lock_holds_everything_the_project_asks_for(lock: str, extras: list[str], left_out: set[str]) -> None:
+    """A dependency added to pyproject.toml without `make lock` is noticed here."""
+    assert asked_for(*extras) - set(pins(lock)) == left_out
+
+
+def test_what_the_test_lock_leaves_out_is_in_the_heavy_one() -> None:
+    """`make test` brings it."""
+    assert asked_for("all", "spark") - set(pins("test.lock")) <= set(pins("heavy.lock"))
 
 
 def test_tests_run_on_what_is_shipped() -> None:
-    """The test lock is the runtime lock and more."""
-    assert pins("runtime.lock").items() <= pins("test.lock").items()
+    """The test lock is the runtime lock and more, and so is the runtime lock to what serves."""
+    assert pins("serve.lock").items() <= pins("runtime.lock").items() <= pins("test.lock").items()
+
+
+def test_neither_the_base_nor_what_serves_brings_an_orchestrator_or_what_judges() -> None:
+    """`pip install freshrank` in a web server or a training loop of another project stays small."""
+    orchestrators, judges = {"apache-airflow", "kfp", "kubernetes"}, {"great-expectations", "matplotlib", "scipy"}
+    assert not asked_for() & (orchestrators | judges | {"feast", "polars"})
+    assert not set(pins("serve.lock")) & (orchestrators | judges | {"torch"})

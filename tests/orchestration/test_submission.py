@@ -12,7 +12,8 @@ import pytest
 import yaml
 from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1RunDetails
 
-from components.tasks import IMAGE
+from freshrank.components import build
+from freshrank.components.tasks import IMAGE
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.kubeflow import submit as module
 from freshrank.orchestration.kubeflow.settings import ApiSettings, ClusterSettings
@@ -42,7 +43,7 @@ def cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterSettings:
 
 def compiled(path: Path, cluster: ClusterSettings | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline's specification, and its Kubernetes part (empty where there is none)."""
-    path.write_text(module.compiled(cluster))
+    path.write_text(module.compiled(build, cluster))
     spec, *platform = yaml.safe_load_all(path.read_text())
     executors = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
     return spec, executors
@@ -135,22 +136,22 @@ def test_without_an_image_a_dry_run_shows_the_components_own_and_a_submission_is
     home: Path, world: Path
 ) -> None:
     """The components' own image exists in no registry: good enough to read, not to run."""
-    assert f"image: {IMAGE}" in str(prepare(world, RUN_DATE, recipe()))
+    assert f"image: {IMAGE}" in str(prepare(build, world, RUN_DATE, recipe()))
     with pytest.raises(ConfigError, match="FRESHRANK_CLUSTER_IMAGE"):
-        start(prepare(world, RUN_DATE, recipe()))
+        start(prepare(build, world, RUN_DATE, recipe()))
 
 
 def test_a_secret_given_by_value_is_refused_without_repeating_it(cluster: ClusterSettings) -> None:
     """Whoever put the secret itself there must not find it in a log."""
     wrong = cluster.model_copy(update={"secret_env": {"FRESHRANK_REDIS_URL": "hunter2"}})
     with pytest.raises(ConfigError, match="secret-name:key") as failure:
-        module.compiled(wrong)
+        module.compiled(build, wrong)
     assert "hunter2" not in str(failure.value)
 
 
 def test_a_dry_run_compiles_and_contacts_nothing(cluster: ClusterSettings, world: Path) -> None:
     """No host is configured here, so any contact would fail."""
-    submission = prepare(world, RUN_DATE, recipe())
+    submission = prepare(build, world, RUN_DATE, recipe())
     assert submission.run_id is None
     assert submission.arguments["run_date"] == "2024-01-07"
     assert "not submitted" in str(submission)
@@ -158,9 +159,9 @@ def test_a_dry_run_compiles_and_contacts_nothing(cluster: ClusterSettings, world
 
 def test_the_name_of_a_run_is_its_idempotency_key(cluster: ClusterSettings, world: Path) -> None:
     """The same question has the same name; another config or date has another."""
-    first, again = (prepare(world, RUN_DATE, recipe()).run_name for _ in range(2))
-    other = prepare(world, RUN_DATE, recipe("baseline")).run_name
-    earlier = prepare(world, RUN_DATE - timedelta(days=1), recipe()).run_name
+    first, again = (prepare(build, world, RUN_DATE, recipe()).run_name for _ in range(2))
+    other = prepare(build, world, RUN_DATE, recipe("baseline")).run_name
+    earlier = prepare(build, world, RUN_DATE - timedelta(days=1), recipe()).run_name
     assert first == again
     assert len({first, other, earlier}) == 3
 
@@ -189,9 +190,9 @@ def test_a_run_is_of_a_version_named_by_what_was_compiled(
     server: KfpServer, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another placement is another version of the same pipeline; parameters are exactly those it declares."""
-    first = start(prepare(world, RUN_DATE, recipe()))
+    first = start(prepare(build, world, RUN_DATE, recipe()))
     monkeypatch.setenv("FRESHRANK_CLUSTER_IMAGE", "registry.example/freshrank:3")
-    second = start(prepare(world, RUN_DATE, recipe()))
+    second = start(prepare(build, world, RUN_DATE, recipe()))
     assert len(server.pipelines) == 1
     assert [first.version, second.version] == [version.display_name for version in server.versions]
     assert [run.pipeline_version_reference.pipeline_version_id for run in server.runs] == [
@@ -301,7 +302,7 @@ def test_cancelling_ends_the_run_once(server: KfpServer, run_id: str) -> None:
 def test_submitting_without_a_host_says_what_to_set(cluster: ClusterSettings, world: Path) -> None:
     """kfp itself would look for a cluster around it."""
     with pytest.raises(ConfigError, match="FRESHRANK_KFP_HOST"):
-        start(prepare(world, RUN_DATE, recipe()))
+        start(prepare(build, world, RUN_DATE, recipe()))
 
 
 @pytest.mark.parametrize(

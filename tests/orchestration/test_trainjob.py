@@ -256,7 +256,7 @@ def featured(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FRESHRANK_HOME", str(path))
         settings.cache_clear()
-        steps.build_features(world, "2024-01-07", SECTIONS["windows"])
+        steps.build_features(world, "2024-01-07", CONFIG.windows)
         settings.cache_clear()
     return path
 

@@ -19,6 +19,8 @@ from tests.homes import DAY_1, Home
 from tests.object_stores import BUCKET, Proxy
 from tests.serving.tiny_bundles import write_bundle
 
+pytestmark = pytest.mark.integration
+
 SMALL = WorldConfig(users=20, days=3, items_at_start=30, impressions_per_day=60)
 
 

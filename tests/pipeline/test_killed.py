@@ -10,6 +10,8 @@ import pytest
 
 from tests.homes import DAY_1, Home
 
+pytestmark = pytest.mark.integration
+
 TRAIN, DEPLOY = "step=train", "'deploy'"
 EVERY_STEP = ("'validate-data'", TRAIN, "step=calibrate", "step=evaluate", DEPLOY)
 """What the log of a run says when a step begins."""

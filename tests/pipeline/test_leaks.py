@@ -33,7 +33,7 @@ from freshrank.pipeline.champion import Champion
 from freshrank.pipeline.run import Run
 from freshrank.schema import EVENT_TIMESTAMP, Entity, Usage
 from freshrank.serving.repository import ModelRepository
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from freshrank.training import shards, stream
 from freshrank.training.batches import labels_of
@@ -44,10 +44,13 @@ from tests import test_windows
 from tests.features import test_frames, test_hourly, test_siblings, test_snapshots, test_store
 from tests.judging import sigmoid
 from tests.models import test_ranker
+from tests.paths import PROJECT_ROOT
 from tests.pipeline import test_judgement, test_steps
 from tests.tiny_log import day, impression, snapshots_of, write_log
 from tests.validation import test_validate
 from tests.worlds import random_frame, tiny_schema
+
+pytestmark = pytest.mark.integration
 
 ONE_DAY = timedelta(days=1)
 Patch = pytest.MonkeyPatch
@@ -303,7 +306,7 @@ def plausibility_of_a_trained_ranker() -> None:
     """The gate looks at a ranker's answers to rows that it was not trained on."""
     schema = tiny_schema()
     seen, judged_on = (random_frame(schema, seed, rows=2000) for seed in (0, 1))
-    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu", compile="off")
+    fit = TrainingConfig(batch_size=64, epochs=2, learning_rate=1e-2, device="cpu")
     ranker = train_ranker(seen, seen.items, schema, test_ranker.SMALL, PLAIN, fit)
     answers = sigmoid(predict(ranker, judged_on, judged_on.items))
     rows, config = judged_on.rows, EvaluationConfig(bootstrap=20)

@@ -27,6 +27,8 @@ from freshrank.storage.files import read_json, write_json
 from tests.pipeline.test_steps import SMALL, TRAINING, WINDOWS
 from tests.serving.tiny_bundles import write_bundle
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=14, items_at_start=60, new_items_per_day=8, impressions_per_day=300)
 EARLY = WORLD.last_day - timedelta(days=9)
 NEXT = WORLD.last_day + timedelta(days=1)
@@ -54,26 +56,16 @@ def run(built: Path, home: Path) -> Run:
 
 
 def build(data: Path, day: date) -> None:
-    steps.build_features(data, day.isoformat(), WINDOWS.model_dump_json())
+    steps.build_features(data, day.isoformat(), WINDOWS)
 
 
 def judged(run: Run, out: Path) -> dict[str, object]:
     """Train, calibrate and evaluate as the pipeline does."""
-    day, windows = run.date.isoformat(), WINDOWS.model_dump_json()
-    small, techniques, training = (each.model_dump_json() for each in (SMALL, TechniquesConfig(), TRAINING))
-    steps.train(run.dataset.path, day, windows, small, techniques, training, out / "model")
-    steps.calibrate(
-        run.dataset.path, day, windows, CalibrationConfig().model_dump_json(), out / "model", out / "bundle"
-    )
-    steps.evaluate(
-        run.dataset.path,
-        day,
-        windows,
-        EvaluationConfig(bootstrap=50).model_dump_json(),
-        GateConfig().model_dump_json(),
-        out / "bundle",
-        out / "evaluation",
-    )
+    day, data = run.date.isoformat(), run.dataset.path
+    steps.train(data, day, WINDOWS, SMALL, TechniquesConfig(), TRAINING, out / "model")
+    steps.calibrate(data, day, WINDOWS, CalibrationConfig(), out / "model", out / "bundle")
+    judging = EvaluationConfig(bootstrap=50)
+    steps.evaluate(data, day, WINDOWS, judging, GateConfig(), out / "bundle", out / "evaluation")
     verdict: dict[str, object] = read_json(run.directory / "verdict.json")
     return verdict
 

@@ -20,11 +20,13 @@ from freshrank.training.stream import encoded_days
 from freshrank.training.trained import DESCRIPTION
 from tests.tiny_log import day, impression, log_schema, write_log
 
+pytestmark = pytest.mark.integration
+
 WORLD = WorldConfig(users=80, days=4, items_at_start=60, new_items_per_day=8, impressions_per_day=400)
 RUN_DATE = WORLD.last_day + timedelta(days=1)
 WINDOWS = WindowConfig(train_days=1)
 SMALL = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(8,), expert_dim=8)
-TRAINING = TrainingConfig(batch_size=256, min_steps=1, device="cpu", compile="off")
+TRAINING = TrainingConfig(batch_size=256, min_steps=1, device="cpu")
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def made(path: Path, environment: pytest.MonkeyPatch) -> Run:
     environment.setenv("FRESHRANK_HOME", str(path / "home"))
     settings.cache_clear()
     data = simulate(path / "data", WORLD).path
-    steps.build_features(data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+    steps.build_features(data, RUN_DATE.isoformat(), WINDOWS)
     return Run(data, RUN_DATE.isoformat())
 
 
@@ -56,7 +58,7 @@ def hidden(run: Run, days: Iterable[date]) -> Iterator[None]:
 def trained(run: Run, out: Path) -> Path:
     """By the step, while the days of calibration and evaluation are away."""
     split = WINDOWS.split(RUN_DATE)
-    sections = [section.model_dump_json() for section in (WINDOWS, SMALL, TechniquesConfig(), TRAINING)]
+    sections = (WINDOWS, SMALL, TechniquesConfig(), TRAINING)
     with hidden(run, [*split.calibration, *split.evaluation]):
         steps.train(run.dataset.path, RUN_DATE.isoformat(), *sections, out)
     return out
@@ -71,11 +73,9 @@ def test_a_ranker_is_trained_without_the_log_of_the_days_that_calibrate_and_judg
 @pytest.mark.slow
 def test_a_ranker_is_calibrated_without_the_log_of_the_days_that_judge_it(run: Run, tmp_path: Path) -> None:
     """The same for the evaluation day. Slow by the export of the graph."""
-    ranker, config = trained(run, tmp_path / "trained"), CalibrationConfig(min_positives=1).model_dump_json()
+    ranker, config = trained(run, tmp_path / "trained"), CalibrationConfig(min_positives=1)
     with hidden(run, WINDOWS.split(RUN_DATE).evaluation):
-        steps.calibrate(
-            run.dataset.path, RUN_DATE.isoformat(), WINDOWS.model_dump_json(), config, ranker, tmp_path / "bundle"
-        )
+        steps.calibrate(run.dataset.path, RUN_DATE.isoformat(), WINDOWS, config, ranker, tmp_path / "bundle")
     assert (tmp_path / "bundle" / "ranker.onnx").exists()
 
 

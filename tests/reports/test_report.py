@@ -24,10 +24,11 @@ from freshrank.reports.report import (
     RunSummary,
     library_versions,
     print_summary,
-    summary_lines,
     write_report,
 )
 from tests.judging import logit, schema_of, with_logits, world
+
+pytestmark = pytest.mark.integration
 
 SCHEMA = schema_of()
 CONFIG = EvaluationConfig(bootstrap=100)
@@ -227,6 +228,9 @@ def test_the_terminal_names_what_stood_in_the_way() -> None:
     """The sentences of the checks that did not pass, and only those."""
     inverted = with_logits(CHALLENGER, -logit(CHALLENGER.probabilities), SCHEMA.utilities)
     rejected = report_of(inverted)
-    lines = summary_lines(summary_of(rejected))
-    assert lines[0] == "tiny 2026-01-07: Rejected: what serves keeps serving."
-    assert [line[2:] for line in lines if line[0] in "✗?"] == [r.sentence for r in rejected.verdict.obstacles]
+    console = Console(width=400, record=True, file=StringIO())
+    print_summary(summary_of(rejected), console)
+    lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
+    assert lines[0] == "Rejected: what serves keeps serving"
+    told = [line.split(maxsplit=2)[2] for line in lines[1:] if line[0] in "✗?"]
+    assert told == [r.sentence for r in rejected.verdict.obstacles]

@@ -11,6 +11,15 @@ from freshrank.bench.measure import free_ports
 from freshrank.serving.deploy.local_server import TritonServer
 from freshrank.serving.repository import ModelRepository
 
+SERVERS = {"new_server", "running", "world"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks one of these servers is no unit test."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and SERVERS & set(item.fixturenames):
+            item.add_marker(pytest.mark.integration)
+
 
 @pytest.fixture
 def new_server(tmp_path: Path) -> Iterator[Callable[[], Served]]:

@@ -63,25 +63,17 @@ class RankingWorld:
         return self.workspace.feast / "online.db"
 
     def build_features(self) -> None:
-        steps.build_features(self.data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+        steps.build_features(self.data, RUN_DATE.isoformat(), WINDOWS)
         steps.materialize(self.data, RUN_DATE.isoformat())
 
     def bundle(self, seed: int) -> Path:
         """A ranker trained from ``seed``; another seed gives other answers."""
-        day, windows = RUN_DATE.isoformat(), WINDOWS.model_dump_json()
+        day = RUN_DATE.isoformat()
         trained, out = self.home / f"trained{seed}", self.home / f"bundle{seed}"
         small = ModelConfig(item_id_dim=4, categorical_dim=4, sequence_dim=8, group_dim=8, mlp=(16, 8), expert_dim=8)
         training = TrainingConfig(seed=seed, batch_size=256, learning_rate=1e-2)
-        steps.train(
-            self.data,
-            day,
-            windows,
-            small.model_dump_json(),
-            TechniquesConfig().model_dump_json(),
-            training.model_dump_json(),
-            trained,
-        )
-        steps.calibrate(self.data, day, windows, CalibrationConfig(min_positives=1).model_dump_json(), trained, out)
+        steps.train(self.data, day, WINDOWS, small, TechniquesConfig(), training, trained)
+        steps.calibrate(self.data, day, WINDOWS, CalibrationConfig(min_positives=1), trained, out)
         return out
 
     def publish(self, seed: int) -> Pointer:

@@ -25,6 +25,8 @@ from freshrank.serving.repository import ModelRepository
 from freshrank.serving.triton import TritonClient
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 USERS = range(1, 151)
 
 

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from ranking_world import RUN_DATE, WORLD, RankingWorld
 
+from freshrank.config import ValidationConfig
 from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import simulate
 from freshrank.features.columns import Columns
@@ -24,6 +25,8 @@ from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.service import RankingService
 from freshrank.serving.repository import Pointer
 from freshrank.settings import settings
+
+pytestmark = pytest.mark.integration
 
 NOON = datetime.combine(RUN_DATE, time(12), UTC)
 TOLERANCE = 1e-5
@@ -143,5 +146,5 @@ def test_a_direct_read_stands_as_long_as_feasts_client_says(hourly: HourlyWorld,
 
 def test_the_newest_day_of_hourly_counters_passes_validation(hourly: HourlyWorld, tmp_path: Path) -> None:
     """The leak detector looks at daily snapshots, which hold no hourly counters."""
-    facts = steps.validate(hourly.data, RUN_DATE.isoformat(), "{}", tmp_path / "validation")
+    facts = steps.validate(hourly.data, RUN_DATE.isoformat(), ValidationConfig(), tmp_path / "validation")
     assert facts["expectations"] > 0

@@ -17,6 +17,8 @@ from freshrank.storage.workspace import Workspace
 from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
 from tests.tiny_log import at, write_log
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FeatureStore]:

@@ -24,7 +24,7 @@ MOST_RENAMES = 20
 PUBLISHER = """
 import logging, os, signal, sys
 from pathlib import Path
-from freshrank.serving.publish import publish, rollback
+from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.repository import ModelRepository
 
 def die():

@@ -20,11 +20,12 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from freshrank.bundle.golden import Tensors
 from freshrank.errors import ServingError
 from freshrank.features.frames import Frame
+from freshrank.schema import Schema
 from freshrank.serving.client import Answer, Client
 from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.protocol import MAX_CANDIDATES, off_wire, on_wire
 from freshrank.serving.ranking.features import PAUSE_SECONDS
-from freshrank.serving.ranking.query import BadRequest, Query
+from freshrank.serving.ranking.query import BadRequest, Query, check_tensors
 from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.served import NothingPublished
 from freshrank.serving.ranking.service import RankingService, online_features
@@ -118,6 +119,12 @@ def test_any_number_of_candidates_repeated_ones_too_is_answered(world: RankingWo
     assert np.ptp(answer.score[np.array(items) == 1]) < 1e-6
 
 
+def parsed(tensors: Tensors, schema: Schema) -> Query:
+    """As the service does it: the tensors first, then what the schema says of them."""
+    check_tensors(tensors)
+    return Query.of(tensors, schema)
+
+
 def test_the_time_of_the_request_decides_how_old_an_item_is(world: RankingWorld) -> None:
     """The same item is cold in its first week and warm after it; no time given means now."""
     born = world.dataset.items().filter(pl.col("item_id") == 1)["created_at"][0]
@@ -168,7 +175,7 @@ def test_a_malformed_request_is_told_what_was_received_and_expected(
 def test_what_triton_would_let_through_is_checked_as_well(tensors: dict, sentence: str) -> None:
     """The service stands on its own: names, dtypes and shapes, and numbers that are none."""
     with pytest.raises(BadRequest, match=sentence):
-        Query.parse(request(**tensors), tiny_schema())
+        parsed(request(**tensors), tiny_schema())
 
 
 def test_a_context_value_marked_as_absent_is_missing_whatever_it_holds() -> None:
@@ -179,8 +186,8 @@ def test_a_context_value_marked_as_absent_is_missing_whatever_it_holds() -> None
         context_numeric=np.array([np.nan], np.float32),
         context_present=np.array([True, False]),
     )
-    assert Query.parse(sent, schema).context == {"surface": 2}
-    assert not Query.parse(request(), schema).context
+    assert parsed(sent, schema).context == {"surface": 2}
+    assert not parsed(request(), schema).context
 
 
 def test_a_broken_online_store_degrades_the_answer_and_mends_without_a_restart(world: RankingWorld) -> None:

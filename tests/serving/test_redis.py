@@ -15,6 +15,8 @@ from freshrank.serving.ranking.features import PAUSE_SECONDS
 from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 TOLERANCE = 1e-5
 
 

@@ -32,13 +32,15 @@ from freshrank.serving.deploy.run_experiment import planned, start, stop
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.settings import settings
 
+pytestmark = pytest.mark.integration
+
 PATIENCE = 3.0
 """Seconds after which a replica that is stopped counts as one that does not answer, where a test stops one."""
 PUBLISHER = """
 import logging, os, signal, sys
 from pathlib import Path
-from freshrank.serving.publish import publish
-from freshrank.serving.replicas import Replicas
+from freshrank.serving.deploy.publish import publish
+from freshrank.serving.deploy.replicas import Replicas
 from freshrank.serving.repository import ModelRepository
 
 class AtStep(logging.Handler):

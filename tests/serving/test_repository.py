@@ -10,7 +10,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from freshrank.bundle.golden import GoldenCase, enlarged
 from freshrank.errors import ServingError
-from freshrank.serving.repository import ModelRepository, Platform, Pointer
+from freshrank.serving.repository import TEMPLATES, ModelRepository, Platform, Pointer
 from freshrank.storage.files import write_json
 
 
@@ -46,6 +46,27 @@ def test_versions_grow_and_a_fingerprint_keeps_its_own(tmp_path: Path) -> None:
     bundles = [write_bundle(tmp_path / f"b{weight}", weight) for weight in (1.0, 2.0, 3.0)]
     assert [repository.install_version(bundle) for bundle in [*bundles, bundles[0]]] == [1, 2, 3, 1]
     assert (repository.version_directory(1) / "encoder.json").exists()
+
+
+def test_only_versions_with_the_code_of_another_release_are_written_anew(tmp_path: Path) -> None:
+    """Triton loads again what has changed: what has not must keep its files, compiled ones included."""
+    repository = ModelRepository(tmp_path / "triton")
+    for weight in (1.0, 2.0):
+        repository.install_version(write_bundle(tmp_path / f"b{weight}", weight))
+    before = {number: files_of(repository.version_directory(number)) for number in (1, 2)}
+    (repository.version_directory(1) / "model.py").write_text("import freshrank.serving.golden\n")
+    repository.write_configs()
+    after = {number: files_of(repository.version_directory(number)) for number in (1, 2)}
+    assert after[2] == before[2]
+    assert after[1].keys() == before[1].keys()
+    assert (repository.version_directory(1) / "model.py").read_text() == (TEMPLATES / "ranker/model.py").read_text()
+    assert not list((repository.models / "ranker").glob(".*"))
+
+
+def files_of(directory: Path) -> dict[str, tuple[int, int]]:
+    """Which file, and when it was written last, by its name."""
+    found = {path: path.stat() for path in directory.rglob("*")}
+    return {str(path.relative_to(directory)): (state.st_ino, state.st_mtime_ns) for path, state in found.items()}
 
 
 def test_pruning_spares_what_is_live(tmp_path: Path) -> None:

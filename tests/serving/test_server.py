@@ -1,6 +1,7 @@
 """Starting, finding and stopping a real tritonserver, however the one before it ended."""
 
 import os
+import py_compile
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from threading import Timer
 
+import numpy as np
 import psutil
 import pytest
 from served import Served
@@ -18,6 +20,10 @@ from freshrank.serving.deploy.local_server import SHARED_MEMORY, Ports, TritonSe
 from freshrank.storage.files import write_json
 
 NewServer = Callable[[], Served]
+EARLIER_CODE = """
+from freshrank.serving.cores import usable_cores
+from freshrank.serving.golden import golden_cases
+"""
 
 
 def stubs_of(served: Served) -> list[psutil.Process]:
@@ -62,6 +68,21 @@ def test_a_port_in_use_is_named_before_anything_starts(running: Served, new_serv
     served.server.ports = running.server.ports
     with pytest.raises(ServingError, match=r"grpc port .* FRESHRANK_TRITON_GRPC_PORT"):
         served.server.start()
+
+
+def test_versions_that_an_earlier_release_installed_are_served_after_a_start(new_server: NewServer) -> None:
+    """Their code imports modules that are gone; what it answers with is the bundle's and stays."""
+    served = new_server()
+    served.server.start()
+    older, version = served.publish(2.0).version, served.publish(1.0).version
+    served.server.stop()
+    for number in (older, version):
+        code = served.repository.version_directory(number) / "model.py"
+        code.write_text(EARLIER_CODE)
+        py_compile.compile(str(code))
+    assert served.server.start().models["ranker"] == [older, version]
+    for number, weight in ((older, 2.0), (version, 1.0)):
+        assert np.allclose(served.ask(number)["probabilities"], expected(request(), weight)["probabilities"])
 
 
 def test_a_server_that_cannot_load_its_models_shows_the_end_of_its_log(new_server: NewServer) -> None:

@@ -12,6 +12,8 @@ from freshrank.serving.deploy.local_server import Ports, TritonServer
 from freshrank.serving.repository import ModelRepository
 from tests.homes import Home
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from freshrank.storage.files import atomic_directory, atomic_write, fingerprint, read_json, write_json
+from freshrank.storage.files import WatchedFile, atomic_directory, atomic_write, fingerprint, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -67,3 +67,38 @@ def test_what_a_killed_process_left_is_removed_by_the_next_write_and_never_seen(
         (temporary / "a").write_text("new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert (path / "a").read_text() == "new"
+
+
+def test_a_watched_file_is_read_again_only_when_it_is_another_one(tmp_path: Path) -> None:
+    """Replaced with a file of the same length, too."""
+    path, reads = tmp_path / "a.json", []
+
+    def read() -> int:
+        reads.append(read_json(path))
+        return reads[-1]
+
+    watched = WatchedFile(path, read)
+    for number in (1, 1, 2):
+        if number not in reads:
+            write_json(path, number)
+        assert watched.value() == watched.value() == number
+    assert reads == [1, 2]
+
+
+def test_a_watched_file_that_cannot_be_read_leaves_what_it_said_last(tmp_path: Path) -> None:
+    """Until it is whole again, or its watcher forgets it."""
+    path = tmp_path / "a.json"
+    watched = WatchedFile(path, lambda: read_json(path))
+    with pytest.raises(FileNotFoundError):
+        watched.value()
+    write_json(path, "good")
+    assert watched.value() == "good"
+    path.write_text("{")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Expecting"):
+            watched.value()
+    assert watched.last == "good"
+    write_json(path, "better")
+    assert watched.value() == "better"
+    watched.forget()
+    assert watched.last is None

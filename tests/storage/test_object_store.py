@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from freshrank.errors import ConfigError, StorageError
-from freshrank.settings import PROJECT_ROOT, Settings, settings
+from freshrank.settings import Settings, settings
 from freshrank.storage.object_store import FETCHED, ObjectStore
 from tests.object_stores import BUCKET, Proxy, bare_client
+from tests.paths import PROJECT_ROOT
+
+pytestmark = pytest.mark.integration
 
 FIRST, SECOND = {"a.txt": "one", "deep/b.txt": "two"}, {"a.txt": "one", "deep/b.txt": "changed", "c.txt": "new"}
 
@@ -184,7 +187,7 @@ def _authenticate(proxy: Proxy, after: str) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from freshrank.objects import ObjectStore
+from freshrank.storage.object_store import ObjectStore
 ObjectStore(sys.argv[1]).save("data", Path(sys.argv[2]))
 """
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freshrank.recipes import RECIPES
-from freshrank.settings import PROJECT_ROOT
+from tests.paths import PROJECT_ROOT
 
 PAGE = (PROJECT_ROOT / "docs/techniques.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", PAGE, re.MULTILINE))

@@ -34,6 +34,8 @@ from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 from tests.object_stores import BUCKET, Proxy, bare_client
 from tests.streams import stream_of
 
+pytestmark = pytest.mark.integration
+
 DRAWING = TechniquesConfig(
     mixup=MixupConfig(),
     feature_dropout=FeatureDropoutConfig(),

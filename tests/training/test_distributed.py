@@ -28,6 +28,8 @@ from freshrank.training.trained import Trained, predict
 from tests.homes import Home
 from tests.rank import SCHEMA, frame, trained
 
+pytestmark = pytest.mark.integration
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
 
 
@@ -287,7 +289,7 @@ def test_a_survivor_to_whom_nobody_comes_ends_and_says_why(tmp_path: Path, lost:
 RANK = """
 import sys, time
 import torch
-from freshrank.distributed import joined
+from freshrank.training.distributed import joined
 with joined() as group:
     time.sleep(2.5 * group.rank)
     group.wait()

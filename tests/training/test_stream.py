@@ -21,19 +21,19 @@ from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import DataError
 from freshrank.features.encoder import Encoder
 from freshrank.features.frames import Frame, Part, load_frame, newest_items
-from freshrank.models.ranker import Ranker
 from freshrank.pipeline import steps
 from freshrank.pipeline.run import Run
 from freshrank.schema import IN_TRAINING, Entity
 from freshrank.settings import settings
 from freshrank.training.batches import Encoded, Source, TensorFrame
-from freshrank.training.device import Device
 from freshrank.training.distributed import Group
-from freshrank.training.loop import fastest, train_encoded, train_ranker
+from freshrank.training.loop import train_encoded, train_ranker
 from freshrank.training.shards import Shard, training_shards, user_part
 from freshrank.training.stream import Epoch, Stream, encoded_days, joined
 from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 from tests.streams import cut, hours, stream_of
+
+pytestmark = pytest.mark.integration
 
 WORLD = WorldConfig(users=150, days=6, items_at_start=80, new_items_per_day=10, impressions_per_day=900)
 RUN_DATE = date(2024, 1, 7)
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setenv("FRESHRANK_HOME", str(path / "home"))
         settings.cache_clear()
         data = simulate(path / "data", WORLD).path
-        steps.build_features(data, RUN_DATE.isoformat(), WINDOWS.model_dump_json())
+        steps.build_features(data, RUN_DATE.isoformat(), WINDOWS)
         run = Run(data, RUN_DATE.isoformat())
     settings.cache_clear()
     return run
@@ -350,25 +350,3 @@ def test_a_shard_is_read_with_the_columns_it_was_cut_from(tmp_path: Path) -> Non
 def test_the_default_window_holds_a_log_of_this_size() -> None:
     """The whole of KuaiRand-Pure (1.4 million impressions) trains in memory, as it did before there were streams."""
     assert TrainingConfig().window_rows >= 1_400_000
-
-
-def test_measuring_several_devices_chooses_one_of_them_and_trains_nothing(
-    encoded: Encoded,
-) -> None:
-    """Two on the CPU: the choice is one of them; weights and torch's generator are as they were."""
-    ranker = Ranker(encoded.encoder, SMALL)
-    before, state = {n: t.clone() for n, t in ranker.state_dict().items()}, torch.get_rng_state()
-    options = [Device("cpu", torch.float32, False), Device("cpu", torch.bfloat16, False)]
-    assert fastest(options, ranker, encoded.data, TechniquesConfig(), TRAINING) in options
-    assert all(torch.equal(value, before[name]) for name, value in ranker.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_slower_device_is_not_used(encoded: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 takes twice as long as float32, then half."""
-    options = [Device("cpu", torch.float32, False), Device("cpu", torch.bfloat16, False)]
-    for seconds, expected in (((1.0, 2.0), 0), ((1.0, 0.5), 1)):
-        measured = dict(zip(options, seconds, strict=True))
-        monkeypatch.setattr("freshrank.training.loop.step_seconds", lambda device, *_, found=measured: found[device])
-        ranker = Ranker(encoded.encoder, SMALL)
-        assert fastest(options, ranker, encoded.data, TechniquesConfig(), TRAINING) == options[expected]

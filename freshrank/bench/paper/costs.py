@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import track
 
 from freshrank.bench.paper.evidence_data import Evidence, load_evidence
-from freshrank.bench.paper.task import Task
+from freshrank.bench.paper.task import Task, predictions_of
 from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.export.calibration import Platt
 from freshrank.export.onnx_export import export_bundle
 from freshrank.features.encoder import Blocks, Catalog
 from freshrank.features.frames import Frame
+from freshrank.storage.derived import fingerprint_of
 from freshrank.storage.files import read_json, write_json
 from freshrank.training.batches import Encoded, TensorFrame
 from freshrank.training.loop import train_encoded
@@ -56,11 +57,16 @@ def costs(tasks: dict[str, Task], baseline: Task, repeats: int, console: Console
     (baseline, row, baseline, row, ...): CPU seconds, building the model included. Then the exported ONNX models
     answer one user with ``CANDIDATES`` candidates in turn: wall seconds. Both are ratios of medians.
     """
-    paths = {name: task.directory / f"cost-{repeats}.json" for name, task in tasks.items()}
+    paths = {name: path_of_cost(task, baseline, repeats) for name, task in tasks.items()}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing and repeats:
         _measure({name: (tasks[name], paths[name]) for name in missing}, baseline, repeats, console)
     return {name: Cost.model_validate(read_json(path)) for name, path in paths.items() if path.exists()}
+
+
+def path_of_cost(task: Task, baseline: Task, repeats: int) -> Path:
+    inputs = {"repeats": repeats, "baseline": predictions_of(baseline).name}
+    return predictions_of(task) / f"cost-{fingerprint_of(inputs, _measure)}.json"
 
 
 def _measure(wanted: dict[str, tuple[Task, Path]], baseline: Task, repeats: int, console: Console) -> None:

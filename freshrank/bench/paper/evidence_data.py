@@ -21,7 +21,8 @@ from freshrank.pipeline import steps
 from freshrank.pipeline.run import Run
 from freshrank.schema import EVENT_TIMESTAMP, IN_EVALUATION, IN_TRAINING, ITEM_ID, REQUEST_ID, USER_ID, Schema, Usage
 from freshrank.settings import settings
-from freshrank.storage.files import fingerprint, read_json, sha256_of, write_json
+from freshrank.storage.derived import fingerprint_of, is_current, marked, marking
+from freshrank.storage.files import fingerprint, sha256_of
 from freshrank.training.batches import Encoded, TensorFrame, labels_of
 from freshrank.training.device import Device
 from freshrank.training.loop import model_schema
@@ -188,11 +189,12 @@ def _imported(data: Path, protocol: Protocol) -> Dataset:
     out = settings().home / "data" / f"kuairand_{protocol}"
     stamp, manifest = out.with_suffix(".source.json"), out / MANIFEST
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(data.resolve().iterdir())}
-    made_of = {"from": str(data.resolve()), "files": files}
-    if stamp.exists() and manifest.exists() and read_json(stamp) == made_of | {"manifest": sha256_of(manifest)}:
+    expected = fingerprint_of({"from": str(data.resolve()), "files": files}, import_kuairand)
+    if is_current(stamp, expected, manifest) and marked(stamp)["manifest"] == sha256_of(manifest):
         return Dataset.open(out)
-    dataset = import_kuairand(data, out, protocol)
-    write_json(stamp, made_of | {"manifest": sha256_of(manifest)})
+    with marking(stamp, expected) as facts:
+        dataset = import_kuairand(data, out, protocol)
+        facts["manifest"] = sha256_of(manifest)
     return dataset
 
 
@@ -203,7 +205,7 @@ def prepare(prepared: Prepared) -> None:
         wanted = list(days(split.train[0], split.evaluation[-1]))
         if not set(wanted) & set(source.dataset().days):
             raise DataError(f"{source.path}: no impressions on {wanted[0]} .. {wanted[-1]}")
-        steps.build_features(source.path, source.run_date.isoformat(), source.windows.model_dump_json())
+        steps.build_features(source.path, source.run_date.isoformat(), source.windows)
         load_evidence(source)
     _check_same_rows(prepared)
 

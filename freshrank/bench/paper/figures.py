@@ -5,7 +5,6 @@ What is measured on a trained model is kept in the workspace, so a killed run go
 add their own.
 """
 
-import inspect
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +31,6 @@ from freshrank.bench.paper.findings import (
 )
 from freshrank.bench.paper.rows import BASELINE as TABLE_BASELINE
 from freshrank.bench.paper.rows import ROWS, config_of, layers_of, tuned
-from freshrank.bench.paper.task import training_code
 from freshrank.config import (
     CalibrationConfig,
     MixupConfig,
@@ -55,7 +53,8 @@ from freshrank.features.frames import JUDGED_AGE, Frame
 from freshrank.pipeline import steps
 from freshrank.pipeline.run import Run
 from freshrank.schema import IN_EVALUATION, IN_TRAINING
-from freshrank.storage.files import atomic_write, fingerprint, read_json, sha256_of, write_json
+from freshrank.storage.derived import fingerprint_of
+from freshrank.storage.files import atomic_write, read_json, write_json
 from freshrank.training import batches, loop
 from freshrank.training import trained as trained_module
 
@@ -113,7 +112,7 @@ def load_evidence(data: Path, protocol: "Protocol", train_days: int = 10, evalua
     run_date = dataset.days[-1] + timedelta(days=1)
     available = (run_date - dataset.days[0]).days - evaluation_days - 1
     windows = WindowConfig(train_days=max(1, min(train_days, available)), evaluation_days=evaluation_days)
-    steps.build_features(path, run_date.isoformat(), windows.model_dump_json())
+    steps.build_features(path, run_date.isoformat(), windows)
     run, split = Run(path, run_date.isoformat()), windows.split(run_date)
     loaded = [
         frames.load_frame(run.dataset, run.workspace, run.days(days, what, usages), usages)
@@ -139,17 +138,14 @@ def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missin
     model, fit = base.model, base.training
     split = evidence.split
     days = [*split.train, *split.calibration, *split.evaluation]
-    code = [training_code(), *(sha256_of(Path(inspect.getfile(module))) for module in (analysis, calibration))]
     sections = [section.model_dump(mode="json") for section in (model, technique, fit)]
-    key = fingerprint(
-        {
-            "data": evidence.run.read(days),
-            "days": days,
-            "sections": sections,
-            "code": code,
-            "ablation": ablation if recipe in ABLATED else None,
-        }
-    )
+    inputs = {
+        "data": evidence.run.read(days),
+        "days": days,
+        "sections": sections,
+        "ablation": ablation if recipe in ABLATED else None,
+    }
+    key = fingerprint_of(inputs, frames.load_frame, _measure)
     path = evidence.run.workspace.steps / "figures" / f"{recipe}-{seed}-{key}.json"
     if not path.exists():
         found = _measure(evidence, recipe, model, technique, fit, ablation)

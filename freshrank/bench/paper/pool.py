@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from freshrank.bench.paper.task import Task, perform
+from freshrank.bench.paper.task import Task, is_done, perform
 
 log = logging.getLogger(__name__)
 _RESTARTS = 2
@@ -33,7 +33,7 @@ def run_all(tasks: list[Task], jobs: int, console: Console, what: str) -> list[F
 
     With one job they run in this process, else in ``jobs`` spawned ones that die with it.
     """
-    pending = [task for task in tasks if not task.done]
+    pending = [task for task in tasks if not is_done(task)]
     with _Watch(console, what, len(tasks), len(tasks) - len(pending)) as watch:
         if jobs == 1:
             return _here(pending, watch)
@@ -126,7 +126,7 @@ def _spread(tasks: list[Task], jobs: int, watch: _Watch) -> tuple[list[Failure],
                     failures += [Failure(task, reason)] if reason else []
                     watch.finished(task, reason)
         except BrokenProcessPool:
-            return failures, [task for task in waiting.values() if not task.done]
+            return failures, [task for task in waiting.values() if not is_done(task)]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():

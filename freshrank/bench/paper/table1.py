@@ -27,7 +27,7 @@ from freshrank.bench.paper.rows import (
     tuned_under,
 )
 from freshrank.bench.paper.table import COLUMNS, GAPS, LIFTED, OTHERS, RowOfTable, Table, better
-from freshrank.bench.paper.task import Result, Task, boosted
+from freshrank.bench.paper.task import Result, Task, boosted, is_done, predictions_of
 from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.storage.files import atomic_write, write_json
@@ -60,9 +60,9 @@ def table1(prepared: Prepared, options: Options, console: Console) -> list[Failu
     trained = [task for by_seed in tasks.values() for task in by_seed if not task.boosted]
     trained.sort(key=lambda task: task.seed)
     failures = run_all(trained, options.jobs, console, "table 1")
-    boosts = [task for by_seed in tasks.values() for task in by_seed if task.boosted and task.directory.is_dir()]
+    boosts = [task for by_seed in tasks.values() for task in by_seed if task.boosted and predictions_of(task).is_dir()]
     failures += run_all(boosts, options.jobs, console, "constant boost")
-    results = {name: [Result.read(task) for task in by_seed if task.done] for name, by_seed in tasks.items()}
+    results = {name: [Result.read(task) for task in by_seed if is_done(task)] for name, by_seed in tasks.items()}
     write_csv(options.out / f"table1-{prepared.protocol}.csv", results)
     spent = _costs(tasks, options.timing_repeats, console)
     settings = tuned_under(prepared.protocol) if winners else None
@@ -95,7 +95,9 @@ def tasks_of(
 
 def _costs(tasks: dict[str, list[Task]], repeats: int, console: Console) -> dict[str, Cost]:
     timed = {
-        name: by_seed[0] for name, by_seed in tasks.items() if name not in LABELS and all(task.done for task in by_seed)
+        name: by_seed[0]
+        for name, by_seed in tasks.items()
+        if name not in LABELS and all(is_done(task) for task in by_seed)
     }
     return costs(timed, tasks[BASELINE][0], repeats, console) if BASELINE in timed else {}
 
@@ -209,12 +211,6 @@ def _line(
         gap=gap,
         others=_others(ours, base, actions),
     )
-
-
-def _boost(name: str, ours: list[Result]) -> float | None:
-    """Mean constant on fresh logits; None for a row that has none."""
-    boosts = [result.boost for result in ours]
-    return float(np.mean(boosts)) if name in BOOSTED.values() or any(boosts) else None
 
 
 def _others(ours: list[Result], base: list[Result], actions: list[str]) -> dict[str, Estimate]:

@@ -7,7 +7,7 @@ BENCH/<row>-s<seed>-<key>/predictions.safetensors  logits float32 of the calibra
 
 import time
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,17 @@ from freshrank.evaluation import evaluate
 from freshrank.evaluation import metrics as statistics
 from freshrank.evaluation.judged_rows import Judged
 from freshrank.evaluation.results import ALL, FRESH, WARM, Evaluation, MetricName, Weighting
-from freshrank.export import calibration, exposure_parity
+from freshrank.export import exposure_parity
 from freshrank.export.calibration import fit_platt
 from freshrank.features.encoder import Catalog
 from freshrank.schema import Schema
-from freshrank.storage.files import atomic_directory, fingerprint, read_json, sha256_of, write_json
+from freshrank.storage.derived import build_unless_current, fingerprint_of
+from freshrank.storage.files import read_json, write_json
 from freshrank.storage.workspace import Workspace
 from freshrank.training import batches, loop
 from freshrank.training import trained as trained_module
 from freshrank.training.trained import Trained
 
-PACKAGE = Path(loop.__file__).parent
-_TRAINED_BY = (
-    "training.py",
-    "checkpoints.py",
-    "distributed.py",
-    "pretraining.py",
-    "transforms.py",
-    "columns.py",
-    "encoding.py",
-    "frames.py",
-    "history.py",
-    "feature_store.py",
-    "calibration.py",
-    "exposure.py",
-    "models/*.py",
-    "techniques/*.py",
-)
-_JUDGED_BY = (calibration, evaluate, statistics)
 MEASURES = (
     (MetricName.HITS, FRESH),
     (MetricName.HITS, ALL),
@@ -83,26 +66,27 @@ class Task:
         """Of the row in the table."""
         return BOOSTED[self.row] if self.boosted else self.row
 
-    @property
-    def directory(self) -> Path:
-        """Where predictions lie."""
-        sections = {
-            name: getattr(self.config, name).model_dump(mode="json")
-            for name in ("model", "techniques", "training", "calibration")
-        }
-        key = fingerprint({"data": _data_fingerprint(self.source), "sections": sections, "code": training_code()})
-        return _folder(self.source) / f"{self.row.replace('/', '_')}-s{self.seed}-{key}"
 
-    @property
-    def measures(self) -> Path:
-        """Where measures lie; there when the task is done."""
-        sections = [getattr(self.config, name).model_dump(mode="json") for name in ("calibration", "evaluation")]
-        key = fingerprint({"sections": sections, "code": _judging_code(), "boosted": self.boosted})
-        return self.directory / f"measures-{key}"
+# Not of the class, which is at hand where one is trained: nobody trains anew because another number is judged by.
+def predictions_of(task: Task) -> Path:
+    """Where predictions lie."""
+    sections = {
+        name: getattr(task.config, name).model_dump(mode="json")
+        for name in ("model", "techniques", "training", "calibration")
+    }
+    key = fingerprint_of({"data": _data_fingerprint(task.source), "sections": sections}, _predict)
+    return _folder(task.source) / f"{task.row.replace('/', '_')}-s{task.seed}-{key}"
 
-    @property
-    def done(self) -> bool:
-        return self.measures.is_dir()
+
+def measures_of(task: Task) -> Path:
+    """Where measures lie."""
+    sections = [getattr(task.config, name).model_dump(mode="json") for name in ("calibration", "evaluation")]
+    key = fingerprint_of({"sections": sections, "boosted": task.boosted}, _judge)
+    return predictions_of(task) / f"measures-{key}"
+
+
+def is_done(task: Task) -> bool:
+    return measures_of(task).is_dir()
 
 
 @cache
@@ -115,32 +99,16 @@ def _data_fingerprint(source: Source) -> str:
     return source.fingerprint()
 
 
-@cache
-def training_code() -> str:
-    """Fingerprint of all source that a ranker's weights and its constant on fresh logits can depend on."""
-    files = [file for pattern in _TRAINED_BY for file in sorted(PACKAGE.glob(pattern))]
-    return fingerprint([sha256_of(file) for file in files])
-
-
-@cache
-def _judging_code() -> str:
-    files = [Path(str(module.__file__)) for module in _JUDGED_BY] + [Path(__file__)]
-    return fingerprint([sha256_of(file) for file in files])
-
-
 def perform(task: Task) -> None:
     """Do what of ``task`` is not there yet: training and predicting, then judging."""
-    if task.done:
+    if is_done(task):
         return
+    build_unless_current(predictions_of(task), partial(_predict, task))
+    build_unless_current(measures_of(task), partial(_judge, task))
+
+
+def _predict(task: Task, directory: Path) -> None:
     evidence = load_evidence(task.source)
-    if not task.directory.is_dir():
-        with atomic_directory(task.directory) as directory:
-            _predict(task, evidence, directory)
-    with atomic_directory(task.measures) as directory:
-        _judge(task, evidence, directory)
-
-
-def _predict(task: Task, evidence: Evidence, directory: Path) -> None:
     encoded = evidence.encoded(task.config)
     wall, cpu = time.perf_counter(), time.process_time()
     trained = loop.train_encoded(encoded.train, task.config.model, task.config.techniques, task.config.training)
@@ -166,14 +134,16 @@ def _parity(task: Task, evidence: Evidence, trained: Trained, logits: np.ndarray
     return exposure_parity.with_parity(platt, trained, evidence.calibration, catalog, settings).fresh_shift
 
 
-def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
-    logits = load_file(task.directory / "predictions.safetensors")
+def _judge(task: Task, directory: Path) -> None:
+    evidence = load_evidence(task.source)
+    predictions = predictions_of(task)
+    logits, trained = load_file(predictions / "predictions.safetensors"), read_json(predictions / "facts.json")
     schema, config = evidence.schema, task.config.evaluation
     lists = config.lists
     calibrated, rows = (Judgeable.of(frame, schema, lists) for frame in (evidence.calibration, evidence.evaluation))
     platt = fit_platt(logits["calibration"], calibrated.labels, schema.actions, task.config.calibration)
     utilities = np.asarray(schema.utilities, np.float64)
-    boost = float(read_json(task.directory / "facts.json").get("fresh_shift", 0.0))
+    boost = float(trained.get("fresh_shift", 0.0))
     if task.boosted:
         boost = chosen_boost(calibrated, platt.scaled(logits["calibration"]), utilities, schema, config)
     judged = judged_of(rows, platt.scaled(logits["evaluation"]), utilities, boost)
@@ -184,7 +154,7 @@ def _judge(task: Task, evidence: Evidence, directory: Path) -> None:
         "rows": rows.fingerprint(schema.actions),
         "actions": schema.actions,
         "boost": boost,
-        "parameters": read_json(task.directory / "facts.json")["parameters"],
+        "parameters": trained["parameters"],
     }
     write_json(directory / "metrics.json", facts | {"metrics": _flat(found)})
 
@@ -284,7 +254,8 @@ class Result:
 
     @classmethod
     def read(cls, task: Task) -> "Result":
-        facts, arrays = read_json(task.measures / "metrics.json"), load_file(task.measures / "lists.safetensors")
+        directory = measures_of(task)
+        facts, arrays = read_json(directory / "metrics.json"), load_file(directory / "lists.safetensors")
         return cls(
             task.name,
             task.seed,

@@ -16,7 +16,7 @@ from rich.console import Console
 from freshrank.bench.paper.evidence_data import Prepared, prepare
 from freshrank.bench.paper.pool import Failure, run_all
 from freshrank.bench.paper.rows import BASELINE, ORACLE, TUNED, Overrides, Row, chosen, config_of
-from freshrank.bench.paper.task import Result, Task
+from freshrank.bench.paper.task import Result, Task, is_done
 from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.storage.files import atomic_write, read_json, write_json
@@ -139,7 +139,7 @@ def _flat(groups: Any) -> list[Task]:
 
 
 def _reference(baseline: list[Task], oracle: list[Task]) -> Reference:
-    if not all(task.done for task in (*baseline, *oracle)):
+    if not all(is_done(task) for task in (*baseline, *oracle)):
         raise DataError(
             "tune: the untuned baseline (or oracle) failed, so no candidate can be scored; see the log (-v)"
         )
@@ -153,7 +153,7 @@ def _read(tasks: dict[tuple[str, int], list[Task]], rows: dict[str, Row]) -> lis
     return [
         Trial(name, number, rows[name].candidates[number], [Result.read(task) for task in by_seed])
         for (name, number), by_seed in tasks.items()
-        if all(task.done for task in by_seed)
+        if all(is_done(task) for task in by_seed)
     ]
 
 

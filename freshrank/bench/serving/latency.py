@@ -221,13 +221,12 @@ def deployed(data: Path, home: Path, config: RunConfig, console: Console) -> Ite
 def _bundle(dataset: Dataset, home: Path, config: RunConfig, console: Console) -> Path:
     """A model of ``config`` trained for the log's last day; one that was trained before is found again."""
     console.print("features, training and calibration ...")
-    day, windows = dataset.days[-1].isoformat(), config.windows.model_dump_json()
+    day, windows = dataset.days[-1].isoformat(), config.windows
     steps.build_features(dataset.path, day, windows)
     steps.materialize(dataset.path, day)
     trained, bundle = home / "trained", home / "bundle"
-    model, techniques, training = (s.model_dump_json() for s in (config.model, config.techniques, config.training))
-    steps.train(dataset.path, day, windows, model, techniques, training, trained)
-    steps.calibrate(dataset.path, day, windows, config.calibration.model_dump_json(), trained, bundle)
+    steps.train(dataset.path, day, windows, config.model, config.techniques, config.training, trained)
+    steps.calibrate(dataset.path, day, windows, config.calibration, trained, bundle)
     return bundle
 
 

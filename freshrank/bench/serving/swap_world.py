@@ -62,7 +62,7 @@ def swap_world(data: Path, console: Console) -> Iterator[SwapWorld]:
     home = (settings().home / "bench_swap").resolve()
     with environment(HOME=str(home)):
         day = dataset.days[-1].isoformat()
-        windows = WindowConfig(train_days=min(_LONGEST_TRAINING, len(dataset.days) - 3)).model_dump_json()
+        windows = WindowConfig(train_days=min(_LONGEST_TRAINING, len(dataset.days) - 3))
         console.print("features ...")
         steps.build_features(dataset.path, day, windows)
         steps.materialize(dataset.path, day)
@@ -92,14 +92,10 @@ def _copy(bundle: Path, path: Path) -> None:
         shutil.copytree(bundle, directory, dirs_exist_ok=True)
 
 
-def _train(dataset: Dataset, day: str, windows: str, seed: int, bundle: Path) -> None:
+def _train(dataset: Dataset, day: str, windows: WindowConfig, seed: int, bundle: Path) -> None:
     trained = bundle.with_name(f"{bundle.name}-trained")
-    training = TrainingConfig(seed=seed).model_dump_json()
-    steps.train(
-        dataset.path, day, windows, _SMALL.model_dump_json(), TechniquesConfig().model_dump_json(), training, trained
-    )
-    calibration = CalibrationConfig(min_positives=1).model_dump_json()
-    steps.calibrate(dataset.path, day, windows, calibration, trained, bundle)
+    steps.train(dataset.path, day, windows, _SMALL, TechniquesConfig(), TrainingConfig(seed=seed), trained)
+    steps.calibrate(dataset.path, day, windows, CalibrationConfig(min_positives=1), trained, bundle)
 
 
 def _fresh_server(dataset: Dataset) -> TritonServer:

@@ -101,9 +101,8 @@ def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Cons
 
 def _timed(kind: type[Ranker], encoded: Encoded[TensorFrame], config: Any) -> tuple[float, list[float]]:
     torch.manual_seed(config.training.seed)
-    ranker = kind(encoded.encoder, config.model, config.techniques)
+    device = Device.choose(config.training)
+    ranker = kind(encoded.encoder, config.model, config.techniques).to(device.name)
     started = time.perf_counter()
-    curve = fit(
-        ranker, encoded.data, encoded.encoder, config.techniques, config.training, Device.choose(config.training)
-    )
+    curve = fit(ranker, encoded.data, encoded.encoder, config.techniques, config.training, device)
     return time.perf_counter() - started, curve.losses["bce"]

@@ -295,8 +295,8 @@ def require(names: Iterable[str]) -> None:
             __import__(modules[name])
         except ImportError as problem:
             raise ConfigError(
-                f"bench train: {name} cannot be imported ({problem}); install it with `pip install --no-deps "
-                "torch-rechub==0.9.0 fuxictr==2.3.10 ray h5py msgpack`, or leave it out with --peers"
+                f"bench train: {name} cannot be imported ({problem}); install it with `pip install "
+                "'freshrank[bench]'`, or leave it out with --peers"
             ) from problem
 
 

@@ -5,15 +5,16 @@ within a turn. Ours trains with no technique on, streamed and on the same batche
 encoding and shuffling cost. The peers train on batches held ready in memory, which their loaders would have to make.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -35,7 +36,7 @@ from freshrank.storage.files import atomic_write, write_json
 from freshrank.training.batches import Encoded, Fed, Source, TensorFrame
 from freshrank.training.device import Device
 from freshrank.training.distributed import ALONE, Group
-from freshrank.training.loop import fit, model_schema
+from freshrank.training.loop import Watch, fit, model_schema
 from freshrank.training.shards import training_rows
 from freshrank.training.stream import encoded_days
 
@@ -48,6 +49,13 @@ LOADER = "torch-rechub, its own loader"
 WARM_UP = 3
 
 
+STEPS_TIMED = 15
+Numerics = tuple[Literal["float32", "bfloat16"], bool]
+"""``training.precision`` and ``training.compile``."""
+NUMERICS: tuple[Numerics, ...] = (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True))
+"""The defaults first, which the others are compared with."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much is measured."""
@@ -58,6 +66,7 @@ class Plan:
     steps: int = 300
     peer_steps: int = 40
     rounds: int = 5
+    numerics: tuple[Numerics, ...] = NUMERICS
     threads: int = 0
     """0: as many as torch takes."""
     peers: tuple[str, ...] = tuple(peers.PEERS)
@@ -134,6 +143,28 @@ class Memory(BaseModel):
     whole_mib: float
 
 
+class NumericsSpeed(BaseModel):
+    """Steps on the machine's device beside those of the defaults."""
+
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
+    speed_up: Ratio | None
+    failure: str = ""
+    """Why no step was made."""
+
+    @property
+    def settings(self) -> str:
+        return f"training.precision={self.precision} training.compile={json.dumps(self.compile)}"
+
+    def __str__(self) -> str:
+        if self.speed_up is None:
+            return f"{self.settings}: not possible here, {self.failure}"
+        ratio = self.speed_up
+        return (
+            f"{self.settings}: {ratio.value:.2f} times the defaults' speed ({ratio.lowest:.2f} to {ratio.highest:.2f})"
+        )
+
+
 class TrainBench(BaseModel):
     rows: int
     batch_size: int
@@ -141,6 +172,8 @@ class TrainBench(BaseModel):
     threads: int
     systems: dict[str, Speed]
     ratios: list[Ratio]
+    numerics: list[NumericsSpeed]
+    advice: str
     memory: list[Memory]
     same_losses: bool
     """Whether the streamed steps and those on batches in memory ended with the same loss to the bit."""
@@ -177,22 +210,44 @@ class Ready(First):
 def _ours(work: Work, ready: bool) -> Measured:
     _set_threads(work)
     encoded, plan = work.encoded(), work.plan
-    _fitted(First(encoded.data, WARM_UP), encoded, work)
+    _fitted(First(encoded.data, WARM_UP), encoded, work.training)
     source = Ready(encoded.data, plan.steps, work.training) if ready else First(encoded.data, plan.steps)
     cpu = time.process_time()
-    seconds, loss, parameters = _fitted(source, encoded, work)
+    seconds, loss, parameters = _fitted(source, encoded, work.training)
     cpu = time.process_time() - cpu
     rows = min(len(encoded.data), plan.steps * plan.batch_size)
     return Measured(rows=rows, seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(), parameters=parameters, loss=loss)
 
 
-def _fitted(source: Source, encoded: Encoded[Source], work: Work) -> tuple[float, float, int]:
+def _fitted(
+    source: Source, encoded: Encoded[Source], training: TrainingConfig, watch: Watch | None = None
+) -> tuple[float, float, int]:
     torch.manual_seed(0)
-    ranker, techniques = Ranker(encoded.encoder, ModelConfig()), TechniquesConfig()
+    device = Device.choose(training)
+    ranker, techniques = Ranker(encoded.encoder, ModelConfig()).to(device.name), TechniquesConfig()
     started = time.perf_counter()
-    curve = fit(ranker, source, encoded.encoder, techniques, work.training, Device.choose(work.training))
+    curve = fit(ranker, source, encoded.encoder, techniques, training, device, watch)
     seconds = time.perf_counter() - started
     return seconds, curve.losses["bce"][-1] if curve.losses else 0.0, count_parameters(ranker)
+
+
+def _step_seconds(work: Work, numerics: Numerics) -> float | str:
+    """Of a step on the machine's device, the median of some; or in a sentence why it takes none."""
+    _set_threads(work)
+    training = work.training.model_copy(update=dict(zip(("precision", "compile"), numerics, strict=True)))
+    encoded, began = work.encoded(), []
+
+    def watch(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began.append(time.perf_counter())
+
+    try:
+        _fitted(Ready(encoded.data, STEPS_TIMED + 1, training), encoded, training, watch)
+    except RuntimeError as error:  # no compiler, say
+        return str(error).partition("\n")[0]
+    seconds = [end - start for start, end in pairwise(began)]
+    return median(seconds[len(seconds) // 3 :])  # the first ones compile
 
 
 def _export(work: Work, path: Path) -> peers.Columns:
@@ -270,7 +325,7 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
             f"bench train: --window-rows: received {plan.window_rows}, expected fewer than the "
             f"{work.rows} training rows, else nothing is streamed; or name more --days"
         )
-    steps.build_features(work.data, run_date.isoformat(), work.windows.model_dump_json())
+    steps.build_features(work.data, run_date.isoformat(), work.windows)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
         columns = alone(_export, work, path)
@@ -282,6 +337,7 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
     # Fewer days may fit a window, and then there is nothing to compare.
     parts = [work.fewer(share) for share in (4, 2, 1) if plan.days // share]
     memory = [_memory(part) for part in parts if part.rows > plan.window_rows]
+    numerics = _numerics(work, console)
     systems = {name: _speed([each[name] for each in found]) for name in turns}
     result = TrainBench(
         rows=memory[-1].rows,
@@ -290,6 +346,8 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
         threads=plan.threads or torch.get_num_threads(),
         systems=systems,
         ratios=_ratios(found, plan.peers),
+        numerics=numerics,
+        advice=advice(str(Device.choose(work.training)).partition(",")[0], numerics),
         memory=memory,
         same_losses=all(each[STREAMED].loss == each[READY].loss for each in found),
         machine=machine(),
@@ -331,6 +389,39 @@ def _ratios(found: Sequence[dict[str, Measured]], names: Sequence[str]) -> list[
         better = [max(each[name] for name in names) for each in speeds]
         ratios.append(ratio("streamed / the better peer, its batches in memory", ours, better, at_least=3))
     return ratios
+
+
+def _numerics(work: Work, console: Console) -> list[NumericsSpeed]:
+    """Every combination in turn with the others; one that failed is not tried again."""
+    plan, found = work.plan, dict[Numerics, list[float]]()
+    failures: dict[Numerics, str] = {}
+    for _ in track(range(plan.rounds), "precision", console=console, disable=not console.is_terminal):
+        for numerics in (each for each in plan.numerics if each not in failures):
+            seconds = alone(_step_seconds, work, numerics)
+            if isinstance(seconds, str):
+                failures[numerics] = seconds
+            else:
+                found.setdefault(numerics, []).append(seconds)
+    return [
+        NumericsSpeed(
+            precision=precision,
+            compile=compiled,
+            speed_up=None
+            if (precision, compiled) in failures
+            else ratio("speed-up", found[plan.numerics[0]], found[precision, compiled]),
+            failure=failures.get((precision, compiled), ""),
+        )
+        for precision, compiled in plan.numerics[1:]
+    ]
+
+
+def advice(device: str, numerics: Sequence[NumericsSpeed]) -> str:
+    """Which configuration is the fastest on ``device``."""
+    faster = [(each.speed_up.value, each.settings) for each in numerics if each.speed_up and each.speed_up.lowest > 1]
+    if not faster:
+        return f"{device}: nothing is faster than the defaults in every round, leave them"
+    flags = " ".join(f"--set {setting}" for setting in max(faster)[1].split())
+    return f"{device}: the fastest is {flags}; it makes another ranker, so let the gate judge it"
 
 
 def _memory(work: Work) -> Memory:

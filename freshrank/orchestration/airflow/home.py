@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from datetime import date
+from importlib.resources import files
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 from freshrank.errors import PipelineFailed
-from freshrank.settings import PROJECT_ROOT, settings
+from freshrank.settings import settings
 from freshrank.storage.files import atomic_write
 
 DAG_ID = "daily_retraining"
@@ -27,7 +28,7 @@ def airflow_environment(home: Path) -> dict[str, str]:
     """Environment in which every ``airflow`` command works on ``home`` alone: SQLite, our DAGs only, loopback."""
     own = {
         "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(PROJECT_ROOT / "dags"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(files("freshrank.dags")),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",

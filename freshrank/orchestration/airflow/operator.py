@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
     from freshrank.config import RunConfig
+    from freshrank.orchestration.kubeflow.arguments import PipelineBuilder
 
 RUN_ID = "run_id"
 """Key of the XCom with the id of the run on the cluster."""
@@ -104,7 +105,7 @@ class RunLink(BaseOperatorLink):
 
 
 class KubeflowPipelineOperator(BaseOperator):
-    """Run ``train_ranker`` where ``FRESHRANK_RUNNER`` says, wait for it and return the outcome.
+    """Run a pipeline such as ``train_ranker`` where ``FRESHRANK_RUNNER`` says, wait for it and return the outcome.
 
     On a cluster the task submits, defers to :class:`~freshrank.orchestration.airflow.trigger.RunTrigger`, which holds
     no worker, and comes back when the run has ended. Whoever kills the task, or clears it, cancels the run; a
@@ -117,6 +118,7 @@ class KubeflowPipelineOperator(BaseOperator):
     def __init__(
         self,
         *,
+        build: "PipelineBuilder",
         data: str,
         run_date: str,
         recipe: str = "",
@@ -125,11 +127,14 @@ class KubeflowPipelineOperator(BaseOperator):
         poll_seconds: float = 30.0,
         **kwargs: Any,
     ) -> None:
-        """``recipe`` is a name in :mod:`freshrank.recipes`, ``overrides`` a JSON list of ``section.field=value``.
+        """``build`` gives the pipeline where it is run, not where the DAG is read.
+
+        ``recipe`` is a name in :mod:`freshrank.recipes`, ``overrides`` a JSON list of ``section.field=value``.
 
         A run on a cluster that takes longer than ``timeout`` is cancelled, and the task fails.
         """
         super().__init__(**kwargs)
+        self.build = build
         self.data = data
         self.run_date = run_date
         self.recipe = recipe
@@ -147,14 +152,14 @@ class KubeflowPipelineOperator(BaseOperator):
             if settings().runner == "local":
                 from freshrank.orchestration.kubeflow.local import run_pipeline
 
-                return self._told(run_pipeline(data, run_date, config))
+                return self._told(run_pipeline(self.build, data, run_date, config))
             run_id = self._submit(data, run_date, config)
         return self._defer(context, run_id)
 
     def _submit(self, data: Path, run_date: date, config: "RunConfig") -> str:
         from freshrank.orchestration.kubeflow import submit
 
-        submission = submit.prepare(data, run_date, config)
+        submission = submit.prepare(self.build, data, run_date, config)
         self._submitting = submission.run_name
         run_id = submit.start(submission).run_id
         assert run_id is not None

@@ -22,6 +22,7 @@ from freshrank.orchestration.kubeflow.api_failures import (
     require_json,
 )
 from freshrank.orchestration.kubeflow.settings import ApiSettings
+from freshrank.retry import retrying
 from freshrank.settings import from_environment, settings
 
 FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
@@ -31,7 +32,6 @@ TAIL_LINES = 30
 _NOT_TO_BE_JOINED = {"FAILED", "CANCELED", "CANCELING", "SKIPPED"}
 _MADE_MEANWHILE = {409, 500}
 """409; the upload of older servers says 500."""
-_LONGEST_WAIT = 20.0
 _PODS_ASKED = 5
 _NOT_A_STEP = re.compile(r"^(root|executor|condition(-.*)?|.*\(\d+\))$")
 
@@ -197,21 +197,12 @@ class PipelinesApi:
         return self._client
 
     def _call(self, what: str, call: Callable[[Any], T]) -> T:
-        from tenacity import Retrying, retry_if_exception, stop_before_delay
+        def tell(error: BaseException, pause: float) -> None:
+            log.warning("%s %s; next try in %.1f s", settings().kfp_host, in_words(error), pause)
 
-        def tell(state: Any) -> None:
-            problem, pause = in_words(state.outcome.exception()), state.next_action.sleep
-            log.warning("%s %s; next try in %.1f s", settings().kfp_host, problem, pause)
-
-        retrying = Retrying(
-            retry=retry_if_exception(self._may_pass),
-            stop=stop_before_delay(self._settings.retry_seconds),
-            wait=_pause,
-            before_sleep=tell,
-            reraise=True,
-        )
+        calling = retrying(self._may_pass, seconds=self._settings.retry_seconds, before_pause=tell)
         try:
-            result: T = retrying(self._authorised, call)
+            result: T = calling(self._authorised, call)
         except Exception as error:
             raise explained(what, error, self._settings) from error
         return result
@@ -265,6 +256,8 @@ def _connect(how: ApiSettings) -> Any:
                 require_json(answer)
             return answer
 
+    if how.ca_cert is not None and not how.ca_cert.is_file():
+        raise ConfigError(f"FRESHRANK_KFP_CA_CERT: received {how.ca_cert}, expected a file with certificates (PEM)")
     warnings.filterwarnings("ignore", message="This client only works", category=FutureWarning)
     file, token = how.token_file(), how.token.get_secret_value()
     credentials = kfp_client.ServiceAccountTokenVolumeCredentials(str(file)) if file else None
@@ -272,28 +265,12 @@ def _connect(how: ApiSettings) -> Any:
         host=settings().kfp_host,
         existing_token=token or None,
         credentials=credentials,
-        ssl_ca_cert=_authority(how.ca_cert),
+        ssl_ca_cert=None if how.ca_cert is None else str(how.ca_cert),
     )
     api_client = connected._run_api.api_client
     api_client.configuration.retries = urllib3.Retry(0, redirect=3, raise_on_redirect=False)
     api_client.rest_client = Rest(api_client.configuration)
     return connected
-
-
-def _authority(file: Path | None) -> str | None:
-    if file is not None and not file.is_file():
-        raise ConfigError(f"FRESHRANK_KFP_CA_CERT: received {file}, expected a file with certificates (PEM)")
-    return None if file is None else str(file)
-
-
-def _pause(state: Any) -> float:
-    """Seconds before the next try: what the server asks for, else longer from try to try and never all at once."""
-    from tenacity import wait_random_exponential
-
-    headers = getattr(state.outcome.exception(), "headers", None) or {}
-    asked = headers.get("Retry-After", "")
-    backoff = float(wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT)(state))
-    return min(max(backoff, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT)
 
 
 def _named(name: str) -> str:

@@ -1,29 +1,22 @@
-"""The pipeline of ``components/`` and its arguments, for the local and the cluster runner alike."""
+"""The pipeline's arguments and outcome, for the local and the cluster runner alike."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from freshrank.config import RunConfig, Section
 from freshrank.datasets.dataset import Dataset
 from freshrank.dates import days
 from freshrank.errors import MissingArtifact
-from freshrank.settings import PROJECT_ROOT
 from freshrank.storage.files import read_json
 
 
-def load_pipeline(place: Callable[[Any], object] | None = None) -> Any:
-    """``train_ranker`` as a ``kfp`` component; ``place`` is called with every task, to say where it runs.
+class PipelineBuilder(Protocol):
+    """Gives a pipeline with the parameters of :func:`arguments`, such as :func:`freshrank.components.build`."""
 
-    ``components/`` lies beside the package and is not installed, so it is found by its place and not by its name.
-    """
-    if str(PROJECT_ROOT) not in sys.path:
-        sys.path.append(str(PROJECT_ROOT))
-    pipeline = importlib.import_module("components.pipeline")
-    return pipeline.build(place) if place else pipeline.train_ranker
+    def __call__(self, place: Callable[[Any], object] | None = None) -> Any:
+        """A ``kfp`` component; ``place`` is called with every task, to say where it runs."""
 
 
 def arguments(data: Path, run_date: date, config: RunConfig) -> dict[str, str]:

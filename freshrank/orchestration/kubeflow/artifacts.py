@@ -1,9 +1,11 @@
-"""What the components need beside ``steps``: to hand a step's numbers and pages to Kubeflow's artifacts."""
+"""What the components need beside ``steps``: to read config sections from JSON, and to hand a step's numbers and pages
+to Kubeflow's artifacts."""
 
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from freshrank.config import ValidationConfig, parse_sections
 from freshrank.pipeline import steps
 
 
@@ -23,9 +25,15 @@ def log_metrics(metrics: MetricsArtifact, values: dict[str, Any]) -> None:
 def validate(data: str, run_date: str, validation: str, out: str, page: str) -> None:
     """``steps.validate``, its page shown in Kubeflow's interface also when validation fails."""
     try:
-        steps.validate(data, run_date, validation, out)
+        steps.validate(data, run_date, ValidationConfig.model_validate_json(validation), out)
     finally:
         _show(Path(out) / "validation.html", page)
+
+
+def calibrate(data: str, run_date: str, windows: str, calibration: str, ranker: str, out: str) -> dict[str, Any]:
+    """``steps.calibrate``; its numbers."""
+    sections = parse_sections({"windows": windows, "calibration": calibration})
+    return steps.calibrate(data, run_date, **sections, model_dir=ranker, out=out)
 
 
 def judge(
@@ -40,7 +48,8 @@ def judge(
     page: str,
 ) -> str:
     """``steps.evaluate``, its numbers and report handed to Kubeflow; returns the verdict the gate branches on."""
-    result = steps.evaluate(data, run_date, windows, evaluation, gate, bundle, out)
+    sections = parse_sections({"windows": windows, "evaluation": evaluation, "gate": gate})
+    result = steps.evaluate(data, run_date, **sections, bundle=bundle, out=out)
     log_metrics(metrics, result)
     _show(Path(out) / "report.html", page)
     return str(result["verdict"])

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from freshrank.config import RunConfig
 from freshrank.errors import PipelineFailed
-from freshrank.orchestration.kubeflow.arguments import arguments, load_pipeline, outcome
+from freshrank.orchestration.kubeflow.arguments import PipelineBuilder, arguments, outcome
 from freshrank.settings import settings
 
 KEPT_RUNS = 5
@@ -25,9 +25,13 @@ _OWN_ERROR = re.compile(r"^\s*freshrank\.errors\.(?=\w+: )", re.MULTILINE)
 
 
 def run_pipeline(
-    data: Path, run_date: date, config: RunConfig, progress: Callable[[str], None] | None = None
+    build: PipelineBuilder,
+    data: Path,
+    run_date: date,
+    config: RunConfig,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run ``train_ranker`` for ``run_date`` and return its :func:`~freshrank.orchestration.kubeflow.arguments.outcome`.
+    """Run the pipeline for ``run_date`` and return its :func:`~freshrank.orchestration.kubeflow.arguments.outcome`.
 
     The steps' output is kept in ``kfp/<run>/pipeline.log`` of the workspace, with the artifacts of the last five
     runs. It is streamed to stdout as well, unless ``progress`` is given, which is told each step's name as it starts.
@@ -40,7 +44,7 @@ def run_pipeline(
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
     with _logged_to(root / LOG, progress):
         try:
-            load_pipeline()(**parameters)
+            build()(**parameters)
         except RuntimeError as error:
             raise PipelineFailed(explain(root / LOG)) from error
     return outcome(data, parameters["run_date"])

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from freshrank.config import RunConfig
 from freshrank.errors import ClusterUnreachable, ConfigError, PipelineFailed
 from freshrank.orchestration.kubeflow.api import FINISHED, PipelinesApi, progress_of, run_page
-from freshrank.orchestration.kubeflow.arguments import arguments, load_pipeline
+from freshrank.orchestration.kubeflow.arguments import PipelineBuilder, arguments
 from freshrank.orchestration.kubeflow.placement import placement
 from freshrank.orchestration.kubeflow.settings import ALL_SETTINGS, ApiSettings, ClusterSettings
 from freshrank.settings import Settings, from_environment, settings, unknown_variables
@@ -67,21 +68,22 @@ class Submission:
         return [*named, "# arguments:", *(f"#   {name}: {value}" for name, value in self.arguments.items())]
 
 
-def compiled(cluster: ClusterSettings | None) -> str:
+def compiled(build: PipelineBuilder, cluster: ClusterSettings | None) -> str:
     """The pipeline as YAML, placed by ``cluster``; None gives what the local runner runs."""
     from kfp import compiler
 
     place = None if cluster is None else placement(cluster)
-    with TemporaryDirectory() as folder:
+    # At every setting of every task kfp describes the whole call stack: seconds below Airflow, nothing in a new thread.
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         package = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(load_pipeline(place), str(package))
+        thread.submit(lambda: compiler.Compiler().compile(build(place), str(package))).result()
         return package.read_text()
 
 
-def prepare(data: Path, run_date: date, config: RunConfig) -> Submission:
+def prepare(build: PipelineBuilder, data: Path, run_date: date, config: RunConfig) -> Submission:
     """Compile the pipeline of ``run_date`` and name its run, contacting nothing."""
     parameters, cluster = arguments(data, run_date, config), from_environment(ClusterSettings)
-    text = compiled(cluster)
+    text = compiled(build, cluster)
     version = f"{PIPELINE}-{fingerprint({'pipeline': text})}"
     package = settings().home / "kfp" / f"{version}.yaml"
     write_text(package, text)

@@ -14,13 +14,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
+from freshrank.config import parse_sections
 from freshrank.errors import ConfigError, PipelineFailed
 from freshrank.orchestration.kubeflow.settings import ClusterSettings, secret_reference, step_environment
 from freshrank.pipeline import steps
+from freshrank.retry import retrying
 from freshrank.settings import from_environment, settings
-from freshrank.storage.files import fingerprint
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 RESTARTS = 3
@@ -60,14 +59,14 @@ def train(
     cluster = from_environment(ClusterSettings)
     if cluster.train_nodes:
         _train_on_nodes(request, cluster)
-    return steps.train(**request, out=out)
+    return steps.train(**parse_sections(request), out=out)
 
 
 def _train_on_nodes(request: dict[str, str], cluster: ClusterSettings) -> None:
-    run, key = steps.train_inputs(**request)
+    run, _, key = steps.train_inputs(**parse_sections(request))
     if run.done("train", key):
         return
-    job = manifest(f"freshrank-train-{fingerprint(key)}", request, cluster)
+    job = manifest(f"freshrank-train-{key}", request, cluster)
     try:
         TrainJobs.here().run(job, POLL_SECONDS)
     except NoTrainer as reason:
@@ -116,7 +115,8 @@ def _trainer(name: str, request: dict[str, str], cluster: ClusterSettings) -> di
     trainer = {
         "image": cluster.image,
         "command": ["python", "-m", "freshrank.training.torchrun_agent"],
-        "args": [*_rendezvous(name), "-m", "freshrank.pipeline.train_worker", _literal(json.dumps(request))],
+        # Doubled, a $ of the request stays one: Kubernetes would look for a variable of that name.
+        "args": [*_rendezvous(name), "-m", "freshrank.pipeline.train_worker", json.dumps(request).replace("$(", "$$(")],
         "env": _environment(cluster),
         "numNodes": cluster.train_nodes,
         "numProcPerNode": max(1, cluster.gpus),
@@ -136,10 +136,6 @@ def _rendezvous(name: str) -> list[str]:
         f"--rdzv-conf=join_timeout={ceil(settings().train_connect_seconds)}",
         f"--max-restarts={RESTARTS}",
     ]
-
-
-def _literal(text: str) -> str:
-    return text.replace("$(", "$$(")
 
 
 def _environment(cluster: ClusterSettings) -> list[dict[str, Any]]:
@@ -296,16 +292,12 @@ class TrainJobs:
         from urllib3.exceptions import HTTPError
 
         def may_pass(error: BaseException) -> bool:
-            return isinstance(error, HTTPError) or (isinstance(error, ApiException) and _is_passing(error.status))
+            if isinstance(error, ApiException):
+                return not error.status or error.status == 429 or error.status >= 500
+            return isinstance(error, HTTPError)
 
-        trying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=30),
-            retry=retry_if_exception(may_pass),
-            reraise=True,
-        )
         try:
-            return trying(function, *arguments, **named)
+            return retrying(may_pass, attempts=ATTEMPTS)(function, *arguments, **named)
         except ApiException as error:
             raise _Refused(error.status, self.namespace, error.reason, error.body) from error
         except HTTPError as error:
@@ -316,13 +308,13 @@ class _Refused(PipelineFailed):
     """What the API said no to."""
 
     def __init__(self, status: int, namespace: str, reason: str | None, body: Any) -> None:
-        may = (
-            f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
-            "list pods and get pods/log"
-            if status in (401, 403)
-            else ""
-        )
-        super().__init__(f"the Kubernetes API answered {status} {reason}: {_message(body)}{may}")
+        sentence = f"the Kubernetes API answered {status} {reason}: {_message(body)}"
+        if status in (401, 403):
+            sentence += (
+                f"; the step's service account needs a Role in {namespace} to create, get and delete {PLURAL}.{GROUP}, "
+                "list pods and get pods/log"
+            )
+        super().__init__(sentence)
         self.status = status
 
 
@@ -331,10 +323,6 @@ def _message(body: Any) -> str:
         return str(json.loads(body)["message"])
     except (TypeError, ValueError, KeyError):
         return str(body)
-
-
-def _is_passing(status: int | None) -> bool:
-    return not status or status == 429 or status >= 500
 
 
 def _ending(job: dict[str, Any]) -> str | None:

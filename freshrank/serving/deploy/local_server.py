@@ -106,7 +106,6 @@ class TritonServer:
                 self._launch()
                 if not self._is_ready_within(timeout):
                     raise self._failure("exited")
-            self._conceal_token()
         return self.status()
 
     def _adopts(self, timeout: float) -> bool:
@@ -248,11 +247,6 @@ class TritonServer:
     def _failure(self, fate: str) -> ServingError:
         self.stop()
         return ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
-
-    def _conceal_token(self) -> None:
-        record, token = self._running(), control_token.token_of(self.repository.root)
-        if record and token:
-            control_token.conceal(record.pid, token)
 
     def _clear_leftovers(self) -> None:
         """Kill what a dead or deaf server left: itself, its stubs, its shared memory and its pid file."""

@@ -69,7 +69,9 @@ def publish(
         _log_step("install", bundle)
         version = repository.install_version(bundle)
         try:
-            pointer = _advanced(before, repository, version)
+            pointer = before
+            if pointer is None or pointer.version != version:
+                pointer = _pointer(repository, version, previous=pointer.version if pointer else None)
             _load_and_verify(fleet, pointer, tolerance, requests)
         except ServerUnreachable:
             raise
@@ -90,15 +92,11 @@ def _connect(replica: Replica, repository: ModelRepository) -> None:
     client = replica.client
     # A server that refuses control (a wrong token) must be found out before the candidate can be blamed for it.
     client.ready_versions()
-    _ensure_ranking(client, repository)
-    client.require_project(repository.project)
-
-
-def _ensure_ranking(client: TritonClient, repository: ModelRepository) -> None:
-    """Load ``ranking`` where a server was started without it; it must stand before a pointer sends requests its way."""
+    # A server may have been started without it, and it must stand before a pointer sends requests its way.
     if not client.is_model_ready(RANKING):
         repository.write_configs()
         client.load(RANKING)
+    client.require_project(repository.project)
 
 
 def rollback(servers: Replicas | str, repository: ModelRepository, to: int | None = None) -> Pointer:
@@ -142,6 +140,7 @@ def _log_step(step: str, what: object) -> None:
 def _load_and_verify(fleet: Fleet, pointer: Pointer, tolerance: float, requests: Sequence[Tensors]) -> None:
     repository, version = fleet.repository, pointer.version
     before, live = repository.served(), repository.live()
+    repository.refresh_code([version])
 
     def prepare(replica: Replica) -> None:
         replica.enter("load", version)
@@ -222,12 +221,6 @@ def _defect(answer: Tensors, version: int, candidates: int) -> str | None:
         return f"answered with {len(answer['score'])} scores"
     finite = all(np.isfinite(answer[name]).all() for name in ("probabilities", "score"))
     return None if finite else "answered with values that are not finite"
-
-
-def _advanced(before: Pointer | None, repository: ModelRepository, version: int) -> Pointer:
-    if before and before.version == version:
-        return before
-    return _pointer(repository, version, previous=before.version if before else None)
 
 
 def _pointer(repository: ModelRepository, version: int, **others: int | None) -> Pointer:

@@ -87,19 +87,16 @@ class Replicas:
 
 
 def _addresses(listed: str) -> list[str]:
-    found = [_address(entry.strip()) for entry in listed.split(",")]
+    found = [entry.strip() for entry in listed.split(",")]
+    for address in found:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {address!r}, expected host:port,host:port,...")
     if repeated := sorted({address for address in found if found.count(address) > 1}):
         raise ConfigError(
             f"FRESHRANK_TRITON_REPLICAS: received {', '.join(repeated)} more than once, expected each replica once"
         )
     return found
-
-
-def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {text!r}, expected host:port,host:port,...")
-    return text
 
 
 def resolved(host: str, port: int) -> list[str]:
@@ -238,7 +235,7 @@ class Fleet:
         silent = [replica for replica in there if _is_silent(replica)]
         asked = [Replica(replica.client, replica.tag) for replica in there if not _is_silent(replica)]
         failed = self._attempt_all(asked, unload, "withdraw", min(WITHDRAW_SECONDS, self.replicas.patience))
-        left = _names([*silent, *failed])
+        left = ", ".join(replica.client.url for replica in [*silent, *failed])
         return f"; may have it loaded until the next publication: {left}" if left else ""
 
     def bring_in_latecomers(self) -> None:
@@ -383,10 +380,6 @@ def _listens(address: str) -> bool:
 
 def _is_silent(replica: Replica) -> bool:
     return isinstance(replica.error, ServerUnreachable | NoAnswerInTime)
-
-
-def _names(replicas: Sequence[Replica]) -> str:
-    return ", ".join(replica.client.url for replica in replicas)
 
 
 def _lines(replicas: Sequence[Replica]) -> str:

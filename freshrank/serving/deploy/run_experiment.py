@@ -88,6 +88,7 @@ def start(servers: Replicas | str, repository: ModelRepository, experiment: Expe
 def _prepare(fleet: Fleet, experiment: Experiment) -> None:
     repository = fleet.repository
     config = repository.ranker_config_json({*repository.live(), *experiment.versions})
+    repository.refresh_code(experiment.versions)
 
     def prepare(replica: Replica) -> None:
         replica.enter("load", experiment.versions)

@@ -5,7 +5,6 @@ answered from memory while the store is down.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from freshrank.features.columns import Arrays, Columns, Int, Layout
 from freshrank.schema import SEQUENCE_ITEMS, Entity, Kind
+from freshrank.serving.ranking.latest import Latest
 from freshrank.serving.ranking.online_store import Found, Held, Online
 
 CAPACITY = 200_000
@@ -26,7 +26,8 @@ PAUSE_SECONDS = 1.0
 """After a read that failed slowly the store is left alone for this long: the requests meanwhile do not wait for it."""
 SLOW_SECONDS = 0.1
 HELD_SECONDS = 60.0
-"""How old the answer to "which day do the snapshots stand for" may be."""
+"""How old the answer to "which day do the snapshots stand for" may be before the registry is asked again, which no
+request waits for."""
 _CREATED, _KNOWN, _COUNTED = _OF_ITEMS = "created_us", "known", "counted_us"
 _NOTHING = 0
 """The slot of an item of which nothing is known."""
@@ -86,12 +87,10 @@ class ItemCache:
         for number in ids.tolist():
             self._slots.setdefault(number, len(self._slots) + 1)
         if len(self._slots) >= len(self._expires):
-            self._grow(2 * (len(self._slots) + 1))
+            size = 2 * (len(self._slots) + 1)
+            self._arrays = {name: _longer(array, size) for name, array in self._arrays.items()}
+            self._expires = _longer(self._expires, size)
         return self.slots(ids)
-
-    def _grow(self, size: int) -> None:
-        self._arrays = {name: _longer(array, size) for name, array in self._arrays.items()}
-        self._expires = _longer(self._expires, size)
 
     def take(self, slots: Int) -> Found:
         """What is held in ``slots``."""
@@ -131,7 +130,7 @@ class OnlineFeatures:
 
     def __init__(self, connect: Callable[[], Online], read_held: Callable[[], Held], seconds: float) -> None:
         self._connect = connect
-        self._held = HeldWatch(read_held)
+        self._held = Latest(read_held, "the feature registry", seconds=0.0, every=HELD_SECONDS)
         self._online = connect()
         self._cache = ItemCache(self._online.layouts[Entity.ITEM], seconds)
         self._cached_for: Held = {}
@@ -145,7 +144,8 @@ class OnlineFeatures:
         try:
             held = self._held_for(len(item_ids) + len(lookups) + users.arrays[Kind.SEQUENCE].size)
             users = self._fresh(user_ids, np.concatenate([item_ids, lookups]), held, now)
-            self._fresh(np.zeros(0, np.int64), sequences := _sequences(users), held, now)
+            sequences = users.values(SEQUENCE_ITEMS)[users.present(SEQUENCE_ITEMS)]
+            self._fresh(np.zeros(0, np.int64), sequences, held, now)
         except Exception as error:
             problem = error
         looked_up, ids = self._known(np.concatenate([sequences, lookups]))
@@ -153,7 +153,7 @@ class OnlineFeatures:
 
     def _held_for(self, count: int) -> Held:
         """Which snapshots stand, with room for ``count`` items of theirs."""
-        held = self._held.value()
+        held, _ = self._held.value()
         if held != self._cached_for:
             self._cache.clear()
             self._cached_for = held
@@ -186,42 +186,3 @@ class OnlineFeatures:
         found = self._cache.take(self._cache.slots(ids))
         rows = found.known.nonzero()[0]
         return Found(found.columns.take(rows), *(getattr(found, name)[rows] for name in _OF_ITEMS)), ids[rows]
-
-
-def _sequences(users: Columns) -> Int:
-    items: Int = users.values(SEQUENCE_ITEMS)[users.present(SEQUENCE_ITEMS)]
-    return items
-
-
-class HeldWatch:
-    """What the registry says, read once at first and then in the background: a request never waits for it again."""
-
-    def __init__(self, read: Callable[[], Held], seconds: float = HELD_SECONDS) -> None:
-        self._read = read
-        self._seconds = seconds
-        self._value: Held | None = None
-        self._read_at = float("-inf")
-        self._reading: threading.Thread | None = None
-
-    def value(self) -> Held:
-        if self._value is None:
-            self._refresh()
-        elif self._is_old() and not (self._reading and self._reading.is_alive()):
-            self._reading = threading.Thread(target=self._try_refresh, name="held", daemon=True)
-            self._reading.start()
-        assert self._value is not None
-        return self._value
-
-    def _is_old(self) -> bool:
-        return time.monotonic() - self._read_at > self._seconds
-
-    def _refresh(self) -> None:
-        self._value = self._read()
-        self._read_at = time.monotonic()
-
-    def _try_refresh(self) -> None:
-        try:
-            self._refresh()
-        except Exception as error:
-            self._read_at = time.monotonic()
-            log.warning("the feature registry cannot be read, its last answer stands: %s", error)

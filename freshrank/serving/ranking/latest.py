@@ -39,14 +39,18 @@ class Latest(Generic[Value]):
     Args:
         look: returns the value now, or raises what kept it from doing so.
         what: is looked at, in words for the log.
-        seconds: how long a look is waited for.
+        seconds: how long a look is waited for; 0 never waits once there is a value.
+        every: how old a value may be before it is looked again.
     """
 
-    def __init__(self, look: Callable[[], Value], what: str, seconds: float = LOOK_SECONDS) -> None:
+    def __init__(self, look: Callable[[], Value], what: str, seconds: float = LOOK_SECONDS, every: float = 0.0) -> None:
         self._look = look
         self._what = what
         self._seconds = seconds
+        self._every = every
         self._value: Value | None = None
+        self._error: Exception | None = None
+        self._next_look = float("-inf")
         self._in_time = True
         self._under_way = False
         self._failing = False
@@ -67,15 +71,19 @@ class Latest(Generic[Value]):
 
     def _refresh(self) -> Exception | None:
         if not self._under_way:
+            if self._value is not None and time.monotonic() < self._next_look:
+                return self._error
             self._ask()
         patience = FIRST_SECONDS if self._value is None else self._seconds if self._in_time else 0.0
         try:
             answer = self._answers.get(timeout=patience) if patience else self._answers.get_nowait()
         except Empty:
             self._in_time = False
-            return LookedTooLong(f"no answer within {self._seconds:g} seconds")
+            return LookedTooLong(f"no answer within {self._seconds:g} seconds") if self._seconds else self._error
         self._under_way = False
         self._in_time = answer.seconds <= self._seconds
+        self._next_look = time.monotonic() + self._every
+        self._error = answer.error
         if answer.error is None:
             self._value = answer.value
         return answer.error

@@ -47,18 +47,12 @@ class Query:
         return [self.context[QUERY_ITEM_ID]] if QUERY_ITEM_ID in self.context else []
 
     @classmethod
-    def parse(cls, request: Tensors, schema: Schema, request_id: str = "") -> "Query":
-        """Check a request's tensors against ``protocol.INPUTS`` and the schema's context columns.
+    def of(cls, request: Tensors, schema: Schema, request_id: str = "") -> "Query":
+        """A request whose tensors :func:`check_tensors` has let through.
 
         Raises:
-            BadRequest: a tensor is missing, not known, or not what was expected.
+            BadRequest: a value is not what was expected, or the context columns are not those of the schema.
         """
-        check_tensors(request)
-        return cls.of(request, schema, request_id)
-
-    @classmethod
-    def of(cls, request: Tensors, schema: Schema, request_id: str = "") -> "Query":
-        """:meth:`parse` of tensors that :func:`check_tensors` has let through."""
         count = len(request["item_ids"])
         if not 1 <= count <= MAX_CANDIDATES:
             raise BadRequest(f"item_ids: received {count} candidates, expected 1 to {MAX_CANDIDATES}")

@@ -129,11 +129,10 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
             {"version": version} | {name: said[name].tolist() for name in ("score", "probabilities")}
             for version, said in ranked.shadows.items()
         ],
-    } | {_BLOCK + name: _tensor(block) for name, block in ranked.inputs.items()}
-
-
-def _tensor(block: np.ndarray[Any, Any]) -> dict[str, Any]:
-    return {"dtype": block.dtype.str, "shape": list(block.shape), "data": np.ascontiguousarray(block).tobytes()}
+    } | {
+        _BLOCK + name: {"dtype": block.dtype.str, "shape": list(block.shape), "data": block.tobytes()}
+        for name, block in ranked.inputs.items()
+    }
 
 
 def _schema(kept: list[_Kept]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from freshrank.errors import ServingError
 from freshrank.features.encoder import Encoder
 from freshrank.serving.experiment import Experiment, ExperimentFile
 from freshrank.serving.repository import ModelRepository, Pointer
+from freshrank.storage.files import WatchedFile
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ class PointerWatch:
         self._repository = repository
         self._known = known
         self._experiment = ExperimentFile(repository.root)
-        self._seen: tuple[int, int, int] | None = None
-        self._pointer: Pointer | None = None
+        self._pointer = WatchedFile(repository.pointer_path, self._read_pointer)
         self._newest: tuple[int, Encoder] | None = None
 
     def __call__(self) -> ServedModels:
@@ -44,21 +44,19 @@ class PointerWatch:
         return ServedModels(self._pointed(), experiment)
 
     def _pointed(self) -> Pointer:
-        path = self._repository.pointer_path
         try:
-            state = path.stat()
+            return self._pointer.value()
         except FileNotFoundError:
-            if self._pointer is None:
+            if self._pointer.last is None and not self._pointer.path.exists():
                 raise NothingPublished("nothing is published yet; publish a bundle with `freshrank publish`") from None
             raise
-        seen = (state.st_mtime_ns, state.st_size, state.st_ino)
-        if self._pointer is None or seen != self._seen:
-            pointer = self._repository.served()
-            if pointer is None:
-                raise FileNotFoundError(f"{path} is gone")
-            self._newest = pointer.version, self.encoder(pointer.version)
-            self._pointer, self._seen = pointer, seen
-        return self._pointer
+
+    def _read_pointer(self) -> Pointer:
+        pointer = self._repository.served()
+        if pointer is None:
+            raise FileNotFoundError(f"{self._repository.pointer_path} is gone")
+        self._newest = pointer.version, self.encoder(pointer.version)
+        return pointer
 
     def encoder(self, number: int) -> Encoder:
         """Of an installed version; the served one's is in memory."""

@@ -28,7 +28,7 @@ from freshrank.serving.experiment import CHAMPION, Assignment
 from freshrank.serving.ranking.feast_import import import_feast
 from freshrank.serving.ranking.features import Known, OnlineFeatures
 from freshrank.serving.ranking.latest import Latest
-from freshrank.serving.ranking.online_store import Held, Online, online_rows
+from freshrank.serving.ranking.online_store import Online, online_rows
 from freshrank.serving.ranking.query import BadRequest, Query, check_tensors, without_batch_axis
 from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.served import NothingPublished, PointerWatch, ServedModels
@@ -77,7 +77,9 @@ class Batch:
         counts = [len(query.item_ids) for query in self.queries]
         item_ids = self.item_ids
         at_us = np.repeat(np.array([query.at_us for query in self.queries], np.int64), counts)
-        ages = self._ages(known, at_us)
+        # To the platform an item that is not known is brand new.
+        days = (at_us - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
+        ages = np.where(known.items.known, days.clip(min=0), 0).astype(np.float32)
         rows = Rows(
             users=known.users,
             items=only_standing(known.items.columns, known.items.counted_us, at_us, encoder.schema),
@@ -89,11 +91,6 @@ class Batch:
         # As in training, an item of a sequence that the items table does not hold is new, not empty.
         catalog = Catalog.of(known.looked_up_ids, known.looked_up.columns, encoder)
         return encoder.encode(rows, item_ids, catalog), ages < encoder.schema.fresh_days
-
-    def _ages(self, known: Known, at_us: Int) -> npt.NDArray[np.float32]:
-        """Days since creation; 0 for an item that is not known: to the platform it is brand new."""
-        ages = (at_us - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
-        return np.where(known.items.known, ages.clip(min=0), 0).astype(np.float32)
 
     def _rows(self, encoder: Encoder, ages: npt.NDArray[np.float32]) -> Columns:
         rows = Columns.missing(encoder.layouts[Entity.ROW], len(ages))
@@ -272,7 +269,11 @@ class RankingService:
                 answer=_part(per_candidate, place) | alike | {"arm": np.array([assigned[number].assignment.arm])},
                 inputs=_own(blocks, number, place, len(batch.queries)),
                 experiment=assigned[number].assignment.experiment,
-                shadows=_parts(shadows, assigned[number].assignment.shadows, place),
+                shadows={
+                    version: _part(said, place)
+                    for version, said in shadows.items()
+                    if version in assigned[number].assignment.shadows
+                },
             )
             for number, (query, place) in enumerate(zip(batch.queries, batch.slices, strict=True))
         ]
@@ -364,10 +365,6 @@ def _part(tensors: Tensors, place: slice) -> Tensors:
     return {name: value[place] for name, value in tensors.items()}
 
 
-def _parts(shadows: dict[int, Tensors], wanted: Sequence[int], place: slice) -> dict[int, Tensors]:
-    return {version: _part(said, place) for version, said in shadows.items() if version in wanted}
-
-
 def _own(blocks: Blocks, number: int, place: slice, count: int) -> Blocks:
     """One request's part of a batch of ``count``."""
     if count == 1:
@@ -384,7 +381,4 @@ def online_features(schema: Schema, workspace: Workspace) -> OnlineFeatures:
     def connect() -> Online:
         return Online(schema, online_rows(schema, workspace))
 
-    def held() -> Held:
-        return registry.held_seconds()
-
-    return OnlineFeatures(connect, held, settings().item_cache_seconds)
+    return OnlineFeatures(connect, registry.held_seconds, settings().item_cache_seconds)

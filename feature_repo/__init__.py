@@ -1,0 +1,1 @@
+"""The feature definitions of a dataset, for Feast's own command line."""

@@ -1,0 +1,1 @@
+"""The models that Triton runs: code, and templates of their configuration. They become versions in a repository."""

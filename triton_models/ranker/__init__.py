@@ -1,0 +1,1 @@
+"""Scores feature blocks; a version of it per published bundle."""

@@ -1,0 +1,1 @@
+"""What clients call: ids in, probabilities out."""
