@@ -15,7 +15,7 @@ When a task is red:
 | `validate` | `runs/<dataset>/<date>/validation/` of the workspace | a broken export; mend the data, clear the task |
 | `materialize` | its log | the online store is down or locked: it retries by itself, unless the password is wrong |
 | `train_ranker` | step and reason at the end of its log; "Kubeflow run" | as it says; finished steps are not repeated |
-| `confirm_served` | Triton | another run or a roll-back moved the pointer |
+| `confirm_served` | Triton | another run or a rollback moved the pointer |
 
 Clearing any task is safe: every step is idempotent. Whoever clears or marks `train_ranker` while it waits for a
 cluster cancels its run there. By hand, or for another day:

@@ -41,7 +41,7 @@ _UNREACHABLE = (
     "Socket closed",
 )
 HUNG = "timed out before receiving SETTINGS"
-"""Something took the connection and said nothing."""
+"""The connection was accepted, but nothing was answered."""
 _REFUSED_CONTROL = "restricted, expecting header"
 _INHERITED: list[InferenceServerClient] = []
 """Channels of parent processes: a child never closes them, which even their garbage collection would."""

@@ -40,7 +40,7 @@ Platform = Literal["python", "onnxruntime"]
 
 
 class Pointer(BaseModel):
-    """Which installed version answers, and which one a roll-back returns to."""
+    """Which installed version answers, and which one a rollback returns to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -73,8 +73,8 @@ def judged(run: Run, out: Path) -> dict[str, object]:
 def prune(run: Run, keep_days: int = 0, days_later: float = 2, dry_run: bool = False) -> dict[str, int]:
     """How many of each kind, as of some days later."""
     now = datetime.now(UTC) + timedelta(days=days_later)
-    found = pruning.prune(run.dataset, run.workspace, keep_days, dry_run, now)
-    return {each.kind: each.count for each in found if each.count}
+    removed = pruning.prune(run.dataset, run.workspace, keep_days, dry_run, now)
+    return {each.kind: each.count for each in removed if each.count}
 
 
 def frames(run: Run) -> list[bool]:
@@ -186,7 +186,7 @@ def test_a_frame_goes_when_another_took_its_place(run: Run) -> None:
 
 
 def test_runs_of_installed_versions_stay(run: Run, tmp_path: Path) -> None:
-    """What serves, what a roll-back returns to: their reports say why they serve."""
+    """What serves, what a rollback returns to: their reports say why they serve."""
     served = date(2022, 5, 1)
     repository = ModelRepository(run.workspace.triton)
     repository.install_version(write_bundle(tmp_path / "bundle", 1.0))

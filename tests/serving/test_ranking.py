@@ -253,14 +253,14 @@ def test_requests_that_are_answered_together_get_the_answers_they_get_alone(worl
     together = service.rank([on_wire(each) for each in requests])
     assert [type(each) for each in together[3:5]] == [BadRequest, BadRequest]
     assert "version: received 77, expected one of the installed versions" in str(together[4])
-    for each, found in zip(requests, together, strict=True):
+    for each, batched in zip(requests, together, strict=True):
         (alone,) = service.rank([on_wire(each)])
-        if isinstance(found, Ranked):
+        if isinstance(batched, Ranked):
             assert isinstance(alone, Ranked)
-            assert len(found.answer["score"]) == len(each["item_ids"])
-            np.testing.assert_allclose(found.answer["score"], alone.answer["score"], atol=1e-6)
-            assert (found.answer["cold"] == alone.answer["cold"]).all()
-            np.testing.assert_equal(found.inputs, alone.inputs)
+            assert len(batched.answer["score"]) == len(each["item_ids"])
+            np.testing.assert_allclose(batched.answer["score"], alone.answer["score"], atol=1e-6)
+            assert (batched.answer["cold"] == alone.answer["cold"]).all()
+            np.testing.assert_equal(batched.inputs, alone.inputs)
 
 
 def noon_us(user: int) -> int:
@@ -278,7 +278,7 @@ def test_before_anything_is_published_a_request_is_told_so(tmp_path: Path) -> No
 
 
 def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world: RankingWorld) -> None:
-    """Publication and roll-back both take effect at once; a request that names a loaded version is answered by it."""
+    """Publication and rollback both take effect at once; a request that names a loaded version is answered by it."""
     first = rank_noon(world, 1, [1, 2, 3])
     second_version = world.publish(seed=1).version
     second = rank_noon(world, 1, [1, 2, 3])
@@ -300,7 +300,7 @@ def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world:
 
 
 def test_a_version_that_was_rolled_back_returns_only_when_it_is_told_to(world: RankingWorld) -> None:
-    """Running the day again leaves the roll-back in force; `--force` does not."""
+    """Running the day again leaves the rollback in force; `--force` does not."""
     url, before, bundle = settings().triton_grpc_url, world.repository.served(), world.bundle(seed=1)
     assert before
     forced = publish(bundle, url, world.repository, force=True)

@@ -32,7 +32,7 @@ def served_by(home: Home, name: str) -> Served:
 
 
 def test_status_and_rollback_say_what_serves_and_what_would(home: Home) -> None:
-    """A roll-back is done once; with no server running the pointer is a promise, and the exit code tells."""
+    """A rollback is done once; with no server running the pointer is a promise, and the exit code tells."""
     served = served_by(home, "simulated")
     absent = home.freshrank("status")
     assert (absent.returncode, "nothing is published yet" in absent.stdout) == (1, True)

@@ -71,7 +71,7 @@ class Answer:
 
 
 class _BaseClient(ABC, Generic[Asked]):
-    """What both clients share: the log's own ids, times and values on one side, tensors on the other."""
+    """Shared by both clients: converts ids, times and values as in the log to tensors, and answers back."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
         """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""

@@ -1,1 +1,1 @@
-"""What moves the pointer: publications, roll-backs, experiments, local servers."""
+"""What moves the pointer: publications, rollbacks, experiments, local servers."""
