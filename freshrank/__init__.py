@@ -1,3 +1,3 @@
-"""freshrank: daily retraining, proof and serving of a ranker that does not under-serve new items."""
+"""freshrank: daily retraining, evaluation and serving of a ranker that does not under-serve fresh items."""
 
 __version__ = "0.1.0"

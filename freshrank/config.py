@@ -51,7 +51,7 @@ class WindowConfig(Section):
 
 
 class Split(Section):
-    """Disjoint days in time order: no day of a later part lies before one of an earlier part."""
+    """Disjoint days in time order: training before calibration before evaluation."""
 
     train: tuple[date, ...]
     calibration: tuple[date, ...]
@@ -60,7 +60,7 @@ class Split(Section):
 
 class Severity(StrEnum):
     BLOCKING = "blocking"
-    """A failure stops the run before anything is trained."""
+    """A failure stops the run before training."""
     WARNING = "warning"
 
 
@@ -71,7 +71,7 @@ def _severity(value: object) -> object:
 
 
 class ValidationConfig(Section):
-    """How far a day may stray from the days before it, and what a failed expectation leads to."""
+    """How far a day may deviate from the days before it, and what a failed expectation leads to."""
 
     trailing_days: Positive = 7
     """Days before the validated one that make the reference; those the log lacks are left out."""
@@ -116,7 +116,7 @@ class ModelConfig(Section):
     head_dim: Positive = 16
     dropout: Probability = 0.0
     item_age: Literal["raw", "capped", "none"] = "raw"
-    """What the ranker sees of an item's age: days standardised as any number, days up to ``fresh_days``, or nothing.
+    """How an item's age enters the ranker: standardised days, days capped at ``fresh_days``, or not at all.
 
     Where warm items share a birthday their age is a calendar, and ``raw`` extrapolates from it (docs/decisions.md).
     """
@@ -161,16 +161,16 @@ class AldiConfig(Section):
     rating_weight: Annotated[float, Field(ge=0)] = 1.0
     ranking_weight: Annotated[float, Field(ge=0)] = 1.0
     half_known: Annotated[float, Field(gt=0)] = 10.0
-    """Impressions in the longest window after which the teacher is believed by half."""
+    """Impressions in the longest window at which the teacher has half its weight."""
 
 
 class HistoryMaskingConfig(Section):
-    """Rows of every batch whose item is shown as it would have looked when it was young; see the technique's module."""
+    """History masking: some rows of a batch show their item as it would have looked when it was fresh."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of the rows that are masked."""
     unseen: Probability = 0.4
-    """Share of the masked rows that keep no impression at all: the item was just born."""
+    """Share of the masked rows with no impression at all, as for an item that was just created."""
     keep: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.001, 0.05)
     """Bounds of the log-uniform share of its impressions that a masked item keeps."""
 
@@ -240,7 +240,7 @@ class TrainingConfig(Section):
     window_rows: Annotated[int, Field(ge=1000)] = 2_000_000
     """Impressions held and shuffled together; more are read as a stream, with a second window being made ready."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 500
-    """Steps after which a training is kept, to go on there should it be killed; 0 = never."""
+    """Steps between checkpoints, from which a killed training resumes; 0 = no checkpoints."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
@@ -264,7 +264,7 @@ class CalibrationConfig(Section):
     top: Positive = 3
     """How many slots of a list parity is about."""
     max_fresh_shift: Annotated[float, Field(ge=0)] = 0.25
-    """Bound on parity's constant, in logits either way: exposure is set right as far as calibration bears it."""
+    """Bound on parity's constant, in logits either way: exposure is corrected only as far as calibration allows."""
 
 
 class EvaluationConfig(Section):
@@ -291,7 +291,7 @@ class EvaluationConfig(Section):
 
 
 class GateConfig(Section):
-    """Bounds a challenger must hold against what serves now; gate.py says what each outcome leads to."""
+    """Bounds a challenger must meet against the served model; gate.py says what each outcome leads to."""
 
     fresh_margin: Annotated[float, Field(ge=0)] = 0.0
     """Fresh Hits@k may be lower than the champion's by at most this (absolute, point estimate).
@@ -300,7 +300,7 @@ class GateConfig(Section):
     quality down by this much a day.
     """
     overall_margin: Annotated[float, Field(ge=0)] = 0.02
-    """Lower end of the interval of the difference in overall Hits@k must exceed minus this (absolute)."""
+    """The lower end of the interval of the difference in overall Hits@k must exceed minus this value (absolute)."""
     max_ece: Probability = 0.10
     """On fresh and on warm rows, per action."""
     max_calibration_ratio: Annotated[float, Field(gt=1)] = 2.0
@@ -309,7 +309,7 @@ class GateConfig(Section):
     max_score_gap: Probability = 0.30
     """Bound on |mean warm - mean fresh| / mean warm of predictions on positives, per action."""
     max_pr_auc: Probability = 0.99
-    """No ranker of engagement is this good on rows it has not seen: above it a label has leaked."""
+    """No engagement ranker is this good on unseen rows: a higher value means that a label has leaked."""
     min_lists: Positive = 100
     """Lists that hold an action with utility; fewer prove nothing about all items."""
     min_fresh_lists: Positive = 30

@@ -1,4 +1,4 @@
-"""Days and midnights: every window, snapshot and partition gets its borders here."""
+"""Days and their boundaries: the limits of every window, snapshot and partition are computed here."""
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta

@@ -10,12 +10,12 @@ FreshrankError (1)
 ├── MissingArtifact (6)    a step was asked for before the one it needs
 ├── PipelineFailed (7)     the Kubeflow pipeline or one of its steps failed
 │   └── ClusterUnreachable (7)  no Kubeflow Pipelines API answers; a run that goes on goes on
-└── StorageError (8)       the object store refuses, is away, or holds something broken
+└── StorageError (8)       the object store refuses, is unreachable, or holds corrupt data
 """
 
 
 class FreshrankError(Exception):
-    """Base of all errors that are the user's to mend; its text is printed without a traceback."""
+    """Base of all errors the user can fix; its text is printed without a traceback."""
 
     exit_code = 1
 
@@ -45,11 +45,11 @@ class ServingError(FreshrankError):
 
 
 class ServerUnreachable(ServingError):
-    """No Triton answers, or it died while it was asked; what it was asked about is not to blame."""
+    """No Triton answers, or it died during the call; the request itself is not at fault."""
 
 
 class NoAnswerInTime(ServingError):
-    """A Triton took a call and did not answer it in the time it was given."""
+    """A Triton accepted a call and did not answer within the timeout."""
 
 
 class MissingArtifact(FreshrankError):

@@ -73,7 +73,7 @@ class Kind(StrEnum):
     SEQUENCE = "sequence"
 
 
-class Group(StrEnum):
+class FeatureGroup(StrEnum):
     HISTORICAL = "historical"
     NON_HISTORICAL = "non_historical"
 
@@ -159,7 +159,7 @@ class Feature(BaseModel):
 
     name: str
     entity: Entity
-    group: Group
+    group: FeatureGroup
     kind: Kind
     default: float | None = None
     transform: Transform = "none"
@@ -220,7 +220,7 @@ class Schema(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     fresh_days: Annotated[float, Field(gt=0)] = 28
-    """An impression is fresh (cold) while its item is younger than this."""
+    """Days after creation during which an item, and every impression of it, counts as fresh."""
     utc_offset_hours: Annotated[float, Field(ge=-14, le=14)] = 0
     """When the calendar day of counters and partitions starts, relative to UTC midnight."""
     impressions: dict[str, Column]
@@ -283,8 +283,8 @@ class Schema(BaseModel):
     def with_siblings(self, entries: tuple[str, ...]) -> "Schema":
         """This schema with ``entries`` as its only siblings; with none of them, as if it had never had any."""
         smoothing = self.history.sibling_smoothing if entries else HistoryConfig().sibling_smoothing
-        kept = {"siblings": entries, "sibling_smoothing": smoothing}
-        return self.model_copy(update={"history": self.history.model_copy(update=kept)})
+        history = {"siblings": entries, "sibling_smoothing": smoothing}
+        return self.model_copy(update={"history": self.history.model_copy(update=history)})
 
     def without_siblings(self) -> "Schema":
         return self.with_siblings(())
@@ -325,7 +325,7 @@ class Schema(BaseModel):
             Feature(
                 name=ITEM_AGE,
                 entity=Entity.ROW,
-                group=Group.NON_HISTORICAL,
+                group=FeatureGroup.NON_HISTORICAL,
                 kind=Kind.NUMERIC,
                 transform="log1p",
                 stored=False,
@@ -352,7 +352,7 @@ class Schema(BaseModel):
             Feature(
                 name=name,
                 entity=entity,
-                group=Group.NON_HISTORICAL,
+                group=FeatureGroup.NON_HISTORICAL,
                 kind=_stored_kind(column),
                 default=column.default,
                 transform=column.transform,
@@ -383,7 +383,7 @@ class Schema(BaseModel):
             Feature(
                 name=name,
                 entity=Entity.USER,
-                group=Group.HISTORICAL,
+                group=FeatureGroup.HISTORICAL,
                 kind=Kind.SEQUENCE,
                 dim=length,
                 origin=Origin.SNAPSHOT,
@@ -397,7 +397,7 @@ class Schema(BaseModel):
             Feature(
                 name=name,
                 entity=Entity.USER,
-                group=Group.HISTORICAL,
+                group=FeatureGroup.HISTORICAL,
                 kind=Kind.SEQUENCE,
                 dim=self.history.affinity_size,
                 origin=Origin.SNAPSHOT,
@@ -459,7 +459,7 @@ def _sibling(name: str, default: float | None = None, transform: Transform = "no
     return Feature(
         name=name,
         entity=Entity.ITEM,
-        group=Group.NON_HISTORICAL,
+        group=FeatureGroup.NON_HISTORICAL,
         kind=Kind.NUMERIC,
         default=default,
         transform=transform,
@@ -478,7 +478,7 @@ def _historical(
     return Feature(
         name=name,
         entity=entity,
-        group=Group.HISTORICAL,
+        group=FeatureGroup.HISTORICAL,
         kind=Kind.NUMERIC,
         default=default,
         transform=transform,
@@ -492,7 +492,7 @@ def _hourly(name: str, transform: Transform = "none") -> Feature:
     return Feature(
         name=name,
         entity=Entity.ITEM,
-        group=Group.HISTORICAL,
+        group=FeatureGroup.HISTORICAL,
         kind=Kind.NUMERIC,
         transform=transform,
         origin=Origin.HOURLY,

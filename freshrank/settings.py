@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     triton_metrics_port: int = 8002
     """Of Prometheus; only of the server that `freshrank serve` starts."""
     triton_control_token: SecretStr = SecretStr("")
-    """Sent with every call that lists, loads or unloads models; needed where the server restricts them."""
+    """Sent with calls that list, load or unload models; required where the server restricts them."""
     triton_replicas: str = ""
     """``host:port,host:port`` (gRPC): the Tritons of one model repository; publications go to all of them."""
     triton_replicas_host: str = ""
@@ -201,11 +201,11 @@ def _not_json(kind: type[BaseSettings], error: SettingsError) -> str:
 def unknown_variables(*kinds: type[BaseSettings]) -> list[str]:
     """FRESHRANK_ variables of the environment that no field of ``kinds`` reads, each with the nearest one that is."""
     known = {f"{kind.model_config['env_prefix']}{name.upper()}" for kind in kinds for name in kind.model_fields}
-    found = sorted(name for name in os.environ if name.startswith("FRESHRANK_") and name not in known)
-    nearest = {name: get_close_matches(name, known, 1) for name in found}
+    unknown = sorted(name for name in os.environ if name.startswith("FRESHRANK_") and name not in known)
+    nearest = {name: get_close_matches(name, known, 1) for name in unknown}
     return [
         f"{name}: no setting reads it" + "".join(f"; did you mean {other}?" for other in nearest[name])
-        for name in found
+        for name in unknown
     ]
 
 

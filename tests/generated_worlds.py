@@ -244,15 +244,15 @@ def _log(schema: Schema, rows: list[dict[str, Any]], first: dict[str, Any]) -> p
 
 @st.composite
 def _values(draw: st.DrawFn, schema: Schema, table: str, role: Role, count: int) -> list[pl.Series]:
-    found = []
+    columns = []
     for name, column in schema.table(table).items():
         if column.role is role:
             strategy = st.integers(0, 1) if role is Role.ACTION else _value(column.kind, column.dim)
             filled = draw(_FILLED)
             values = {"full": strategy, "some": st.none() | strategy, "none": st.none()}[filled]
             dtype = pl.Int8() if role is Role.ACTION else _DTYPES[column.kind or Kind.NUMERIC]
-            found.append(pl.Series(name, draw(st.lists(values, min_size=count, max_size=count)), dtype=dtype))
-    return found
+            columns.append(pl.Series(name, draw(st.lists(values, min_size=count, max_size=count)), dtype=dtype))
+    return columns
 
 
 def _value(kind: Kind | None, dim: int | None) -> st.SearchStrategy[Any]:

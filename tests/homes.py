@@ -76,9 +76,11 @@ class Home:
     def state(self) -> dict[str, object]:
         """What a user can see of how the days ended."""
         files = (path for path in (self.triton / "models" / "ranker").rglob("*") if path.is_file())
-        kept = {str(p.relative_to(self.triton)): sha256_of(p) for p in files if p.suffix in (".onnx", ".safetensors")}
+        digests = {
+            str(p.relative_to(self.triton)): sha256_of(p) for p in files if p.suffix in (".onnx", ".safetensors")
+        }
         verdicts = {p.parent.name: read_json(p) for p in (self.path / "home" / "runs").glob("*/*/verdict.json")}
-        return {"served": self.served, "files": kept, "verdicts": verdicts}
+        return {"served": self.served, "files": digests, "verdicts": verdicts}
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.schema import Schema
 
 Lists = Sequence[Sequence[tuple[float, float, float]]]
@@ -33,10 +33,10 @@ def schema_of(utilities: dict[str, float] | None = None, fresh_days: float = 7) 
     )
 
 
-def judged_of(lists: Lists) -> Judged:
+def judged_of(lists: Lists) -> JudgedRows:
     """One action, its probability the score."""
     rows = np.array([row for rows in lists for row in rows], np.float64).reshape(-1, 3)
-    return Judged(
+    return JudgedRows(
         probabilities=rows[:, :1],
         score=rows[:, 0],
         labels=rows[:, 1:2],
@@ -57,13 +57,13 @@ def logit(p: np.ndarray) -> np.ndarray:
     return x
 
 
-def with_logits(judged: Judged, logits: np.ndarray, utilities: list[float]) -> Judged:
+def with_logits(judged: JudgedRows, logits: np.ndarray, utilities: list[float]) -> JudgedRows:
     """The same rows predicted as sigmoid(logits), [N, A]."""
     probabilities = sigmoid(logits)
     return replace(judged, probabilities=probabilities, score=probabilities @ np.asarray(utilities))
 
 
-def world(lists: int = 600, candidates: int = 10, seed: int = 0, noise: float = 0.4) -> Judged:
+def world(lists: int = 600, candidates: int = 10, seed: int = 0, noise: float = 0.4) -> JudgedRows:
     """Two actions drawn from a known logit; a calibrated, noisy model of it. A quarter of the rows is fresh."""
     rng = np.random.default_rng(seed)
     rows = lists * candidates
@@ -71,7 +71,7 @@ def world(lists: int = 600, candidates: int = 10, seed: int = 0, noise: float = 
     labels = (rng.random((rows, 2)) < sigmoid(logits + noise * rng.normal(size=(rows, 1)))).astype(float)
     fresh = rng.random(rows) < 0.25
     age = np.where(fresh, rng.uniform(0, 7, rows), rng.uniform(7, 60, rows))
-    empty = Judged(
+    empty = JudgedRows(
         probabilities=np.zeros((rows, 2)),
         score=np.zeros(rows),
         labels=labels,
@@ -83,6 +83,6 @@ def world(lists: int = 600, candidates: int = 10, seed: int = 0, noise: float = 
     return with_logits(empty, logits, list(UTILITIES.values()))
 
 
-def shuffled(judged: Judged, seed: int) -> Judged:
+def shuffled(judged: JudgedRows, seed: int) -> JudgedRows:
     order = np.random.default_rng(seed).permutation(len(judged.score))
     return replace(judged, **{name: value[order] for name, value in vars(judged).items()})

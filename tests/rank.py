@@ -11,7 +11,7 @@ import polars as pl
 from freshrank.config import MixupConfig, ScoreRegConfig, TechniquesConfig
 from freshrank.features.frames import Frame
 from freshrank.training.batches import Encoded
-from freshrank.training.distributed import ALONE, Group, joined
+from freshrank.training.distributed import ALONE, ProcessGroup, joined
 from freshrank.training.loop import train_encoded
 from freshrank.training.trained import Trained
 from tests.streams import stream_of
@@ -23,11 +23,11 @@ SIZES = {"memory": {"users": 60, "rows": 960}, "stream": {"users": 300, "rows": 
 
 def frame(source: str = "memory") -> Frame:
     """Every label observed, so that the mean of the ranks' mean losses is the mean loss of all rows."""
-    found = random_frame(SCHEMA, **SIZES[source])
-    return Frame(found.users, found.items, found.rows.with_columns(pl.col("save").fill_null(0)))
+    generated = random_frame(SCHEMA, **SIZES[source])
+    return Frame(generated.users, generated.items, generated.rows.with_columns(pl.col("save").fill_null(0)))
 
 
-def trained(source: str, directory: Path, group: Group = ALONE) -> Trained:
+def trained(source: str, directory: Path, group: ProcessGroup = ALONE) -> Trained:
     """In memory without anything that draws or that is not a mean over rows; streamed with all of it."""
     from tests.models.test_ranker import SMALL, TRAINING
 

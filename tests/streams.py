@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freshrank.features.frames import Frame, kept
+from freshrank.features.frames import Frame, filter_frame
 from freshrank.schema import Schema
 from freshrank.training.batches import Batch, Encoded
 from freshrank.training.shards import Shard, read_shards, user_part, write_shards
@@ -13,7 +13,7 @@ from freshrank.training.stream import streamed
 
 def cut(frame: Frame, schema: Schema, parts: int, directory: Path) -> list[Shard]:
     directory.mkdir(exist_ok=True)
-    write_shards((kept(frame, user_part(parts) == part) for part in range(parts)), schema, directory)
+    write_shards((filter_frame(frame, user_part(parts) == part) for part in range(parts)), schema, directory)
     return read_shards(directory)
 
 

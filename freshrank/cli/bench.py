@@ -43,7 +43,7 @@ BenchJobs = Annotated[
     int | None, typer.Option("--jobs", min=1, help="Processes, one thread each. Default: one per core.")
 ]
 BenchOut = Annotated[Path, typer.Option("--out", help="Folder of the evidence; its page is OUT.md.")]
-Evidence = Annotated[
+JsonFile = Annotated[
     Path | None,
     typer.Option(
         "--out", help="JSON file to write; a picture may go beside it. Default: bench/NAME.json in the workspace."
@@ -77,11 +77,11 @@ def bench_table1(
 ) -> None:
     """Train and judge every row of the paper's table 1; what is done is kept, so a stopped run goes on."""
     from freshrank.bench.paper.rows import chosen
-    from freshrank.bench.paper.table1 import Options, table1
+    from freshrank.bench.paper.table1 import Table1Options, table1
 
     chosen(_names(rows))  # a wrong name is not worth an import of the data
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
-    options = Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
+    options = Table1Options(seeds, _names(rows), _jobs(jobs), target, untuned, timing_repeats, lists)
     failures = table1(prepared, options, out)
     say(f"evidence: {target.with_suffix('.md')}")
     _end_of_bench(len(failures))
@@ -103,11 +103,11 @@ def bench_tune(
 ) -> None:
     """Choose every row's settings among as many candidates, on days before those that table 1 judges."""
     from freshrank.bench.paper.rows import TUNED, chosen
-    from freshrank.bench.paper.tune import Options, tune
+    from freshrank.bench.paper.tune import TuneOptions, tune
 
     chosen(_names(rows))
     prepared = _bench_data(data, protocol, day, train_days, evaluation_days, oracle)
-    failures = tune(prepared, Options(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
+    failures = tune(prepared, TuneOptions(seeds, _names(rows), _jobs(jobs), target, lists=lists), out)
     say(f"winners: {TUNED}")
     _end_of_bench(len(failures))
 
@@ -118,16 +118,16 @@ def bench_epoch(
     protocol: BenchProtocol = "sparse",
     steps: Annotated[int, typer.Option(min=1, help="Batches per timing.")] = 40,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each way, in turn.")] = 5,
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """How much faster an epoch is for encoding each user's sequence once a day and without padding."""
     from freshrank.bench.training.epoch import epoch
 
     target = _evidence(target, "epoch")
-    found = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
+    result = epoch(_bench_data(data, protocol, None, 10, 3, None), steps, repeats, target, out)
     say(
-        f"{found.speed_up:.2f} times as fast ({found.lowest:.2f} to {found.highest:.2f}) on {found.threads} "
-        f"threads; losses differ by at most {found.loss_difference:.1e}"
+        f"{result.speed_up:.2f} times as fast ({result.lowest:.2f} to {result.highest:.2f}) on {result.threads} "
+        f"threads; losses differ by at most {result.loss_difference:.1e}"
     )
 
 
@@ -143,7 +143,7 @@ def bench_train(
     peers: Annotated[str, typer.Option(help="Libraries compared with, commas between; empty: none.")] = (
         "torch-rechub,FuxiCTR"
     ),
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """Examples per second and memory of streamed training, against the same steps from memory and two libraries.
 
@@ -151,11 +151,11 @@ def bench_train(
 
     The libraries come with `make test`, or with `pip install 'freshrank[bench]'`; `--peers ""` does without them.
     """
-    from freshrank.bench.training.throughput import Plan, train
+    from freshrank.bench.training.throughput import TrainPlan, train
     from freshrank.dates import parse_day
 
     target = _evidence(target, "train")
-    plan = Plan(
+    plan = TrainPlan(
         days=days,
         steps=steps,
         peer_steps=peer_steps,
@@ -163,20 +163,20 @@ def bench_train(
         window_rows=window_rows,
         peers=tuple(_names(peers) or ()),
     )
-    found = train(data, parse_day(run_date_of(data, day)), plan, target, out)
-    for name, system in found.systems.items():
+    result = train(data, parse_day(run_date_of(data, day)), plan, target, out)
+    for name, system in result.systems.items():
         say(
             f"{name}: {system.examples_per_second:,.0f}/s ({system.lowest:,.0f} to {system.highest:,.0f}), "
             f"{system.peak_mib:,.0f} MiB"
         )
-    for ratio in found.ratios:
+    for ratio in result.ratios:
         say(
             f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}), "
             f"{ratio.target} {'met' if ratio.met else 'NOT met'}"
         )
-    for numerics in found.numerics:
+    for numerics in result.numerics:
         say(str(numerics))
-    say(found.advice)
+    say(result.advice)
     _say_where(target)
 
 
@@ -195,16 +195,16 @@ def bench_serving(
     rounds: Annotated[int, typer.Option(min=1, help="Slices of each system, in turn.")] = 5,
     recipe_name: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """Latency and throughput of `ranking` against its floor and a FastAPI server, from a real Redis, in one run."""
-    from freshrank.bench.serving.latency import Plan, serving
+    from freshrank.bench.serving.latency import ServingPlan, serving
     from freshrank.settings import settings
 
     target = _evidence(target, "serving")
-    plan = Plan(sizes=_numbers(candidates), callers=_numbers(callers), seconds=seconds, rounds=rounds)
-    found = serving(data, home or settings().home / "bench_serving", plan, target, recipe(recipe_name, overrides), out)
-    for ratio in found.ratios:
+    plan = ServingPlan(sizes=_numbers(candidates), callers=_numbers(callers), seconds=seconds, rounds=rounds)
+    result = serving(data, home or settings().home / "bench_serving", plan, target, recipe(recipe_name, overrides), out)
+    for ratio in result.ratios:
         verdict = {True: "met", False: "NOT met", None: ""}[ratio.met]
         say(f"{ratio.name}: {ratio.value:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f}) {ratio.target} {verdict}")
     _say_where(target)
@@ -269,8 +269,8 @@ def bench_figures(
     """Draw the paper's figures 2, 6 and 7 from trained models, with their numbers and whether its findings hold."""
     from freshrank.bench.paper import figures
 
-    page, found = figures.run(data, protocol, seeds, target, ablation)
-    for figure in found:
+    page, written = figures.run(data, protocol, seeds, target, ablation)
+    for figure in written:
         say(f"figure {figure.name}  {figure.claim.outcome}", highlight=False)
     say(f"{page}")
 
@@ -285,16 +285,16 @@ def bench_features(
     work: Annotated[
         Path | None, typer.Option(help="Where the worlds are simulated. Default: bench_features in the workspace.")
     ] = None,
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """Features and training frame of one day, from 1 to 100 million impressions, beside plain DuckDB on the files."""
-    from freshrank.bench.data.features import Plan, features
+    from freshrank.bench.data.features import FeaturesPlan, features
     from freshrank.settings import settings
 
     target = _evidence(target, "features")
-    plan = Plan(millions=tuple(float(n) for n in _numbers(millions)), rounds=rounds, memory_gib=memory_gib)
-    found = features(plan, work or settings().home / "bench_features", target, out)
-    for sentence in found.sentences():
+    plan = FeaturesPlan(millions=tuple(float(n) for n in _numbers(millions)), rounds=rounds, memory_gib=memory_gib)
+    result = features(plan, work or settings().home / "bench_features", target, out)
+    for sentence in result.sentences():
         say(sentence, highlight=False)
     _say_where(target)
 
@@ -306,17 +306,17 @@ def bench_swap(
     rollbacks: Annotated[int, typer.Option(min=0, help="Roll-backs, spread evenly among them.")] = 20,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, come what may.")] = 40,
     candidates: Annotated[int, typer.Option(min=1, max=2000, help="Per request.")] = 100,
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """Swap and roll back under constant load: lost and wrong requests, latency during and between, memory."""
-    from freshrank.bench.serving.swap import Plan, swap
+    from freshrank.bench.serving.swap import SwapPlan, swap
 
     target = _evidence(target, "swap")
-    found = swap(data, Plan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
-    for sentence in found.sentences():
+    result = swap(data, SwapPlan(swaps=swaps, rollbacks=rollbacks, rate=rate, candidates=candidates), target, out)
+    for sentence in result.sentences():
         say(sentence, highlight=False)
     _say_where(target)
-    raise typer.Exit(0 if found.passed else 1)
+    raise typer.Exit(0 if result.passed else 1)
 
 
 @bench.command("validation")
@@ -324,16 +324,16 @@ def bench_validation(
     rows: Annotated[int, typer.Option(min=1_000, help="Impressions of each simulated day.")] = 1_000_000,
     trailing_days: Annotated[int, typer.Option(min=1, help="Days before the validated one.")] = 7,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each engine, in turn.")] = 3,
-    target: Evidence = None,
+    target: JsonFile = None,
 ) -> None:
     """How long a day of a million rows takes to validate, and which engine of Great Expectations does it best."""
-    from freshrank.bench.data.validation import Plan, validation
+    from freshrank.bench.data.validation import ValidationPlan, validation
     from freshrank.settings import settings
 
     target = _evidence(target, "validation")
-    plan = Plan(rows=rows, trailing_days=trailing_days, repeats=repeats)
-    found = validation(settings().home / "bench_validation", plan, target, out)
-    for sentence in found.sentences():
+    plan = ValidationPlan(rows=rows, trailing_days=trailing_days, repeats=repeats)
+    result = validation(settings().home / "bench_validation", plan, target, out)
+    for sentence in result.sentences():
         say(sentence, highlight=False)
     _say_where(target)
-    raise typer.Exit(0 if found.passed else 1)
+    raise typer.Exit(0 if result.passed else 1)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 imports = typer.Typer(no_args_is_help=True, help="Bring a log into the data contract.")
 features = typer.Typer(no_args_is_help=True, help="Historical and content features, offline and online.")
-Source = Annotated[Path, typer.Argument(help="Directory to read.")]
+SourceArgument = Annotated[Path, typer.Argument(help="Directory to read.")]
 At = Annotated[str | None, typer.Option("--at", help="Time with its zone, ISO 8601. Default: now.")]
-Target = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
+TargetOption = Annotated[Path, typer.Option("--out", help="Directory to write the dataset to (replaced as a whole).")]
 
 
 # ---------------------------------------------------------------- data in
 @imports.command("kuairand")
 def import_kuairand(
-    source: Source,
-    target: Target,
+    source: SourceArgument,
+    target: TargetOption,
     protocol: Protocol = "staggered",
 ) -> None:
     """Import KuaiRand-Pure: the published CSV files or the Parquet slice."""
@@ -40,8 +40,8 @@ def import_kuairand(
 
 @imports.command("parquet")
 def import_parquet(
-    source: Source,
-    target: Target,
+    source: SourceArgument,
+    target: TargetOption,
     allow_unknown_items: Annotated[
         bool,
         typer.Option(
@@ -79,7 +79,7 @@ def import_parquet(
 
 @commands.command()
 def simulate(
-    target: Target,
+    target: TargetOption,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     users: Annotated[int | None, typer.Option(help="Number of users.")] = None,
     days: Annotated[int | None, typer.Option(help="Number of days of log.")] = None,
@@ -121,8 +121,12 @@ def features_build(
 
     run_date = run_date_of(data, day)
     steps.build_features(data, run_date, recipe(recipe_name, overrides).windows)
-    kept = steps.materialize(data, run_date)
-    online = f"; the online store holds the later state of {kept} and keeps it" if kept else " and materialized"
+    later_state = steps.materialize(data, run_date)
+    online = (
+        f"; the online store holds the later state of {later_state} and keeps it"
+        if later_state
+        else " and materialized"
+    )
     say(f"features of {run_date} are built{online}")
 
 
@@ -173,5 +177,5 @@ def features_push(data: Data, at: At = None) -> None:
 def _print_rows(rows: list[dict[str, Any]], key: str, given: list[str], texts: "Texts") -> None:
     """Ids and categories as the log has them, not their codes; under ``key`` the id that was given."""
     for row, value in zip(rows, given, strict=True):
-        shown = {name: texts.said(name, each) for name, each in row.items()}
+        shown = {name: texts.decode(name, each) for name, each in row.items()}
         out.print_json(json.dumps(shown | {key: value}, default=str))

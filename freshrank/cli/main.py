@@ -1,4 +1,4 @@
-"""`freshrank ...`: the pieces as commands. An error a user can mend is one sentence and an exit code."""
+"""`freshrank ...`: the command line. An error the user can fix is one sentence and an exit code."""
 
 import logging
 import sys

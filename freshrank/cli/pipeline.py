@@ -113,7 +113,7 @@ def evaluate(
     recipe_name: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = None,
 ) -> None:
-    """Judge the bundle on the evaluation days against what serves; write verdict and report."""
+    """Evaluate the bundle on the evaluation days against the served model; write verdict and report."""
     from freshrank.pipeline import steps
 
     config, where = recipe(recipe_name, overrides), target or _folder(data, day, "evaluation")
@@ -142,21 +142,21 @@ def publish(
         bool, typer.Option("--force", help="Also a version that was rolled back, or older than what serves.")
     ] = False,
 ) -> None:
-    """Load a blessed bundle into Triton beside what serves, verify it, and point to it.
+    """Load a blessed bundle into Triton beside the served model, verify it, and switch to it.
 
     A day whose version is installed, as `freshrank run` leaves it, is served again (with --force, where it was rolled
     back or is older than what serves).
     """
     from freshrank.pipeline import deploy
-    from freshrank.serving.cpu import give_way
+    from freshrank.serving.cpu import lower_priority
 
-    give_way()
+    lower_priority()
     if bundle is evaluation is None and not _folder(data, day, "bundle").exists():
         version = deploy.republish(data, run_date_of(data, day), force)
         if version is not None:
             say(f"served version: {version}")
             return
-        deploy.require_kept(data, run_date_of(data, day))
+        deploy.require_bundle(data, run_date_of(data, day))
     judged = evaluation or _folder(data, day, "evaluation")
     result = deploy.deploy(
         data,
@@ -203,8 +203,8 @@ def submit(
         raise ConfigError("--data: not given, expected an imported dataset directory")
     run_date = date.fromisoformat(run_date_of(data, day))
     submission = cluster.prepare(build, data, run_date, recipe(recipe_name, overrides))
-    for doubt in cluster.doubts(submission):
-        warn(doubt)
+    for warning in cluster.preflight_warnings(submission):
+        warn(warning)
     submission = submission if dry_run else cluster.start(submission)
     text = json.dumps(submission.facts(), indent=2) if as_json else str(submission)
     sys.stdout.write(f"{text}\n")

@@ -67,7 +67,7 @@ def stop(data: Data) -> None:
 
 @commands.command()
 def status(data: Data) -> None:
-    """What serves, since which run, and whether the server answers; exit code 1 when it does not.
+    """The served version, its run, and whether the server answers; exit code 1 when it does not.
 
     Of several replicas (FRESHRANK_TRITON_REPLICAS, _HOST) each is listed; one that lacks what serves is exit code 1.
     """
@@ -93,13 +93,13 @@ def status(data: Data) -> None:
 def _replicas_status(replicas: "Replicas", repository: "ModelRepository") -> int:
     from freshrank.serving.deploy.replicas import statuses
 
-    found, pointer = statuses(replicas, repository), repository.served()
-    for each in found:
+    replica_statuses, pointer = statuses(replicas, repository), repository.served()
+    for each in replica_statuses:
         say(each.sentence())
     served = f"served version: {pointer.version} (run {pointer.run_date})" if pointer else "nothing is published yet"
-    lacking = [each.address for each in found if pointer and pointer.version not in each.versions]
+    lacking = [each.address for each in replica_statuses if pointer and pointer.version not in each.versions]
     say(served + (f"; not loaded on {', '.join(lacking)}" if lacking else ""))
-    return 1 if lacking or any(each.problem for each in found) else 0
+    return 1 if lacking or any(each.problem for each in replica_statuses) else 0
 
 
 @commands.command()
@@ -150,7 +150,9 @@ def experiment_start(
     shadow: ShareOf = None,
     salt: Annotated[str, typer.Option(help="Name of an earlier experiment whose users are to be kept.")] = "",
 ) -> None:
-    """Let challengers answer a share of users, or shadows score it unseen; both are loaded and verified first."""
+    """Let challengers answer a share of users, or shadows score it without answering; both are loaded and verified
+    first.
+    """
     from freshrank.serving.deploy.replicas import Replicas
     from freshrank.serving.deploy.run_experiment import planned, start
     from freshrank.serving.experiment import ExperimentFile
@@ -173,7 +175,7 @@ def experiment_show(data: Data) -> None:
 
 @experiment.command("stop")
 def experiment_stop(data: Data) -> None:
-    """Let the champion answer everybody again."""
+    """End the experiment: the champion answers every user again."""
     from freshrank.serving.deploy.replicas import Replicas
     from freshrank.serving.deploy.run_experiment import stop as stop_experiment
 

@@ -25,7 +25,7 @@ def note(sentence: str) -> None:
 
 
 def warn(sentence: str) -> None:
-    """What most likely is not as it is meant, and no error."""
+    """A warning: probably not what was intended, but not an error."""
     err.print(f"[yellow]warning[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 

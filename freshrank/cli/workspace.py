@@ -15,15 +15,15 @@ commands = typer.Typer()
 def backup(data: Data) -> None:
     """Copy the dataset and its models to the object store (FRESHRANK_STORAGE_URL); only what changed is sent.
 
-    This is also what makes a lost bucket whole again. A deployed version is copied by the run that deploys it.
+    This also refills a lost bucket. A deployed version is copied by the run that deploys it.
     """
     from freshrank.datasets.dataset import Dataset
     from freshrank.pipeline import backup
     from freshrank.storage.workspace import Workspace
 
-    keeper, dataset = backup.store(), Dataset.open(data)
-    where = backup.back_up_dataset(dataset, keeper)
-    pointer = backup.back_up_models(Workspace.of(dataset.schema.name), keeper)
+    store, dataset = backup.required_store(), Dataset.open(data)
+    where = backup.back_up_dataset(dataset, store)
+    pointer = backup.back_up_models(Workspace.of(dataset.schema.name), store)
     served = f"version {pointer.version} of run {pointer.run_date} serves" if pointer else "nothing serves yet"
     say(f"kept: {where} and its models; {served}")
 
@@ -32,19 +32,18 @@ def backup(data: Data) -> None:
 def restore(
     data: Annotated[Path, typer.Option("--data", help="Where the dataset is, or is to be put back.")],
     name: Annotated[str | None, typer.Option(help="Its name in schema.yaml. Default: the directory's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what serves by what was kept.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the served model by the one in the backup.")] = False,
 ) -> None:
-    """Put what a workspace lost back from the object store: dataset, models, what serves; then features, online store.
-
-    What is there stays, so it may be repeated.
+    """Restore a lost workspace from the object store: dataset, models, served model; then features and online store.
+    What exists is left as it is, so the command can be repeated.
     """
     from freshrank.pipeline import backup, deploy, steps
     from freshrank.storage.workspace import Workspace
 
-    keeper = backup.store()
-    dataset = backup.restore_dataset(data, keeper, name)
+    store = backup.required_store()
+    dataset = backup.restore_dataset(data, store, name)
     note(f"dataset {data}: {dataset.days[0]} .. {dataset.days[-1]}")
-    pointer = backup.restore_models(Workspace.of(dataset.schema.name), keeper, force)
+    pointer = backup.restore_models(Workspace.of(dataset.schema.name), store, force)
     if pointer:
         note(f"models: version {pointer.version} of run {pointer.run_date}")
     run_date = run_date_of(data, None)
@@ -68,7 +67,7 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
 ) -> None:
-    """Remove from the workspace what no later run, no roll-back and no report of the last days needs.
+    """Remove from the workspace what no later run, no rollback and no recent report needs.
 
     What was written within a day stays. Models, datasets and the online store are never touched.
     """
@@ -79,9 +78,9 @@ def prune(
 
     dataset = Dataset.open(data)
     keep = (settings().keep_days or pruning.KEEP_DAYS) if keep_days is None else keep_days
-    found = pruning.prune(dataset, Workspace.of(dataset.schema.name), keep, dry_run)
+    removed = pruning.prune(dataset, Workspace.of(dataset.schema.name), keep, dry_run)
     say("would be removed:" if dry_run else "removed:")
-    for each in [*found, pruning.total(found)]:
+    for each in [*removed, pruning.total(removed)]:
         say(f"  {each}")
 
 

@@ -1,4 +1,6 @@
-"""Days of an earlier import that a new one keeps: their files as they are, their rows held against the new items."""
+"""Days of an earlier import that a new one retains: their files are reused, their rows checked against the new
+items.
+"""
 
 import logging
 import os
@@ -37,7 +39,7 @@ def _shape(schema: Schema) -> tuple[object, ...]:
 
 
 def refuse_shrunken_days(earlier: "Dataset", written: dict[str, Any], findings: Findings) -> None:
-    """A day of which the log brings fewer rows than are there is most likely a few late rows of it."""
+    """A day with fewer rows than the stored one is most likely a few late rows, not the whole day."""
     for day, facts in written.items():
         before = earlier.manifest["days"].get(day, facts)["rows"]
         if facts["rows"] < before:
@@ -49,7 +51,7 @@ def refuse_shrunken_days(earlier: "Dataset", written: dict[str, Any], findings: 
 
 
 def note_numbers(earlier: "Dataset", findings: Findings) -> None:
-    """Columns that the kept days hold as numbers must not become text now: a code would be taken for a number."""
+    """Columns stored as numbers in the earlier days must not become text: a code would be taken for a number."""
     mapped = earlier.manifest["mappings"]
     for name, column in earlier.schema.impressions.items():
         is_coded = name in (ITEM_ID, *_ids(earlier.schema)) or column.kind in _MAPPED
@@ -62,15 +64,15 @@ def _ids(schema: Schema) -> list[str]:
     return [name for name in keys if name in schema.users or name in schema.items]
 
 
-def check_kept(
+def check_earlier_days(
     earlier: "Dataset",
-    kept: Sequence[Path],
+    partitions: Sequence[Path],
     items: pl.DataFrame,
     users: pl.DataFrame,
     allow_unknown_items: bool,
     findings: Findings,
 ) -> None:
-    """Hold kept days against ``items`` as written now; only items that vanished or became younger are looked for."""
+    """Check the earlier days against the new ``items``: no item may be missing or created later than before."""
     _warn_of_lost_users(earlier, users)
     changed = (
         earlier.items()
@@ -78,9 +80,11 @@ def check_kept(
         .join(items.select(ITEM_ID, CREATED_AT), on=ITEM_ID, how="left")
         .filter(pl.col(CREATED_AT).is_null() | (pl.col(CREATED_AT) > pl.col("before")))
     )
-    if changed.is_empty() or not kept:
+    if changed.is_empty() or not partitions:
         return
-    shown = pl.scan_parquet(list(kept)).select(ITEM_ID, EVENT_TIMESTAMP).join(changed.lazy(), on=ITEM_ID).collect()
+    shown = (
+        pl.scan_parquet(list(partitions)).select(ITEM_ID, EVENT_TIMESTAMP).join(changed.lazy(), on=ITEM_ID).collect()
+    )
     shown = shown.with_columns(earlier.texts().column(shown[ITEM_ID]))
     _refuse_vanished(shown.filter(pl.col(CREATED_AT).is_null()), allow_unknown_items, findings)
     early = shown.filter(pl.col(EVENT_TIMESTAMP) < pl.col(CREATED_AT))
@@ -117,7 +121,7 @@ def _refuse_vanished(shown: pl.DataFrame, allow_unknown_items: bool, findings: F
 
 
 def take_over(source: Path, target: Path) -> None:
-    """The same file under another name where the file system can: nothing is read or written again."""
+    """Hard-link the file where the file system allows it, so that nothing is copied."""
     target.parent.mkdir(parents=True)
     try:
         os.link(source, target)

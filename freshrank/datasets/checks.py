@@ -1,6 +1,6 @@
-"""The border of the contract: what a table must hold before it is written, and the form it is written in.
+"""Checks of the data contract: what a table must hold before it is written, and the form it is written in.
 
-Problems are collected, so that one refused import names all of them; what is repaired or let pass is counted.
+Violations are collected, so that one refused import lists all of them; what is repaired or tolerated is counted.
 """
 
 import hashlib
@@ -51,30 +51,30 @@ _BY_KIND = {
 
 
 @dataclass
-class _Offence:
+class _Violation:
     rows: int = 0
     examples: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Findings:
-    """What an import found so far, over all tables, files and days."""
+    """Violations and counts of an import so far, over all tables, files and days."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    _offences: dict[tuple[str, str, str], _Offence] = field(default_factory=dict)
+    _violations: dict[tuple[str, str, str], _Violation] = field(default_factory=dict)
     _text: dict[str, tuple[bool, str]] = field(default_factory=dict)
 
-    def refuse(self, where: str, wrong: str, mend: str, offending: pl.Series | None = None) -> None:
-        """Note a problem of the column ``where``; the same one met again only adds its offending values."""
-        offence = self._offences.setdefault((where, wrong, mend), _Offence())
+    def refuse(self, where: str, violation: str, hint: str, offending: pl.Series | None = None) -> None:
+        """Record a violation in the column ``where``; a repeated one only adds its offending values."""
+        recorded = self._violations.setdefault((where, violation, hint), _Violation())
         if offending is not None:
-            offence.rows += len(offending)
+            recorded.rows += len(offending)
             shown = [_shown(value) for value in offending.head(_EXAMPLES).to_list()]
-            offence.examples = list(dict.fromkeys(offence.examples + shown))[:_EXAMPLES]
+            recorded.examples = list(dict.fromkeys(recorded.examples + shown))[:_EXAMPLES]
 
-    def refuse_rows(self, where: str, wrong: str, mend: str, offending: pl.Series) -> None:
+    def refuse_rows(self, where: str, violation: str, hint: str, offending: pl.Series) -> None:
         if len(offending):
-            self.refuse(where, wrong, mend, offending)
+            self.refuse(where, violation, hint, offending)
 
     def count(self, what: str, rows: int) -> None:
         if rows:
@@ -93,25 +93,25 @@ class Findings:
 
     @property
     def sound(self) -> bool:
-        return not self._offences
+        return not self._violations
 
     def raise_refusals(self) -> None:
         """Raise one :class:`DataError` that lists every problem noted, a line each."""
         if not self.sound:
-            lines = [_line(*key, offence) for key, offence in self._offences.items()]
+            lines = [_line(*key, rows) for key, rows in self._violations.items()]
             raise DataError("\n  ".join([f"the data breaks the contract in {len(lines)} way(s):", *lines]))
 
 
 def _shown(value: Any) -> str:
-    """A struct names its fields, so that a row can be told by its keys."""
+    """A struct is shown with its field names, so that a row can be identified by its keys."""
     if isinstance(value, dict):
         return ", ".join(f"{name}={'null' if part is None else part}" for name, part in value.items())
     return str(value)
 
 
-def _line(where: str, wrong: str, mend: str, offence: _Offence) -> str:
-    rows = f"{offence.rows} row(s), e.g. {', '.join(offence.examples)}: " if offence.rows else ""
-    return f"{where}: {rows}{wrong}; {mend}"
+def _line(where: str, violation: str, hint: str, recorded: _Violation) -> str:
+    rows = f"{recorded.rows} row(s), e.g. {', '.join(recorded.examples)}: " if recorded.rows else ""
+    return f"{where}: {rows}{violation}; {hint}"
 
 
 def declared(schema: Schema, table: str) -> dict[str, Column]:
@@ -301,7 +301,7 @@ def check_unique(frame: pl.DataFrame, table: str, key: list[str], findings: Find
 def check_references(
     log: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, allow_unknown_items: bool, findings: Findings
 ) -> None:
-    """Hold the log against the items and users it names; unknown users are cold users, counted and let pass."""
+    """Check the log against the items and users it refers to; unknown users are allowed, and counted."""
     where = f"impressions.{ITEM_ID}"
     if _comparable(log, items, ITEM_ID):
         unknown = log.join(items, on=ITEM_ID, how="anti")[ITEM_ID].drop_nulls()

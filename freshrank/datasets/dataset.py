@@ -133,9 +133,9 @@ def _span(chosen: list[date] | tuple[date, ...] | None) -> str:
 
 
 def existing(out: Path) -> Dataset | None:
-    """The dataset that stands there; a broken one counts as none, and is replaced."""
+    """The dataset at that path; a corrupt one counts as none and is replaced."""
     try:
-        found = Dataset.open(out)
-        return found if found.days else None
+        dataset = Dataset.open(out)
+        return dataset if dataset.days else None
     except (FreshrankError, OSError, ValueError, KeyError, TypeError):
         return None

@@ -144,11 +144,11 @@ def import_kuairand(src: Path, out: Path, protocol: Protocol = "staggered") -> D
     rows = _impressions(events)
     if layout.history:
         rows = pl.concat([_history(_read(src / layout.history), items), rows])
-    kept = apply_protocol(rows, items, protocol)
-    dropped = {"duplicates": len(log) - len(events), "before_creation": len(rows) - len(kept)}
+    impressions = apply_protocol(rows, items, protocol)
+    dropped = {"duplicates": len(log) - len(events), "before_creation": len(rows) - len(impressions)}
     source = {"adapter": "kuairand", "protocol": protocol, "files": layout.name, "dropped": dropped}
     users = _read(src / layout.users)
-    return write_dataset(out, kuairand_schema(protocol), kept, _items_under(items, protocol), users, source)
+    return write_dataset(out, kuairand_schema(protocol), impressions, _items_under(items, protocol), users, source)
 
 
 def _find(src: Path) -> _Layout:
@@ -161,10 +161,10 @@ def _find(src: Path) -> _Layout:
                 f"{src}: lacks {LAUNCHES}, the launch days that every protocol judges by; "
                 "copy it there from the KuaiRand slice"
             )
-    found = sorted(path.name for path in src.glob("*"))
+    names = sorted(path.name for path in src.glob("*"))
     raise DataError(
         f"{src}: expected the slice ({', '.join(_SLICE.files)}) or the published files "
-        f"({', '.join(_PUBLISHED.files)}); it holds {found}"
+        f"({', '.join(_PUBLISHED.files)}); it holds {names}"
     )
 
 
@@ -292,11 +292,11 @@ def apply_protocol(rows: pl.DataFrame, items: pl.DataFrame, protocol: Protocol) 
     exists = pl.col(EVENT_TIMESTAMP) >= pl.col("uploaded")
     observed = pl.col(USAGE) == Usage.ALL.value
     if protocol == "oracle":
-        usage, kept = _usage(before & observed, Usage.TRAINING), exists
+        usage, exposed = _usage(before & observed, Usage.TRAINING), exists
     else:
         withheld = {"staggered": pl.lit(value=False), "sparse": launched & ~_in_sample(), "strict": launched}[protocol]
-        usage, kept = _usage(withheld, Usage.EVALUATION), exists & ~before
-    return rows.filter(kept).with_columns(usage).drop("uploaded", "launched")
+        usage, exposed = _usage(withheld, Usage.EVALUATION), exists & ~before
+    return rows.filter(exposed).with_columns(usage).drop("uploaded", "launched")
 
 
 def _usage(where: pl.Expr, usage: Usage) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Text values -> int64 codes, kept with the data: append-only, so a code never changes its meaning."""
+"""Text values -> int64 codes, stored with the data: append-only, so a code never changes its meaning."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ class Mappings:
 
     def __init__(self, directory: Path) -> None:
         """Continue the mappings kept in ``directory``; none there starts afresh."""
-        found = sorted(directory.glob("*.parquet"))
-        self._values = {path.stem: pl.read_parquet(path).sort("code")["value"] for path in found}
+        paths = sorted(directory.glob("*.parquet"))
+        self._values = {path.stem: pl.read_parquet(path).sort("code")["value"] for path in paths}
 
     @property
     def names(self) -> list[str]:
         return list(self._values)
 
     def encode(self, name: str, values: pl.Series) -> pl.Series:
-        """Codes of a String or List(String) series; values not met before are appended in sorted order."""
+        """Codes of a String or List(String) series; new values are appended in sorted order."""
         nested = isinstance(values.dtype, pl.List)
         known = self._extend(name, values.explode() if nested else values)
         codes = pl.int_range(len(known), eager=True)
@@ -65,7 +65,7 @@ class Texts:
         self._files = {path.stem: path for path in directory.glob("*.parquet")}
         self._loaded: dict[str, pl.Series] = {}
 
-    def said(self, name: str | None, value: Any) -> Any:
+    def decode(self, name: str | None, value: Any) -> Any:
         """``value`` of a column or feature, or a list of them, as the log has it; what is no code stays as it is."""
         column = mapping_of(self._columns.get(name or "", name or ""))
         if column not in self._files:

@@ -4,7 +4,7 @@ DIR/schema.yaml
 DIR/items.parquet, DIR/users.parquet
 DIR/impressions/date=YYYY-MM-DD/part-0.parquet
 DIR/mappings/<column>.parquet      value (string) -> code (int64), for columns that were strings
-DIR/manifest.json                  per file and day: rows, sha256; source and protocol; counts of what was mended
+DIR/manifest.json                  per file and day: rows, sha256; source and protocol; counts of what was repaired
 """
 
 import errno
@@ -18,7 +18,13 @@ from typing import Any
 
 import polars as pl
 
-from freshrank.datasets.appending import check_kept, note_numbers, refuse_another_log, refuse_shrunken_days, take_over
+from freshrank.datasets.appending import (
+    check_earlier_days,
+    note_numbers,
+    refuse_another_log,
+    refuse_shrunken_days,
+    take_over,
+)
 from freshrank.datasets.checks import (
     IMPRESSION_KEY,
     Findings,
@@ -80,8 +86,8 @@ def write_dataset(
     parts = [impressions] if isinstance(impressions, pl.DataFrame | pl.LazyFrame) else impressions
     try:
         with atomic_directory(out) as directory:
-            kept, mappings = earlier if add else None, Mappings(out / MAPPINGS)
-            writer = _Writer(directory, schema, mappings, Findings(), allow_unknown_items, kept, replace_days)
+            appended_to, mappings = earlier if add else None, Mappings(out / MAPPINGS)
+            writer = _Writer(directory, schema, mappings, Findings(), allow_unknown_items, appended_to, replace_days)
             writer.write(parts, items, users, source)
     except (OSError, pl.exceptions.ComputeError) as error:
         if _is_disk_full(error):
@@ -149,7 +155,7 @@ class _Writer:
             note_numbers(self.earlier, self.findings)
         entities = {"items": self._checked("items", items, ITEM_ID), "users": self._checked("users", users, USER_ID)}
         files = {f"{table}.parquet": self._write_entity(table, frame) for table, frame in entities.items()}
-        days = self._with_kept(self._write_log(parts, entities["items"], entities["users"]))
+        days = self._with_earlier_days(self._write_log(parts, entities["items"], entities["users"]))
         self.findings.raise_refusals()
         (self.directory / "schema.yaml").write_text(dump_schema(_without_sources(self.schema)))
         mappings = self.mappings.write(self.directory / MAPPINGS)
@@ -208,19 +214,19 @@ class _Writer:
         shutil.rmtree(staged, ignore_errors=True)
         return written
 
-    def _with_kept(self, written: dict[str, Any]) -> dict[str, Any]:
+    def _with_earlier_days(self, written: dict[str, Any]) -> dict[str, Any]:
         if not self.earlier or not self.findings.sound:
             return written
         if not self.replace_days:
             refuse_shrunken_days(self.earlier, written, self.findings)
-        kept = {day: facts for day, facts in self.earlier.manifest["days"].items() if day not in written}
-        files = {day: self.earlier.partition(date.fromisoformat(day)) for day in kept}
+        earlier_days = {day: facts for day, facts in self.earlier.manifest["days"].items() if day not in written}
+        files = {day: self.earlier.partition(date.fromisoformat(day)) for day in earlier_days}
         items = pl.read_parquet(self.directory / "items.parquet", columns=[ITEM_ID, CREATED_AT])
         users = pl.read_parquet(self.directory / "users.parquet", columns=[USER_ID])
-        check_kept(self.earlier, list(files.values()), items, users, self.allow_unknown_items, self.findings)
+        check_earlier_days(self.earlier, list(files.values()), items, users, self.allow_unknown_items, self.findings)
         for source in files.values():
             take_over(source, self.directory / source.relative_to(self.earlier.path))
-        return dict(sorted((kept | written).items()))
+        return dict(sorted((earlier_days | written).items()))
 
     def _stage(self, part: pl.LazyFrame, directory: Path) -> None:
         """Split one part of the log by day, so that a day can be sorted and checked in memory."""

@@ -11,14 +11,14 @@ _CELLS_AT_ONCE = 200_000
 
 
 @dataclass(frozen=True)
-class Draws:
+class BootstrapDraws:
     """Bootstrap draws of M hit rates of two models, [B, M] each; NaN where a draw holds no list with support."""
 
     challenger: Floats
     baseline: Floats
 
 
-def paired_bootstrap(holds: Bools, challenger: Bools, baseline: Bools, draws: int, seed: int) -> Draws:
+def paired_bootstrap(holds: Bools, challenger: Bools, baseline: Bools, draws: int, seed: int) -> BootstrapDraws:
     """Resample whole lists ([L, M] indicators) with replacement, the same lists for both models and all measures.
 
     Lists with equal indicators are interchangeable, so the draw is one multinomial over the distinct patterns: the
@@ -29,7 +29,7 @@ def paired_bootstrap(holds: Bools, challenger: Bools, baseline: Bools, draws: in
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=draws)
     sums = drawn.astype(np.float64) @ patterns.astype(np.float64)
     support = np.where(sums[:, :measures] > 0, sums[:, :measures], np.nan)
-    return Draws(sums[:, measures : 2 * measures] / support, sums[:, 2 * measures :] / support)
+    return BootstrapDraws(sums[:, measures : 2 * measures] / support, sums[:, 2 * measures :] / support)
 
 
 def item_draws(items: int, draws: int, seed: int) -> Ints:

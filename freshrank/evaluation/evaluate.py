@@ -1,4 +1,4 @@
-"""Metrics with a clock: every number is also given for young and for little-shown items, beside what supports it.
+"""Metrics by item age: every number is also given for fresh and for rarely shown items, with its support.
 
 Slices: ``all``, ``fresh`` and ``warm`` (item younger than ``schema.fresh_days`` or not), ``age:...`` (days since
 creation) and ``exposures:...`` (impressions since birth). A slice without support has no value but a note that says
@@ -22,7 +22,7 @@ from freshrank.config import EvaluationConfig
 from freshrank.errors import DataError
 from freshrank.evaluation import bootstrap
 from freshrank.evaluation import metrics as statistics
-from freshrank.evaluation.judged_rows import Judged, Table
+from freshrank.evaluation.judged_rows import JudgedRows, SlicedRows
 from freshrank.evaluation.metrics import Bools, Floats, Ints
 from freshrank.evaluation.results import (
     ALL,
@@ -41,13 +41,15 @@ from freshrank.evaluation.results import (
 from freshrank.schema import Schema
 
 
-def evaluate(judged: Judged, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None) -> Evaluation:
+def evaluate(
+    judged: JudgedRows, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None
+) -> Evaluation:
     """All metrics of one model.
 
     ``fresh_share`` of all top-k slots goes to fresh rows in the exposure-matched metrics; by default as large as
     their share of the candidates.
     """
-    table = Table(judged, schema, config)
+    table = SlicedRows(judged, schema, config)
     invalid = judged.invalid
     metrics = [] if invalid else [*_metrics(table, fresh_share)]
     return Evaluation(
@@ -74,10 +76,10 @@ class Indicators:
 
 
 def indicators(
-    judged: Judged, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None
+    judged: JudgedRows, schema: Schema, config: EvaluationConfig, fresh_share: float | None = None
 ) -> Indicators:
     """What :func:`evaluate` averages into Hits@k on all, fresh and exposure-matched fresh rows."""
-    table = Table(judged, schema, config)
+    table = SlicedRows(judged, schema, config)
     hits = {(name, MetricName.HITS): table.hits(name, table.rank) for name in (ALL, FRESH)}
     share = table.fresh_share if fresh_share is None else fresh_share
     matched = "no list" if share is None else table.matched(share)
@@ -86,7 +88,7 @@ def indicators(
     return Indicators(np.unique(judged.list_id[table.listed]), hits)
 
 
-def _metrics(table: Table, fresh_share: float | None) -> Iterator[Metric]:
+def _metrics(table: SlicedRows, fresh_share: float | None) -> Iterator[Metric]:
     for name in table.slices:
         yield from _hits(table, name, MetricName.HITS, table.rank)
         for action in range(len(table.utilities)):
@@ -100,12 +102,12 @@ def _metrics(table: Table, fresh_share: float | None) -> Iterator[Metric]:
     yield from _exposure(table, fresh_share)
 
 
-def _hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+def _hits(table: SlicedRows, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
     yield from _list_hits(table, name, metric, rank)
     yield from _item_hits(table, name, metric, rank)
 
 
-def _list_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+def _list_hits(table: SlicedRows, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
     holds, hit = table.hits(name, rank)
     rows = table.slices[name][table.listed]
     for action, label in enumerate(table.schema.actions):
@@ -129,7 +131,7 @@ def _list_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Itera
     yield Metric(slice=name, metric=metric, value=value, note=note, support=Support(rows=rows.sum(), lists=counted))
 
 
-def _item_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
+def _item_hits(table: SlicedRows, name: str, metric: MetricName, rank: Ints) -> Iterator[Metric]:
     rates, counted = np.zeros(len(table.utilities)), np.zeros(len(table.utilities), np.bool_)
     for action, label in enumerate(table.schema.actions):
         positive = table.positive(name, action)
@@ -162,7 +164,7 @@ def _item_hits(table: Table, name: str, metric: MetricName, rank: Ints) -> Itera
     )
 
 
-def _no_list(table: Table, name: str, action: str) -> str:
+def _no_list(table: SlicedRows, name: str, action: str) -> str:
     return f"no list of at least {table.config.min_candidates} candidates holds '{action}' on {_item_of(name)}"
 
 
@@ -176,7 +178,7 @@ def _rates(holds: Bools, hit: Bools) -> NDArray[np.float64]:
     return rates
 
 
-def _weights(table: Table, name: str, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
+def _weights(table: SlicedRows, name: str, holds: Bools) -> tuple[NDArray[np.float64], str | None]:
     """[A] weights of the utility-weighted average over the actions that have lists, and a note on the others."""
     supported = holds.any(axis=0) & (table.utilities != 0)
     absent = [a for a, u, s in zip(table.schema.actions, table.utilities, supported, strict=True) if u and not s]
@@ -186,7 +188,7 @@ def _weights(table: Table, name: str, holds: Bools) -> tuple[NDArray[np.float64]
     return weights / np.abs(weights).sum(), f"without {', '.join(absent)}: no list holds it" if absent else None
 
 
-def _ndcg(table: Table, name: str, action: int) -> Metric:
+def _ndcg(table: SlicedRows, name: str, action: int) -> Metric:
     positive = table.positive(name, action)
     value = statistics.ndcg(positive, table.rank, table.lists, table.list_count, table.config.k)
     label = table.schema.actions[action]
@@ -199,12 +201,12 @@ def _ndcg(table: Table, name: str, action: int) -> Metric:
     return Metric(slice=name, metric=MetricName.NDCG, action=label, value=value, support=support, note=note)
 
 
-def _observed(table: Table, name: str, action: int) -> tuple[Floats, Floats, Bools]:
+def _observed(table: SlicedRows, name: str, action: int) -> tuple[Floats, Floats, Bools]:
     rows = table.slices[name] & ~np.isnan(table.judged.labels[:, action])
     return table.judged.probabilities[rows, action].astype(np.float64), table.judged.labels[rows, action], rows
 
 
-def _row_metrics(table: Table, name: str, action: int, weighting: Weighting) -> Iterator[Metric]:
+def _row_metrics(table: SlicedRows, name: str, action: int, weighting: Weighting) -> Iterator[Metric]:
     probabilities, labels, rows = _observed(table, name, action)
     label, bins = table.schema.actions[action], table.config.ece_bins
     weights = statistics.item_weights(table.items[rows]) if weighting is Weighting.ITEM else None
@@ -252,7 +254,7 @@ def _lacking(labels: Floats, name: str, action: str) -> tuple[str | None, str | 
     return empty, none_positive, one_class
 
 
-def _gap(table: Table, name: str, action: int, wanted: int, metric: MetricName) -> Metric:
+def _gap(table: SlicedRows, name: str, action: int, wanted: int, metric: MetricName) -> Metric:
     label = table.schema.actions[action]
     means, counts = [], []
     for side in (WARM, name):
@@ -269,7 +271,7 @@ def _gap(table: Table, name: str, action: int, wanted: int, metric: MetricName) 
     return Metric(slice=name, metric=metric, action=label, value=value, note=note, support=support)
 
 
-def _exposure(table: Table, fresh_share: float | None) -> Iterator[Metric]:
+def _exposure(table: SlicedRows, fresh_share: float | None) -> Iterator[Metric]:
     support = Support(rows=int(table.listed.sum()), lists=table.list_count)
     share = table.fresh_share
     if share is None:
@@ -279,17 +281,17 @@ def _exposure(table: Table, fresh_share: float | None) -> Iterator[Metric]:
     top = float(table.listed_fresh[table.rank < table.config.k].mean())
     yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_TOP, value=top, support=support)
     yield Metric(slice=ALL, metric=MetricName.FRESH_SHARE_CANDIDATES, value=share, support=support)
-    cold = (FRESH, *table.buckets)
+    compared = (FRESH, *table.buckets)
     matched = table.matched(share if fresh_share is None else fresh_share)
     if isinstance(matched, str):
-        yield from (Metric(slice=name, metric=MetricName.MATCHED_HITS, note=matched) for name in cold)
+        yield from (Metric(slice=name, metric=MetricName.MATCHED_HITS, note=matched) for name in compared)
         return
-    for name in cold:
+    for name in compared:
         yield from _hits(table, name, MetricName.MATCHED_HITS, matched[0])
     yield Metric(slice=FRESH, metric=MetricName.MATCHED_SHIFT, value=matched[1], support=support)
 
 
-def _reliability(table: Table) -> Iterator[ReliabilityBin]:
+def _reliability(table: SlicedRows) -> Iterator[ReliabilityBin]:
     for name in (FRESH, WARM):
         for action, label in enumerate(table.schema.actions):
             probabilities, labels, _ = _observed(table, name, action)
@@ -302,8 +304,8 @@ def _reliability(table: Table) -> Iterator[ReliabilityBin]:
 
 
 def compare(
-    challenger: Judged,
-    baseline: Judged,
+    challenger: JudgedRows,
+    baseline: JudgedRows,
     schema: Schema,
     config: EvaluationConfig,
     fresh_share: float | None = None,
@@ -313,7 +315,7 @@ def compare(
     Both must have been judged on the same rows in the same order; a :class:`DataError` says where they differ.
     """
     _check_same_rows(challenger, baseline)
-    ours, theirs = Table(challenger, schema, config), Table(baseline, schema, config)
+    ours, theirs = SlicedRows(challenger, schema, config), SlicedRows(baseline, schema, config)
     invalid = _invalid(challenger, baseline) or (
         None if ours.list_count else f"no list of at least {config.min_candidates} candidates"
     )
@@ -330,7 +332,7 @@ def compare(
     )
 
 
-def _check_same_rows(challenger: Judged, baseline: Judged) -> None:
+def _check_same_rows(challenger: JudgedRows, baseline: JudgedRows) -> None:
     for name in ("list_id", "item_id", "labels"):
         ours, theirs = getattr(challenger, name), getattr(baseline, name)
         if ours.shape != theirs.shape:
@@ -346,14 +348,14 @@ def _check_same_rows(challenger: Judged, baseline: Judged) -> None:
             )
 
 
-def _invalid(challenger: Judged, baseline: Judged) -> str | None:
+def _invalid(challenger: JudgedRows, baseline: JudgedRows) -> str | None:
     for who, judged in (("challenger", challenger), ("baseline", baseline)):
         if judged.invalid:
             return f"{who}: {judged.invalid}"
     return None
 
 
-def _differences(ours: Table, theirs: Table, share: float) -> Iterator[Difference]:
+def _differences(ours: SlicedRows, theirs: SlicedRows, share: float) -> Iterator[Difference]:
     groups = [(FRESH, MetricName.HITS, ours.rank, theirs.rank)]
     matched, matched_theirs = ours.matched(share), theirs.matched(share)
     refusal = next((why for why in (matched, matched_theirs) if isinstance(why, str)), None)
@@ -383,7 +385,7 @@ class _Group:
     challenger: Bools
     baseline: Bools
 
-    def differences(self, table: Table, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
+    def differences(self, table: SlicedRows, challenger: Floats, baseline: Floats) -> Iterator[Difference]:
         """The weighted average and one row per action, from bootstrap draws [B, A]."""
         weights, note = _weights(table, self.name, self.holds)
         yield self._difference(table.config, None, weights, note, challenger, baseline)

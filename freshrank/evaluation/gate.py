@@ -1,4 +1,4 @@
-"""The gate: may the challenger replace what serves now?
+"""The gate: may the challenger replace the served model?
 
 Each check passes (True), fails (False) or is open (None: the data cannot tell). Any failed check rejects; else any
 open one means not enough evidence; only when all pass is the challenger blessed. The champion stays unless blessed.
@@ -59,8 +59,8 @@ class Verdict(BaseModel):
     reasons: list[Reason]
 
     @property
-    def obstacles(self) -> list[Reason]:
-        """The reasons that did not pass, failed ones first."""
+    def unmet_checks(self) -> list[Reason]:
+        """The checks that did not pass, failed ones first, then open ones."""
         return sorted((r for r in self.reasons if not r.passed), key=lambda reason: reason.passed is None)
 
 
@@ -187,13 +187,15 @@ def _bounded(metric: Metric, check: str, config: GateConfig, limits: tuple[float
     allowed = f"at most {high:.3f}" if low is None else f"between {low:.3f} and {high:.3f}"
     passed: bool | None = metric.value <= high and (low is None or metric.value >= low)
     few = metric.support.positives < config.min_positives
-    doubt = f", but rests on {metric.support.positives} positives; {config.min_positives} are needed" if few else ""
+    support_note = (
+        f", but rests on {metric.support.positives} positives; {config.min_positives} are needed" if few else ""
+    )
     return Reason(
         check=name,
         passed=None if few else passed,
         value=metric.value,
         bound=bound,
-        sentence=f"{what} is {metric.value:.3f}; {allowed} is allowed{doubt}.",
+        sentence=f"{what} is {metric.value:.3f}; {allowed} is allowed{support_note}.",
     )
 
 

@@ -15,8 +15,8 @@ from freshrank.schema import Schema
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One model's predictions on the evaluation rows, and what happened."""
+class JudgedRows:
+    """One model's predictions on the evaluation rows, with the observed labels."""
 
     probabilities: Floats
     """[N, A], actions in schema order."""
@@ -67,10 +67,12 @@ def slices(age_days: Floats, exposures: Ints, fresh_days: float, config: Evaluat
 
 
 @dataclass(frozen=True)
-class Table:
-    """One model's rows, with the lists long enough to be ranked; arrays named ``listed_*`` hold only their E rows."""
+class SlicedRows:
+    """One model's rows by slice, with the lists long enough to be ranked; arrays named ``listed_*`` hold only their
+    E rows.
+    """
 
-    judged: Judged
+    judged: JudgedRows
     schema: Schema
     config: EvaluationConfig
 

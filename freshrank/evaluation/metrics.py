@@ -130,10 +130,10 @@ def reliability(
     edges = np.unique(_quantiles(probabilities, np.arange(1, bins) / bins, weights))
     bin_of = np.searchsorted(edges, probabilities, side="right")
     masses = np.bincount(bin_of, mass, len(edges) + 1).astype(np.float64)
-    kept = masses > 0
-    predicted = np.bincount(bin_of, mass * probabilities, len(masses))[kept] / masses[kept]
-    observed = np.bincount(bin_of, mass * labels, len(masses))[kept] / masses[kept]
-    return predicted, observed, masses[kept]
+    filled = masses > 0
+    predicted = np.bincount(bin_of, mass * probabilities, len(masses))[filled] / masses[filled]
+    observed = np.bincount(bin_of, mass * labels, len(masses))[filled] / masses[filled]
+    return predicted, observed, masses[filled]
 
 
 def _quantiles(values: Floats, shares: Floats, weights: Floats | None) -> Floats:

@@ -1,4 +1,4 @@
-"""What serves before any model does: each item's own smoothed engagement rate, from historical counters alone."""
+"""The baseline before any model is served: each item's smoothed engagement rate, from historical counters alone."""
 
 import numpy as np
 import polars as pl

@@ -1,17 +1,19 @@
-"""Two further ages for "fresh", because any one is arbitrary: what holds at one threshold only is not a finding."""
+"""Sweep of the age threshold for "fresh": any single value is arbitrary, and what holds at one only is not a
+finding.
+"""
 
 import numpy as np
 
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation import bootstrap, metrics
 from freshrank.evaluation.evaluate import compare
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import FRESH, Comparison, Difference, MetricName, Threshold, interval
 from freshrank.schema import Schema
 
 
 def with_thresholds(
-    comparison: Comparison, challenger: Judged, baseline: Judged, schema: Schema, config: EvaluationConfig
+    comparison: Comparison, challenger: JudgedRows, baseline: JudgedRows, schema: Schema, config: EvaluationConfig
 ) -> Comparison:
     """``comparison`` with one :class:`Threshold` per age of :func:`ages`; unchanged where nothing could be compared.
 
@@ -38,7 +40,7 @@ def ages(schema: Schema, config: EvaluationConfig) -> list[float]:
 
 
 def _threshold(
-    comparison: Comparison, models: tuple[Judged, Judged], schema: Schema, config: EvaluationConfig
+    comparison: Comparison, models: tuple[JudgedRows, JudgedRows], schema: Schema, config: EvaluationConfig
 ) -> Threshold:
     fresh = models[0].age_days < schema.fresh_days
     losses = [_log_loss(models, fresh, action, label, config) for action, label in enumerate(schema.actions)]
@@ -52,7 +54,7 @@ def _threshold(
 
 
 def _log_loss(
-    models: tuple[Judged, Judged], fresh: np.ndarray, action: int, label: str, config: EvaluationConfig
+    models: tuple[JudgedRows, JudgedRows], fresh: np.ndarray, action: int, label: str, config: EvaluationConfig
 ) -> Difference:
     """In pairs over items: an item is drawn with all its rows, the same items for both models."""
     labels = models[0].labels[:, action]
@@ -69,11 +71,11 @@ def _log_loss(
         return row.model_copy(update={"note": f"no fresh row has '{label}' observed"})
     drawn = bootstrap.item_draws(len(distinct), config.warm_up_draws, config.seed)
     ours, theirs = (metrics.row_losses(model.probabilities[rows, action], labels[rows]) for model in models)
-    found = {"challenger": ours, "baseline": theirs, "difference": ours - theirs}
+    losses = {"challenger": ours, "baseline": theirs, "difference": ours - theirs}
     alike = np.ones(len(items))
     return row.model_copy(
         update={
             name: interval(float(values.mean()), bootstrap.drawn_means(drawn, items, values, alike), config.confidence)
-            for name, values in found.items()
+            for name, values in losses.items()
         }
     )

@@ -1,4 +1,4 @@
-"""How fast an item warms up: quality against the number of impressions it had since its birth.
+"""Warm-up curves: quality against the number of impressions an item has had since its creation.
 
 An item passes through the buckets of ``EvaluationConfig.warm_up_buckets`` as it is shown; a model that treats new items
 well is good in the first ones already. Intervals are percentiles of bootstrap draws: of lists for Hits@k per
@@ -16,7 +16,7 @@ import numpy as np
 
 from freshrank.config import EvaluationConfig, exposure_names
 from freshrank.evaluation import bootstrap, metrics
-from freshrank.evaluation.judged_rows import Judged, Table
+from freshrank.evaluation.judged_rows import JudgedRows, SlicedRows
 from freshrank.evaluation.metrics import Bools, Floats, Ints
 from freshrank.evaluation.results import Evaluation, MetricName, Support, WarmUpCurve, WarmUpPoint, Weighting, interval
 from freshrank.schema import Schema
@@ -34,16 +34,16 @@ _MIN_DRAWN = 10
 _Found = tuple[MetricName, Weighting, WarmUpPoint]
 
 
-def with_warm_up(evaluation: Evaluation, judged: Judged, schema: Schema, config: EvaluationConfig) -> Evaluation:
+def with_warm_up(evaluation: Evaluation, judged: JudgedRows, schema: Schema, config: EvaluationConfig) -> Evaluation:
     """``evaluation`` with the warm-up curves of the rows it was made from; unchanged where nothing could be judged."""
     if evaluation.invalid:
         return evaluation
     return evaluation.model_copy(update={"warm_up": warm_up(judged, schema, config)})
 
 
-def warm_up(judged: Judged, schema: Schema, config: EvaluationConfig) -> list[WarmUpCurve]:
+def warm_up(judged: JudgedRows, schema: Schema, config: EvaluationConfig) -> list[WarmUpCurve]:
     """One curve per action and entry of ``CURVES``; the same seed draws the same items for every model."""
-    table = Table(judged, schema, config)
+    table = SlicedRows(judged, schema, config)
     bucket_of = np.searchsorted(config.warm_up_buckets, judged.exposures, side="left")
     names = exposure_names(config.warm_up_buckets)
     buckets = [_Bucket.of(table, name, bucket_of == place) for place, name in enumerate(names)]
@@ -51,9 +51,9 @@ def warm_up(judged: Judged, schema: Schema, config: EvaluationConfig) -> list[Wa
 
 
 def _curves(buckets: list["_Bucket"], action: int) -> Iterator[WarmUpCurve]:
-    found = [row for bucket in buckets for row in (*_hits(bucket, action), *_rows(bucket, action))]
+    results = [row for bucket in buckets for row in (*_hits(bucket, action), *_rows(bucket, action))]
     for metric, weighting in CURVES:
-        points = [point for name, by, point in found if (name, by) == (metric, weighting)]
+        points = [point for name, by, point in results if (name, by) == (metric, weighting)]
         yield WarmUpCurve(
             metric=metric,
             action=buckets[0].table.schema.actions[action],
@@ -67,9 +67,9 @@ def _warm_from(points: list[WarmUpPoint], lower_is_better: bool) -> str | None:
     """First bucket from which on no interval is wholly worse than the warmest one; None without intervals."""
     known = [(point.bucket, point.interval) for point in points if point.interval]
     first = None
-    for bucket, found in reversed(known):
+    for bucket, bounds in reversed(known):
         warmest = known[-1][1]
-        if found.low > warmest.high if lower_is_better else found.high < warmest.low:
+        if bounds.low > warmest.high if lower_is_better else bounds.high < warmest.low:
             break
         first = bucket
     return first
@@ -79,7 +79,7 @@ def _warm_from(points: list[WarmUpPoint], lower_is_better: bool) -> str | None:
 class _Bucket:
     """The rows of one bucket and the draws of its items, the same for all actions and metrics."""
 
-    table: Table
+    table: SlicedRows
     name: str
     rows: Bools
     """[N]"""
@@ -89,7 +89,7 @@ class _Bucket:
     """[B, I]"""
 
     @classmethod
-    def of(cls, table: Table, name: str, rows: Bools) -> "_Bucket":
+    def of(cls, table: SlicedRows, name: str, rows: Bools) -> "_Bucket":
         distinct, items = np.unique(table.judged.item_id[rows], return_inverse=True)
         draws, seed = table.config.warm_up_draws, table.config.seed
         drawn = bootstrap.item_draws(len(distinct), draws, seed) if len(distinct) else np.zeros((draws, 0), np.int64)
@@ -109,8 +109,8 @@ class _Bucket:
             few = f"rests on {drawn} {unit}; {_MIN_DRAWN} are needed"
             note = few if drawn < _MIN_DRAWN else "every row has the action, or none has"
             return WarmUpPoint(bucket=self.name, note=note, support=support)
-        found = interval(value, draws, self.table.config.confidence)
-        return WarmUpPoint(bucket=self.name, interval=found, support=support)
+        estimate = interval(value, draws, self.table.config.confidence)
+        return WarmUpPoint(bucket=self.name, interval=estimate, support=support)
 
 
 def _hits(bucket: _Bucket, action: int) -> Iterator[_Found]:

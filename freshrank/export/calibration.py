@@ -51,8 +51,7 @@ def fit_platt(
 ) -> Platt:
     """Fit on logits [N, A] and labels [N, A] (NaN = not observed).
 
-    A slope below ``MIN_SLOPE`` would turn the ranking round; it is held there and logged, and the gate judges
-    what comes of it.
+    A slope below ``MIN_SLOPE`` would reverse the ranking; it is clipped and logged, and the gate evaluates the result.
 
     Raises:
         DataError: fewer than ``config.min_positives`` positives, or no negative, of an action.
@@ -87,6 +86,6 @@ def _fit_one(
 
 
 def _intercept_at(slope: float, x: npt.NDArray[np.float64], rate: float) -> float:
-    """The intercept with which predictions of a held slope have the observed mean ``rate``."""
+    """The intercept with which predictions of a clipped slope have the observed mean ``rate``."""
     bound = 50.0 + slope * float(np.abs(x).max())
     return float(brentq(lambda b: float(expit(slope * x + b).mean()) - rate, -bound, bound))

@@ -67,14 +67,14 @@ def parity_shift(logits: Floats, utilities: Floats, fresh: Bools, lists: Ints, i
         0 where every list is too short, or holds only fresh or only warm rows.
     """
     _, inverse, counts = np.unique(lists, return_inverse=True, return_counts=True)
-    kept = counts[inverse] > k
-    if not 0 < fresh[kept].sum() < kept.sum():
+    ranked = counts[inverse] > k
+    if not 0 < fresh[ranked].sum() < ranked.sum():
         return 0.0
-    numbers = np.unique(lists[kept], return_inverse=True)[1].astype(np.int64)
-    ties = metrics.tie_key(0, lists[kept], items[kept])
-    probabilities = expit(logits[kept].astype(np.float64))
-    share = float(fresh[kept].mean())
-    return float(metrics.matched_ranks(probabilities, utilities, fresh[kept], numbers, ties, k, share)[1])
+    numbers = np.unique(lists[ranked], return_inverse=True)[1].astype(np.int64)
+    ties = metrics.tie_key(0, lists[ranked], items[ranked])
+    probabilities = expit(logits[ranked].astype(np.float64))
+    share = float(fresh[ranked].mean())
+    return float(metrics.matched_ranks(probabilities, utilities, fresh[ranked], numbers, ties, k, share)[1])
 
 
 def with_parity(platt: Platt, trained: Trained, frame: Frame, catalog: Catalog, config: CalibrationConfig) -> Platt:

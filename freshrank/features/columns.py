@@ -1,4 +1,5 @@
-"""Features as arrays before they are encoded: raw values, and where there is one. Tables and the online store both
+"""Features as arrays before they are encoded: raw values, and a mask of which are present. Tables and the online store
+both
 come to this, and training, export and serving encode it alike.
 """
 
@@ -35,7 +36,7 @@ class Layout:
 
     @cached_property
     def kinds(self) -> dict[Kind, list[Feature]]:
-        return {kind: found for kind in Kind if (found := [f for f in self.features if f.kind is kind])}
+        return {kind: features for kind in Kind if (features := [f for f in self.features if f.kind is kind])}
 
     @cached_property
     def places(self) -> dict[str, tuple[Kind, slice]]:
@@ -146,7 +147,7 @@ def integers(series: pl.Series) -> Int:
 
 
 def _filled(series: pl.Series, value: float) -> pl.Series:
-    """Filling is a query plan, which costs more than to see that nothing is null."""
+    """Filling nulls runs a query plan, which costs more than checking that there are none."""
     return series.fill_null(value) if series.null_count() else series
 
 

@@ -1,4 +1,4 @@
-"""One day of the log, aggregated: the compact state that snapshots are summed from.
+"""Daily aggregates of the log, from which snapshots are summed.
 
 A day's run reads its own day of the log and the parts of the days before it, never their log. So a backfill and one
 run a day give the same numbers by construction. ``<features>/daily/date=YYYY-MM-DD/`` holds, each with the ``day``:
@@ -34,42 +34,44 @@ _BUILT = "built.json"
 log = logging.getLogger(__name__)
 
 
-def parts_directory(workspace: Workspace, day: date) -> Path:
+def aggregates_directory(workspace: Workspace, day: date) -> Path:
     return workspace.features / "daily" / f"date={day.isoformat()}"
 
 
-def part_path(workspace: Workspace, day: date, part: str) -> Path:
-    return parts_directory(workspace, day) / f"{part}.parquet"
+def aggregate_path(workspace: Workspace, day: date, part: str) -> Path:
+    return aggregates_directory(workspace, day) / f"{part}.parquet"
 
 
-def affinity_part(column: str) -> str:
+def affinity_aggregate(column: str) -> str:
     return f"affinity_{column}"
 
 
-def part_names(schema: Schema) -> list[str]:
-    return [*KEYS, ENGAGED, *map(affinity_part, schema.history.affinity)]
+def aggregate_names(schema: Schema) -> list[str]:
+    return [*KEYS, ENGAGED, *map(affinity_aggregate, schema.history.affinity)]
 
 
-def parts_fingerprint(dataset: Dataset, day: date) -> str:
+def aggregates_fingerprint(dataset: Dataset, day: date) -> str:
     """Changes when the day's log does, the categories of items that existed by its end, or code."""
     history = dataset.schema.history
     settings = {"actions": dataset.schema.actions, "length": history.sequence_length, "affinity": history.affinity}
     items = dataset.items_fingerprint(day, history.affinity)
-    return fingerprint_of({"settings": settings, "items": items, "log": dataset.log_fingerprint([day])}, build_parts)
+    return fingerprint_of(
+        {"settings": settings, "items": items, "log": dataset.log_fingerprint([day])}, build_daily_aggregates
+    )
 
 
 def _marker(workspace: Workspace, day: date) -> Path:
-    return parts_directory(workspace, day) / _BUILT
+    return aggregates_directory(workspace, day) / _BUILT
 
 
-def stale_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> list[date]:
+def stale_days(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> list[date]:
     """Those of ``days`` in the log whose parts are missing or of other inputs or code, ascending."""
     present = sorted(set(days) & set(dataset.days))
-    return [day for day in present if not is_current(_marker(workspace, day), parts_fingerprint(dataset, day))]
+    return [day for day in present if not is_current(_marker(workspace, day), aggregates_fingerprint(dataset, day))]
 
 
-def build_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> Iterator[date]:
-    """Write the parts of each of ``days``, and give it out once it is written."""
+def build_daily_aggregates(dataset: Dataset, workspace: Workspace, days: Sequence[date]) -> Iterator[date]:
+    """Write the aggregates of each of ``days`` and yield the day once they are written."""
     if not days:
         return
     queries: dict[str, str] = {}
@@ -77,7 +79,7 @@ def build_parts(dataset: Dataset, workspace: Workspace, days: Sequence[date]) ->
         items = engine.read([dataset.path / "items.parquet"])
         for day in days:
             log = engine.view("log_of_day", read_log(engine, dataset, day))
-            queries = queries or {n: engine.compile(t) for n, t in day_parts(log, items, dataset.schema).items()}
+            queries = queries or {n: engine.compile(t) for n, t in daily_aggregates(log, items, dataset.schema).items()}
             _write(engine, dataset, workspace, day, queries)
             yield day
 
@@ -92,9 +94,9 @@ def _write(engine: Engine, dataset: Dataset, workspace: Workspace, day: date, qu
             late,
             day,
         )
-    expected = parts_fingerprint(dataset, day)
+    expected = aggregates_fingerprint(dataset, day)
     with (
-        atomic_directory(parts_directory(workspace, day)) as directory,
+        atomic_directory(aggregates_directory(workspace, day)) as directory,
         marking(directory / _BUILT, expected, rows=rows, late=before.get("late", 0) + late),
     ):
         for name, query in queries.items():
@@ -110,11 +112,13 @@ def read_log(engine: Engine, dataset: Dataset, day: date) -> Table:
     return log.select(USER_ID, ITEM_ID, EVENT_TIMESTAMP, *dataset.schema.actions, **{DAY: ibis.literal(day)})
 
 
-def day_parts(log: Table, items: Table, schema: Schema) -> dict[str, Table]:
-    """Every part of one day, by name."""
+def daily_aggregates(log: Table, items: Table, schema: Schema) -> dict[str, Table]:
+    """All aggregates of one day, by name."""
     parts = {entity.value: _counts(log, [key], schema.actions) for entity, key in KEYS.items()}
     parts[ENGAGED] = _engaged(log, schema)
-    parts |= {affinity_part(column): _by_category(log, items, schema, column) for column in schema.history.affinity}
+    parts |= {
+        affinity_aggregate(column): _by_category(log, items, schema, column) for column in schema.history.affinity
+    }
     return parts
 
 

@@ -16,7 +16,7 @@ import polars as pl
 from safetensors.numpy import load_file, save_file
 
 from freshrank.features.columns import Bool, Columns, Float, Int, Layout, integers
-from freshrank.features.frames import ITEM_ROW, USER_ROW, Frame, Part
+from freshrank.features.frames import ITEM_ROW, USER_ROW, Frame, FramePart
 from freshrank.features.vocabulary import (
     MISSING,
     NEW,
@@ -34,7 +34,7 @@ from freshrank.schema import (
     SEQUENCE_ITEMS,
     Entity,
     Feature,
-    Group,
+    FeatureGroup,
     Kind,
     Schema,
     affinity_crosses,
@@ -57,10 +57,10 @@ class Encoder:
     @classmethod
     def fit(cls, frame: Frame, schema: Schema, min_count: int) -> "Encoder":
         """Fit vocabularies and numeric statistics on the training rows only."""
-        return cls.fit_parts([Part.whole(frame)], schema, min_count)
+        return cls.fit_parts([FramePart.whole(frame)], schema, min_count)
 
     @classmethod
-    def fit_parts(cls, parts: Iterable[Part], schema: Schema, min_count: int) -> "Encoder":
+    def fit_parts(cls, parts: Iterable[FramePart], schema: Schema, min_count: int) -> "Encoder":
         """:meth:`fit` on a frame that comes in parts, in one pass that holds one part and a count per value.
 
         Vocabularies are those of the whole frame; statistics differ from its by rounding (float64, kept as float32).
@@ -73,7 +73,7 @@ class Encoder:
                 running[entity].add(transformed(block, reader.numeric(entity)))
         return cls(schema, counts.vocabularies(min_count), {e: each.statistics() for e, each in running.items()})
 
-    def _numeric_blocks(self, part: Part) -> dict[Entity, Float]:
+    def _numeric_blocks(self, part: FramePart) -> dict[Entity, Float]:
         frame, items = part.frame, part.frame.items.filter(part.first)
         numeric = {
             Entity.USER: Columns.of(frame.users, Layout.of(self.numeric(Entity.USER))).arrays.get(Kind.NUMERIC),
@@ -131,8 +131,10 @@ class Encoder:
 
     def sequence_places(self, users: pl.DataFrame, catalog: "Catalog") -> tuple[Int, Int]:
         """Rows of ``catalog`` and action codes of each user's sequence, [U, L] each, newest last."""
-        kept = [f for f in self.layouts[Entity.USER].features if f.name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)]
-        return self._sequence_places(Columns.of(users, Layout.of(kept)), catalog)
+        sequence_features = [
+            f for f in self.layouts[Entity.USER].features if f.name in (SEQUENCE_ITEMS, SEQUENCE_ACTIONS)
+        ]
+        return self._sequence_places(Columns.of(users, Layout.of(sequence_features)), catalog)
 
     def _sequence_places(self, users: Columns, catalog: "Catalog") -> tuple[Int, Int]:
         present = users.present(SEQUENCE_ITEMS)
@@ -156,12 +158,12 @@ class Encoder:
         """Blocks with leading dimension N (rows of ``frame.rows``)."""
         return self._row_blocks(self._rows(frame), catalog)
 
-    def _rows(self, frame: Frame) -> "Rows":
+    def _rows(self, frame: Frame) -> "CandidatePairs":
         crossed = [name for column in self.schema.history.affinity for name in self._affinity_lists(column)]
         users = [f for f in self.layouts[Entity.USER].features if f.name in crossed]
         items = [f for f in self.layouts[Entity.ITEM].features if f.name in self.schema.history.affinity]
         query = frame.rows[QUERY_ITEM_ID] if self.schema.has_query else None
-        return Rows(
+        return CandidatePairs(
             users=Columns.of(frame.users, Layout.of(users)),
             items=Columns.of(frame.items, Layout.of(items)),
             rows=Columns.of(frame.rows, self.layouts[Entity.ROW]),
@@ -170,7 +172,7 @@ class Encoder:
             query=None if query is None else (integers(query), query.is_not_null().to_numpy()),
         )
 
-    def _row_blocks(self, rows: "Rows", catalog: "Catalog") -> Blocks:
+    def _row_blocks(self, rows: "CandidatePairs", catalog: "Catalog") -> Blocks:
         blocks = self._entity(Entity.ROW, rows.rows, numeric=self._row_numeric(rows))
         if rows.query is not None:
             places = catalog.places(*rows.query)
@@ -188,7 +190,7 @@ class Encoder:
         )
         return self.encode(replace(rows, users=users, items=items), integers(frame.items[ITEM_ID]), catalog)
 
-    def encode(self, rows: "Rows", item_ids: Int, catalog: "Catalog") -> Blocks:
+    def encode(self, rows: "CandidatePairs", item_ids: Int, catalog: "Catalog") -> Blocks:
         """:meth:`inputs` of features that were read already; ``item_ids`` [I] of ``rows.items``."""
         items = {name: block[rows.item_row] for name, block in self._items(item_ids, rows.items).items()}
         users = self._entity(Entity.USER, rows.users) | self.sequences(rows.users, catalog)
@@ -211,19 +213,21 @@ class Encoder:
         values, present = columns.values(feature.name), columns.present(feature.name)
         return self.vocabularies[feature.name].encode(values, present)
 
-    def _row_numeric(self, rows: "Rows") -> Float:
+    def _row_numeric(self, rows: "CandidatePairs") -> Float:
         crosses = [self._affinity(column, rows) for column in self.schema.history.affinity]
         return np.concatenate([rows.rows.arrays[Kind.NUMERIC], *crosses], axis=1)
 
-    def _affinity(self, column: str, rows: "Rows") -> Float:
+    def _affinity(self, column: str, rows: "CandidatePairs") -> Float:
         """What the user did with the candidate's category: impressions, then a rate per action, [N, 1 + A]."""
         values, *counts = self._affinity_lists(column)
         category, known = _first_value(rows.items, column)
         seen = rows.users.values(values)[rows.user_row] == category[rows.item_row, None]
         match = seen & rows.users.present(values)[rows.user_row] & known[rows.item_row, None]
         place = match.argmax(axis=1)  # a user's list names a category once
-        found = match[np.arange(len(place)), place]
-        sums = [np.where(found, rows.users.values(name)[rows.user_row, place], 0).astype(np.float32) for name in counts]
+        matched = match[np.arange(len(place)), place]
+        sums = [
+            np.where(matched, rows.users.values(name)[rows.user_row, place], 0).astype(np.float32) for name in counts
+        ]
         impressions, *positives = sums
         some = impressions > 0
         rates = [np.divide(p, impressions, out=np.full_like(p, np.nan), where=some) for p in positives]
@@ -235,8 +239,8 @@ class Encoder:
     def without_siblings(self) -> "Encoder":
         """The encoder of the same frame for a ranker that does not read sibling rates."""
         schema = self.schema.without_siblings()
-        kept = {feature.name for feature in schema.select(Entity.ITEM, Kind.NUMERIC)}
-        columns = [place for place, feature in enumerate(self.numeric(Entity.ITEM)) if feature.name in kept]
+        names = {feature.name for feature in schema.select(Entity.ITEM, Kind.NUMERIC)}
+        columns = [place for place, feature in enumerate(self.numeric(Entity.ITEM)) if feature.name in names]
         moments = self.statistics[Entity.ITEM]
         item = {Entity.ITEM: NumericStatistics(moments.mean[columns], moments.std[columns])}
         return Encoder(schema, self.vocabularies, self.statistics | item)
@@ -261,7 +265,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CandidatePairs:
     """N (user, candidate) pairs as they are encoded: ``user_row`` and ``item_row`` [N] point at rows of ``users`` and
     ``items``; ``query`` is the raw item id of each pair's query [N] and whether there is one."""
 
@@ -324,7 +328,7 @@ class _Counts:
         self.entities = {ITEM_ID: Entity.ITEM} | {f.name: f.entity for f in schema.features() if f.kind in kinds}
         self.seen: dict[str, pl.DataFrame] = {}
 
-    def add(self, part: Part) -> None:
+    def add(self, part: FramePart) -> None:
         frame = part.frame
         item_counts = np.bincount(frame.rows["item_row"].to_numpy(), minlength=len(frame.items))
         tables = {
@@ -369,14 +373,14 @@ def _first_value(items: Columns, name: str) -> tuple[Int, Bool]:
 
 
 def layouts(schema: Schema) -> dict[Entity, Layout]:
-    """Features that are read, by entity: all but the crosses of a user's and an item's."""
+    """Stored features by entity: all but the user-item crosses."""
     crosses = {name for column in schema.history.affinity for name in affinity_crosses(column, schema.actions)}
     return {e: Layout.of(f for f in schema.select(e) if f.name not in crosses) for e in _ENTITIES}
 
 
 def historical_columns(features: list[Feature]) -> list[int]:
     """Positions of the historical features in their block."""
-    return [i for i, feature in enumerate(features) if feature.group is Group.HISTORICAL]
+    return [i for i, feature in enumerate(features) if feature.group is FeatureGroup.HISTORICAL]
 
 
 def absent_history(features: list[Feature]) -> tuple[list[int], Float]:

@@ -16,7 +16,7 @@ import polars as pl
 
 from freshrank.datasets.dataset import Dataset
 from freshrank.dates import day_of
-from freshrank.features.daily_aggregates import DAY, build_parts, part_path, stale_parts
+from freshrank.features.daily_aggregates import DAY, aggregate_path, build_daily_aggregates, stale_days
 from freshrank.features.hourly import COUNTED, require_hourly, with_counted_hour
 from freshrank.features.snapshots import history_fingerprint, require_history
 from freshrank.features.store import CREATED_AT_US, FeatureStore, stored_schema
@@ -63,14 +63,14 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Part:
+class FramePart:
     """A frame that is one of several; ``first`` bool [I]: no earlier part holds this row of ``frame.items``."""
 
     frame: Frame
     first: npt.NDArray[np.bool_]
 
     @classmethod
-    def whole(cls, frame: Frame) -> "Part":
+    def whole(cls, frame: Frame) -> "FramePart":
         return cls(frame, np.ones(len(frame.items), np.bool_))
 
 
@@ -91,11 +91,11 @@ def load_frame(
     missing = [day for day, path in wanted.items() if not path.exists()]
     if missing:
         _write_missing(dataset, workspace, {day: wanted[day] for day in missing})
-    return only(concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
+    return with_usage(concatenated([_read(path) for path in wanted.values()], dataset.schema), usages)
 
 
 def frame_path(dataset: Dataset, workspace: Workspace, day: date) -> Path:
-    """Where a day's frame is kept; the name changes when anything that reaches the frame does."""
+    """Path of a day's cached frame; the name changes with everything the frame depends on."""
     past = [seen for seen in dataset.days if seen <= day]
     inputs = {
         "log": dataset.log_fingerprint(past),
@@ -211,9 +211,9 @@ class Exposures:
     def count(self, rows: pl.DataFrame, day: date) -> pl.DataFrame:
         """``rows`` of ``day`` with EXPOSURES (Int64)."""
         new = [seen for seen in self._dataset.days if seen < day and seen not in self._counted]
-        list(build_parts(self._dataset, self._workspace, stale_parts(self._dataset, self._workspace, new)))
+        list(build_daily_aggregates(self._dataset, self._workspace, stale_days(self._dataset, self._workspace, new)))
         if new:
-            parts = [pl.read_parquet(part_path(self._workspace, seen, Entity.ITEM)) for seen in new]
+            parts = [pl.read_parquet(aggregate_path(self._workspace, seen, Entity.ITEM)) for seen in new]
             shown = [part.select(ITEM_ID, pl.col("impressions").alias(EXPOSURES)) for part in parts]
             self._totals = pl.concat([self._totals, *shown]).group_by(ITEM_ID).agg(pl.col(EXPOSURES).sum())
             self._counted += new
@@ -286,12 +286,12 @@ def empty_frame(schema: Schema) -> Frame:
     return Frame(users, items, pl.DataFrame(schema=_row_schema(schema)))
 
 
-def only(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
+def with_usage(frame: Frame, usages: tuple[Usage, ...]) -> Frame:
     """The impressions whose usage is one of ``usages``, with the users and items they point at."""
-    return kept(frame, pl.col(USAGE).is_in([usage.value for usage in usages]))
+    return filter_frame(frame, pl.col(USAGE).is_in([usage.value for usage in usages]))
 
 
-def kept(frame: Frame, condition: pl.Expr) -> Frame:
+def filter_frame(frame: Frame, condition: pl.Expr) -> Frame:
     """The impressions that meet ``condition``, with the users and items they point at."""
     rows = frame.rows.filter(condition)
     if len(rows) == len(frame.rows):
@@ -306,7 +306,7 @@ def _compacted(table: pl.DataFrame, position: pl.Series) -> tuple[pl.DataFrame, 
     return table[present], position.rank("dense").cast(pl.UInt32) - 1
 
 
-def newest_items(parts: Iterable[Part]) -> pl.DataFrame:
+def newest_items(parts: Iterable[FramePart]) -> pl.DataFrame:
     """One row per item of ``parts``, its newest, by item id."""
     newest = pl.DataFrame()
     for part in parts:

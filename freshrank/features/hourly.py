@@ -258,7 +258,7 @@ def only_standing(items: Columns, counted_us: Int, at_us: Int, schema: Schema) -
     names = [feature.name for feature in items.layout.features if feature.origin is Origin.HOURLY]
     if not names or not (ended := ~stand(counted_us, at_us, schema)).any():
         return items
-    kept = Columns(items.layout, {name: array.copy() for name, array in items.arrays.items()})
+    standing = Columns(items.layout, {name: array.copy() for name, array in items.arrays.items()})
     for name in names:
-        kept.values(name)[ended] = np.nan
-    return kept
+        standing.values(name)[ended] = np.nan
+    return standing

@@ -33,14 +33,14 @@ from freshrank.features.daily_aggregates import (
     KEYS,
     MASK,
     SEQUENCE_ORDER,
-    affinity_part,
-    build_parts,
+    affinity_aggregate,
+    aggregate_names,
+    aggregate_path,
+    aggregates_fingerprint,
+    build_daily_aggregates,
     latest,
-    part_names,
-    part_path,
-    parts_fingerprint,
     reach_days,
-    stale_parts,
+    stale_days,
 )
 from freshrank.features.engines import Engine, Table, open_engine
 from freshrank.schema import (
@@ -51,7 +51,7 @@ from freshrank.schema import (
     SNAPSHOT,
     USER_ID,
     Entity,
-    Group,
+    FeatureGroup,
     Kind,
     Schema,
     affinity_lists,
@@ -90,7 +90,7 @@ def snapshot_path(workspace: Workspace, entity: Entity, day: date) -> Path:
 def history_fingerprint(dataset: Dataset, day: date) -> str:
     """Changes when anything that the snapshot of ``day`` depends on does, its code included."""
     history = dataset.schema.history
-    parts = {seen.isoformat(): parts_fingerprint(dataset, seen) for seen in reach_days(dataset, day)}
+    parts = {seen.isoformat(): aggregates_fingerprint(dataset, seen) for seen in reach_days(dataset, day)}
     columns = dict.fromkeys(column for entry in history.siblings for column in sibling_columns(entry))
     born = dataset.items_fingerprint(day, tuple(columns)) if history.siblings else None
     # Not build_history: how progress is shown is no reason to build anew.
@@ -108,13 +108,13 @@ def build_history(dataset: Dataset, workspace: Workspace, days: Sequence[date]) 
     stale = [day for day, expected in wanted.items() if not _is_built(workspace, day, expected)]
     for entity in KEYS if stale else ():
         remove_outgrown(workspace.features / entity, history_schema(dataset.schema, entity))
-    parts = stale_parts(dataset, workspace, [seen for day in stale for seen in _read_days(dataset, day)])
+    parts = stale_days(dataset, workspace, [seen for day in stale for seen in _read_days(dataset, day)])
     log.info(
         "history: %d days of the log to aggregate, %d of %d snapshots to build", len(parts), len(stale), len(wanted)
     )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("history: days of the log", total=len(parts))
-        for _ in build_parts(dataset, workspace, parts):
+        for _ in build_daily_aggregates(dataset, workspace, parts):
             progress.advance(task)
         task = progress.add_task("history: snapshots", total=len(stale))
         for _ in _build(dataset, workspace, {day: wanted[day] for day in stale}):
@@ -170,18 +170,19 @@ def day_views(engine: Engine, dataset: Dataset, workspace: Workspace, day: date)
     """All that the snapshots of ``day`` are made of and that differs by day: by name, the parts with the ``age`` of
     their rows, 1 for the day before; ``items``, those created before ``day`` ends; ``today``, one row."""
     schema = dataset.schema
-    tables = read_parts(engine, dataset, workspace, day) | {
+    tables = read_aggregates(engine, dataset, workspace, day) | {
         ITEMS: _born(engine.read([dataset.path / "items.parquet"]), schema, day),
         TODAY: _today(midnight(day, schema.utc_offset_hours)),
     }
     return {name: engine.view(f"day_{name}", table) for name, table in tables.items()}
 
 
-def read_parts(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:
+def read_aggregates(engine: Engine, dataset: Dataset, workspace: Workspace, day: date) -> dict[str, Table]:
     """What may enter the snapshot of ``day``, by part."""
     days, reach = _read_days(dataset, day), dataset.schema.lookback_days + 1
     tables = {
-        name: engine.read([part_path(workspace, seen, name) for seen in days]) for name in part_names(dataset.schema)
+        name: engine.read([aggregate_path(workspace, seen, name) for seen in days])
+        for name in aggregate_names(dataset.schema)
     }
     return {name: _aged(table, day, reach) for name, table in tables.items()}
 
@@ -233,7 +234,7 @@ def item_snapshot(views: dict[str, Table], schema: Schema) -> Table:
 def user_snapshot(views: dict[str, Table], schema: Schema) -> Table:
     """Counters, rates, sequences and affinities, one row per user."""
     tables = [_counters(views, Entity.USER, schema), _sequences(views[ENGAGED], schema)]
-    tables += [_affinities(views[affinity_part(column)], schema, column) for column in schema.history.affinity]
+    tables += [_affinities(views[affinity_aggregate(column)], schema, column) for column in schema.history.affinity]
     table = reduce(lambda left, right: left.left_join(right, USER_ID, rname="{name}_right"), tables)
     features = {
         name: _or_empty(table[name]) if kind is Kind.SEQUENCE else table[name]
@@ -297,7 +298,7 @@ def _trials(action: str, schema: Schema) -> tuple[str, str]:
 def _counts(schema: Schema) -> list[str]:
     """The item's own counters: 0 without history, where its rates are null."""
     features = schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
-    return [f.name for f in features if f.group is Group.HISTORICAL and f.default is not None]
+    return [f.name for f in features if f.group is FeatureGroup.HISTORICAL and f.default is not None]
 
 
 def _sibling_keys(items: Table, schema: Schema) -> Table:

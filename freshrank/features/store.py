@@ -1,7 +1,7 @@
 """Feast, generated from the schema: one definition of every stored feature for training and for serving.
 
 Offline reads are point-in-time joins that see a row from its ``created_timestamp`` on; online reads give the same
-columns and dtypes. What is not known is null, whatever the reason: unknown id, no snapshot, no value in the table.
+columns and dtypes. Missing values are null, whatever the reason: unknown id, no snapshot, no value in the table.
 """
 
 import logging
@@ -47,9 +47,9 @@ CREATED_AT_US = "created_at_us"
 ALWAYS = datetime(1970, 1, 2, tzinfo=UTC)
 """Profiles carry no time of their own: they count as known from the start."""
 SNAPSHOT_LIFE = timedelta(days=1) - timedelta(microseconds=1)
-"""A snapshot stands for its day alone; a day without one reads as missing, not as the day before."""
+"""A snapshot is valid on its day only; a day without one reads as missing, not as the day before."""
 _REGISTRY_SECONDS = 60
-"""How long an open store may answer from what it last read of the registry."""
+"""How long an open store may serve its cached copy of the registry."""
 _REDIS_LIMITS = "socket_connect_timeout=5,socket_timeout=15"
 """Seconds, since Feast's client would wait for ever for a Redis that hangs; it tries four times.
 
@@ -137,7 +137,7 @@ def _source_path(workspace: Workspace, entity: Entity, origin: Origin) -> Path:
 
 
 def _lives(schema: Schema) -> dict[Origin, timedelta]:
-    """How long a row stands; zero is for ever, and Feast counts the last instant as in."""
+    """How long a row is valid; zero means for ever, and Feast counts the last instant as valid."""
     hourly = life(schema) - timedelta(microseconds=1)
     return {Origin.TABLE: timedelta(0), Origin.SNAPSHOT: SNAPSHOT_LIFE, Origin.HOURLY: hourly}
 
@@ -226,7 +226,8 @@ class FeatureStore:
 
         Histories are the snapshots of ``run_date``. A new item's content is pushed when it is born; here, where
         the table holds the whole day already, that means items created before the day's end.
-        Repeating a day gives the same store. It never goes back, so that a backfill cannot harm what serves: a
+        Repeating a day gives the same store. The store never moves back in time, so that a backfill cannot harm the
+        served model: a
         ``run_date`` earlier than the one it holds changes nothing and is logged; the instant of the later state that
         stays is returned, None where ``run_date`` was put in.
         """

@@ -48,11 +48,11 @@ class NumericStatistics:
 def table_rows(known: Int, values: Int, present: npt.NDArray[np.bool_]) -> Int:
     """Row of each of ``values`` in a table of the ascending ``known`` ones behind the reserved rows."""
     rows = np.full(values.shape, MISSING, np.int64)
-    rows[present] = _found(known, values[present])  # most of a padded sequence is not
+    rows[present] = _table_places(known, values[present])  # most of a padded sequence is not
     return rows
 
 
-def _found(known: Int, values: Int) -> Int:
+def _table_places(known: Int, values: Int) -> Int:
     span = int(known[-1]) - int(known[0]) + 1 if len(known) else 0
     if 0 < span <= len(values):  # one table look-up each instead of a search
         table = np.full(span + 1, NEW)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Champion:
-    """What served when the run's date began."""
+    """The model that was served when the run's date began."""
 
     version: int
     run_date: str

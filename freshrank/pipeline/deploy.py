@@ -96,7 +96,7 @@ def republish(data: FreshrankPath, run_date: str, force: bool = False) -> int | 
     return publish(bundle, Replicas.configured(), repository, force=force).version
 
 
-def require_kept(data: FreshrankPath, run_date: str) -> None:
+def require_bundle(data: FreshrankPath, run_date: str) -> None:
     """MissingArtifact where the pipeline judged ``run_date`` and did not deploy it: it leaves no bundle behind."""
     run = Run(data, run_date)
     if (run.directory / "run.json").exists() and not (run.directory / "bundle").exists():

@@ -1,4 +1,6 @@
-"""Who is judged on which rows: the challenger, what served before the run's date, or popularity."""
+"""Which models are evaluated on which rows: the challenger, and the model served before the run's date, or
+popularity.
+"""
 
 from dataclasses import dataclass
 from datetime import date
@@ -11,7 +13,7 @@ import polars as pl
 from freshrank.bundle.onnx_ranker import OnnxRanker
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation.gate import Decision, Verdict
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.popularity import popularity
 from freshrank.evaluation.results import ALL, FRESH, Comparison, Evaluation, MetricName
 from freshrank.features.frames import JUDGED_AGE, Frame, load_frame
@@ -28,8 +30,8 @@ from freshrank.pipeline.champion import Champion
 
 
 @dataclass(frozen=True)
-class JudgedRows:
-    """The evaluation rows, scored by whoever is asked."""
+class EvaluationRows:
+    """The evaluation rows, to be scored by a bundle, the champion or popularity."""
 
     run: "Run"
     frame: Frame
@@ -38,17 +40,17 @@ class JudgedRows:
     list_id: np.ndarray
 
     @classmethod
-    def load(cls, run: "Run", days: list[date], config: EvaluationConfig) -> "JudgedRows":
+    def load(cls, run: "Run", days: list[date], config: EvaluationConfig) -> "EvaluationRows":
         frame = load_frame(run.dataset, run.workspace, days, IN_EVALUATION)
         key = REQUEST_ID if config.lists == "request" else USER_ID
         list_id = frame.rows[key].rank("dense").cast(pl.Int64).to_numpy()
         return cls(run, frame, run.dataset.items(), labels_of(frame, run.dataset.schema), list_id)
 
-    def of_bundle(self, bundle: Path) -> Judged:
+    def of_bundle(self, bundle: Path) -> JudgedRows:
         answers = OnnxRanker(bundle).score(self.frame, self.items)
         return self._judged(answers["probabilities"], answers["score"])
 
-    def of_champion(self, champion: Champion | None) -> Judged:
+    def of_champion(self, champion: Champion | None) -> JudgedRows:
         """The champion's predictions; popularity where nothing served."""
         if champion and not champion.lacking:
             return self.of_bundle(champion.bundle)
@@ -56,9 +58,9 @@ class JudgedRows:
         item_row = self.frame.rows["item_row"].to_numpy()
         return self._judged(probabilities[item_row], score[item_row])
 
-    def _judged(self, probabilities: np.ndarray, score: np.ndarray) -> Judged:
+    def _judged(self, probabilities: np.ndarray, score: np.ndarray) -> JudgedRows:
         rows = self.frame.rows
-        return Judged(
+        return JudgedRows(
             probabilities=probabilities,
             score=score,
             labels=self.labels,
@@ -71,7 +73,7 @@ class JudgedRows:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All that was found out about a bundle on the evaluation days."""
+    """The evaluation of a bundle on the evaluation days."""
 
     bundle: dict[str, Any]
     champion: Champion | None
@@ -94,14 +96,14 @@ class Judgement:
         write_report(directory / "report.html", self._report(run))
 
     def _headline(self) -> dict[str, Any]:
-        found = {f"hits_{slice}": self.comparison.get(MetricName.HITS, slice) for slice in (FRESH, ALL)}
+        rows = {f"hits_{slice}": self.comparison.get(MetricName.HITS, slice) for slice in (FRESH, ALL)}
         return {
             "fingerprint": self.bundle["fingerprint"],
             "recipe": self._recipe(),
             "baseline": self.baseline_name,
             "parameter_increase": self.bundle["training"]["parameter_increase"],
-            **{f"{name}_challenger": row.challenger.value for name, row in found.items() if row.challenger},
-            **{f"{name}_baseline": row.baseline.value for name, row in found.items() if row.baseline},
+            **{f"{name}_challenger": row.challenger.value for name, row in rows.items() if row.challenger},
+            **{f"{name}_baseline": row.baseline.value for name, row in rows.items() if row.baseline},
         }
 
     def _recipe(self) -> str:

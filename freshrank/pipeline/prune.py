@@ -1,4 +1,4 @@
-"""What no later run, no roll-back and no report of the last days needs any more, removed from a workspace.
+"""Prune a workspace: remove what no later run, no rollback and no recent report needs.
 
 A run needs the days its windows read, which it notes in its folder; the next run is taken to read as many as the
 widest run before it. Days count from the next run of the log, not from today: a log may be years old. What has no day
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class Removable:
     """Something that may go."""
 
     kind: str
@@ -82,13 +82,13 @@ def prune(
             log.warning(
                 "prune: features are being read or built just now: of %s all stays this time", ", ".join(READ_BY_RUNS)
             )
-        plan = Plan(dataset, workspace, repository, keep_days, now or datetime.now(UTC))
-        found = [(each, _bytes(each.path)) for each in plan.found() if unused or each.kind not in READ_BY_RUNS]
+        plan = PruningPlan(dataset, workspace, repository, keep_days, now or datetime.now(UTC))
+        removable = [(each, _bytes(each.path)) for each in plan.removable() if unused or each.kind not in READ_BY_RUNS]
         if not dry_run:
-            found = [(each, size) for each, size in found if _put_away(each, plan)]
+            removable = [(each, size) for each, size in removable if _put_away(each, plan)]
     if not dry_run:
         _empty(plan.roots())
-    return _summed(found)
+    return _summed(removable)
 
 
 def total(removed: Iterable[Removed]) -> Removed:
@@ -109,16 +109,16 @@ def prune_after_a_day(data: Path) -> None:
         log.warning("prune: the workspace is not pruned, `freshrank prune` does it again: %s", error)
 
 
-def _summed(found: Iterable[tuple[Found, int]]) -> list[Removed]:
+def _summed(removed: Iterable[tuple[Removable, int]]) -> list[Removed]:
     sums = {kind: Removed(kind) for kind in KINDS}
-    for each, size in found:
+    for each, size in removed:
         before = sums[each.kind]
         sums[each.kind] = replace(before, count=before.count + 1, bytes=before.bytes + size)
     return list(sums.values())
 
 
-class Plan:
-    """What of one workspace may go, from what lies there at one moment."""
+class PruningPlan:
+    """What may be removed from one workspace, as seen at one moment."""
 
     def __init__(
         self, dataset: Dataset, workspace: Workspace, repository: ModelRepository, keep_days: int, now: datetime
@@ -130,8 +130,8 @@ class Plan:
         self._read = list(self._read_days())
         self._under_way = any(self.is_at_work(path) for path in _entries(workspace.checkpoints))
 
-    def found(self) -> Iterator[Found]:
-        """All that may go; of a snapshot what says that it is whole comes first."""
+    def removable(self) -> Iterator[Removable]:
+        """Everything that may be removed; of a snapshot, the marker that it is complete goes first."""
         yield from self._of_runs()
         if not self._under_way:
             # A training reads them for as long as it takes, and says so with its checkpoints alone.
@@ -140,7 +140,7 @@ class Plan:
         yield from self._unused()
         yield from self._of_requests()
         for root in self.roots():
-            yield from (Found(LEFT_OVER, path, root) for path in _hidden(root) if not self.is_at_work(path))
+            yield from (Removable(LEFT_OVER, path, root) for path in _hidden(root) if not self.is_at_work(path))
 
     def roots(self) -> list[Path]:
         """Folders that things are removed from."""
@@ -165,7 +165,7 @@ class Plan:
     def _age(self, path: Path) -> timedelta:
         return self.now - datetime.fromtimestamp(max(map(_changed, _inside(path))), UTC)
 
-    def _is_kept(self, day: date) -> bool:
+    def _is_retained(self, day: date) -> bool:
         return day > self.next_run - self.keep
 
     def _read_days(self) -> Iterator[tuple[date, date]]:
@@ -173,57 +173,57 @@ class Plan:
         first = {day: self.workspace.reads_from(day) or _default(day) for day in self._runs}
         widest = max((day - begin for day, begin in first.items()), default=self.next_run - _default(self.next_run))
         for day, begin in (first | {self.next_run: self.next_run - widest}).items():
-            if day == self.next_run or self._is_kept(day) or self.is_at_work(self._runs[day]):
+            if day == self.next_run or self._is_retained(day) or self.is_at_work(self._runs[day]):
                 yield min(begin, day - timedelta(days=REFERENCE_DAYS)), day
 
     def _is_read(self, day: date) -> bool:
         return any(first <= day <= last for first, last in self._read)
 
-    def _of_runs(self) -> Iterator[Found]:
+    def _of_runs(self) -> Iterator[Removable]:
         installed = {self.repository.info(version).run_date for version in self.repository.versions()}
         for day, path in self._runs.items():
-            if not self._is_kept(day) and day.isoformat() not in installed and not self.is_at_work(path):
-                yield Found(RUNS, path, path.parent)
+            if not self._is_retained(day) and day.isoformat() not in installed and not self.is_at_work(path):
+                yield Removable(RUNS, path, path.parent)
 
-    def _of_training(self) -> Iterator[Found]:
+    def _of_training(self) -> Iterator[Removable]:
         for kind, root in ((FRAMES, self.workspace.frames), (SHARDS, self.workspace.shards)):
             by_day = [(day, path) for path in _entries(root) if (day := _day(path.name[:10]))]
             for day, path in by_day:
                 goes = not self._is_read(day) or (kind == FRAMES and self._is_stale(day, path, by_day))
                 if goes and not self.is_at_work(path):
-                    yield Found(kind, path, root)
+                    yield Removable(kind, path, root)
         root = self.workspace.features
         folders = [root / name for name in ("built", *Entity, "item_hourly")]
         for path in (path for folder in folders for path in _entries(folder)):
             day = _day(path.stem[-10:])
             if day and not self._is_read(day) and not self.is_at_work(path):
-                yield Found(SNAPSHOTS, path, root)
+                yield Removable(SNAPSHOTS, path, root)
 
     def _is_stale(self, day: date, path: Path, by_day: list[tuple[date, Path]]) -> bool:
         """Whether a later frame of ``day`` took its place."""
         several = sum(other == day for other, _ in by_day) > 1
         return several and path != frame_path(self.dataset, self.workspace, day)
 
-    def _of_parts(self) -> Iterator[Found]:
+    def _of_parts(self) -> Iterator[Removable]:
         """Those of days that the log has no more: a frame counts the impressions of all days before its own."""
         root = self.workspace.features / "daily"
         for path in _entries(root):
             day = _day(path.name.removeprefix("date="))
             if day and day not in self.dataset.days and not self.is_at_work(path):
-                yield Found(PARTS, path, root)
+                yield Removable(PARTS, path, root)
 
-    def _unused(self) -> Iterator[Found]:
+    def _unused(self) -> Iterator[Removable]:
         """What has no day: a step that takes it, a training that goes on, a submission write or touch it."""
         roots = [(CHECKPOINTS, self.workspace.checkpoints), *((STEPS, root) for root in _entries(self.workspace.steps))]
-        found = [(kind, path, root) for kind, root in roots for path in _entries(root)]
-        found += [
+        undated = [(kind, path, root) for kind, root in roots for path in _entries(root)]
+        undated += [
             (PIPELINES, path, self.workspace.pipelines)
             for path in _entries(self.workspace.pipelines)
             if path.suffix == ".yaml"
         ]
-        yield from (Found(*each) for each in found if self._age(each[1]) >= max(self.keep, SPARED))
+        yield from (Removable(*each) for each in undated if self._age(each[1]) >= max(self.keep, SPARED))
 
-    def _of_requests(self) -> Iterator[Found]:
+    def _of_requests(self) -> Iterator[Removable]:
         """Whole days (UTC) of the request log, none while an experiment runs, which is computed from them."""
         root = self.workspace.requests
         if (self.repository.root / EXPERIMENT).exists():
@@ -231,7 +231,7 @@ class Plan:
         for path in _entries(root):
             day = _day(path.name)
             if day and day < self.now.date() - self.keep and not self.is_at_work(path):
-                yield Found(REQUESTS, path, root)
+                yield Removable(REQUESTS, path, root)
 
 
 def _default(day: date) -> date:
@@ -249,7 +249,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _hidden(folder: Path) -> list[Path]:
-    """What a killed writer or upload left."""
+    """Leftovers of a killed writer or upload."""
     return [path for pattern in (".*.tmp", ".upload-*") for path in folder.glob(pattern)]
 
 
@@ -274,20 +274,20 @@ def _bytes(path: Path) -> int:
     return sizes
 
 
-def _put_away(found: Found, plan: Plan) -> bool:
-    """Take ``found`` out of every reader's sight; False where somebody came meanwhile, or removed it."""
-    trash = found.root / TRASH
+def _put_away(item: Removable, plan: PruningPlan) -> bool:
+    """Take ``item`` out of every reader's sight; False where somebody came meanwhile, or removed it."""
+    trash = item.root / TRASH
     trash.mkdir(exist_ok=True)
-    if plan.is_at_work(found.path):
+    if plan.is_at_work(item.path):
         return False
     try:
-        found.path.rename(trash / uuid.uuid4().hex)
+        item.path.rename(trash / uuid.uuid4().hex)
     except FileNotFoundError:
         return False
     return True
 
 
 def _empty(roots: Iterable[Path]) -> None:
-    """Delete what was put away, by this call or by one that was killed."""
+    """Delete what was moved to the trash, by this call or by one that was killed."""
     for root in roots:
         shutil.rmtree(root / TRASH, ignore_errors=True)

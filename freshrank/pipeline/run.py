@@ -37,13 +37,13 @@ class Run:
         wanted = list(part)
         present = sorted(set(wanted) & set(self.dataset.days))
         log_rows = self.dataset.impressions(present).filter(pl.col(USAGE).is_in(list(usages))) if present else None
-        kept = [] if log_rows is None else sorted(log_rows.select("day").unique().collect()["day"])
-        if not kept:
+        usable = [] if log_rows is None else sorted(log_rows.select("day").unique().collect()["day"])
+        if not usable:
             raise DataError(
                 f"{self.dataset.path}: no impressions for {what} on {min(wanted)} .. {max(wanted)} of run "
                 f"{self.date}; the log holds {self.dataset.days[0]} .. {self.dataset.days[-1]}"
             )
-        return kept
+        return usable
 
     def read(self, part: Iterable[date]) -> str:
         """Fingerprint of every row that can reach features or labels of ``part``."""
@@ -51,33 +51,33 @@ class Run:
         lookback = timedelta(days=self.dataset.schema.lookback_days + 1)
         return self.dataset.fingerprint(list(days(wanted[0] - lookback, wanted[-1])))
 
-    def kept(self, name: str, key: str) -> Path:
+    def stored_path(self, name: str, key: str) -> Path:
         """Where the step store holds what has the fingerprint ``key``, once it is done."""
         return self.workspace.steps / name / key
 
     def done(self, name: str, key: str) -> bool:
-        return self.kept(name, key).is_dir()
+        return self.stored_path(name, key).is_dir()
 
     def step(self, name: str, key: str, out: FreshrankPath, compute: Callable[[Path], None]) -> Path:
         """Compute into the step store unless it holds what has the fingerprint ``key``, then copy to ``out``."""
-        kept = self.kept(name, key)
+        stored = self.stored_path(name, key)
         with self.workspace.in_use():
-            self._say_used(kept)
+            self._mark_used(stored)
 
         def logged(directory: Path) -> None:
             log.info("step=%s date=%s fingerprint=%s state=started", name, self.date, key)
             compute(directory)
 
-        state = "finished" if build_unless_current(kept, logged) else "reused"
+        state = "finished" if build_unless_current(stored, logged) else "reused"
         log.info("step=%s date=%s fingerprint=%s state=%s", name, self.date, key, state)
         with atomic_directory(Path(out)) as directory:
-            shutil.copytree(kept, directory, dirs_exist_ok=True)
+            shutil.copytree(stored, directory, dirs_exist_ok=True)
         return Path(out)
 
-    def _say_used(self, kept: Path) -> None:
-        """To `freshrank prune`: of ``kept``, where it is there, and of what this run reads."""
-        if kept.is_dir():
-            os.utime(kept)
+    def _mark_used(self, output: Path) -> None:
+        """To `freshrank prune`: of ``output``, where it is there, and of what this run reads."""
+        if output.is_dir():
+            os.utime(output)
         if first := self.workspace.reads_from(self.date):
             self.workspace.note_reads(self.date, first)
 

@@ -135,17 +135,17 @@ def train(
     """
     from freshrank.storage import object_store
     from freshrank.training.checkpoints import Checkpoints, forget
-    from freshrank.training.distributed import Group, joined
+    from freshrank.training.distributed import ProcessGroup, joined
     from freshrank.training.loop import model_schema, train_encoded
     from freshrank.training.stream import encoded_days
     from freshrank.training.trained import DESCRIPTION, Trained
 
     run, wanted, key = train_inputs(data, run_date, windows, model, techniques, training)
 
-    def learned(group: Group) -> Trained:
+    def learned(group: ProcessGroup) -> Trained:
         seen = model_schema(run.dataset.schema, techniques)
         encoded = encoded_days(run.dataset, run.workspace, wanted, seen, model.min_count, training, group)
-        place, copy = kept / str(group.size), f"{copies}/{group.size}"
+        place, copy = checkpoint_root / str(group.size), f"{copies}/{group.size}"
         with Checkpoints.opened(place, training.checkpoint_every, group, store, copy) as keep:
             return train_encoded(encoded, model, techniques, training, None, keep, group)
 
@@ -154,18 +154,18 @@ def train(
         sections = {"windows": windows, "model": model, "techniques": techniques, "training": training}
         write_json(directory / KEY, {"key": key, "config": _json(sections)})
 
-    kept, store = run.workspace.checkpoints / key, object_store.configured()
+    checkpoint_root, store = run.workspace.checkpoints / key, object_store.configured()
     copies = f"checkpoints/{run.dataset.schema.name}/{key}"
     with joined() as group:
         if group.leads:
             run.step("train", key, out, compute)
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(checkpoint_root, ignore_errors=True)
             if store:
                 forget(store, f"{copies}/{group.size}")
         elif not run.done("train", key):
             learned(group)
         group.wait()
-    facts: dict[str, Any] = read_json(run.kept("train", key) / DESCRIPTION)["facts"]
+    facts: dict[str, Any] = read_json(run.stored_path("train", key) / DESCRIPTION)["facts"]
     losses = facts["curve"]["losses"]["bce"]
     names = ("device", "parameters", "parameter_increase", "examples_per_second", "rows", "cold_rows", "batch_size")
     return {name: facts[name] for name in names} | {"train_loss": losses[-1]}
@@ -227,10 +227,10 @@ def calibrate(
 
     run.step("calibrate", key, out, compute)
     platt = Platt.model_validate(read_json(Path(out) / BUNDLE)["platt"])
-    found = {"slope": platt.slope, "intercept": platt.intercept}
+    scaling = {"slope": platt.slope, "intercept": platt.intercept}
     by_action = {
         f"{part}_{action}": value
-        for part, values in found.items()
+        for part, values in scaling.items()
         for action, value in zip(run.dataset.schema.actions, values, strict=True)
     }
     return by_action | {"fresh_shift": platt.fresh_shift}
@@ -246,11 +246,11 @@ def validate(data: FreshrankPath, run_date: str, validation: ValidationConfig, o
     from freshrank.validation.validate import inspect_day
 
     run = Run(data, run_date)
-    found = inspect_day(run.dataset, run.date, item_history(run), validation)
-    report = found.report
+    inspected = inspect_day(run.dataset, run.date, item_history(run), validation)
+    report = inspected.report
     with atomic_directory(Path(out)) as directory:
         write_json(directory / "validation.json", report.model_dump(mode="json"))
-        write_pages(found, directory)
+        write_pages(inspected, directory)
     report.raise_if_blocked()
     held = sum(result.success for result in report.results)
     return {"expectations": len(report.results), "passed": held, "rows": report.rows, "fresh_rows": report.fresh_rows}
@@ -313,14 +313,14 @@ def evaluate(
     from freshrank.evaluation.gate import judge
     from freshrank.evaluation.threshold_sweep import with_thresholds
     from freshrank.evaluation.warm_up_curve import with_warm_up
-    from freshrank.pipeline.judgement import JudgedRows, Judgement
+    from freshrank.pipeline.judgement import EvaluationRows, Judgement
 
     run, wanted, champion, key = evaluate_inputs(data, run_date, windows, evaluation, gate, bundle)
     facts = read_json(Path(bundle) / BUNDLE)
 
     def compute(directory: Path) -> None:
         schema = run.dataset.schema
-        rows = JudgedRows.load(run, wanted, evaluation)
+        rows = EvaluationRows.load(run, wanted, evaluation)
         ours, theirs = rows.of_bundle(Path(bundle)), rows.of_champion(champion)
         comparison = compare(ours, theirs, schema, evaluation)
         comparison = with_thresholds(comparison, ours, theirs, schema, evaluation)
@@ -330,7 +330,7 @@ def evaluate(
         increase = facts["training"]["parameter_increase"]
         verdict = judge(comparison, challenger, gate, increase)
         log.info("step=evaluate date=%s verdict=%s", run.date, verdict.verdict)
-        for reason in verdict.obstacles:
+        for reason in verdict.unmet_checks:
             log.info(
                 "step=evaluate date=%s check=%r passed=%s: %s", run.date, reason.check, reason.passed, reason.sentence
             )

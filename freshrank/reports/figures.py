@@ -119,8 +119,8 @@ def _line(
     label: str,
 ) -> None:
     names = _buckets(evaluation, prefix)
-    found = [evaluation.get(metric, name, action).value for name in names]
-    axes.plot(range(len(names)), [float("nan") if v is None else v for v in found], label=label, **style)
+    values = [evaluation.get(metric, name, action).value for name in names]
+    axes.plot(range(len(names)), [float("nan") if v is None else v for v in values], label=label, **style)
 
 
 def _bucket_axis(axes: "Axes", evaluation: Evaluation, metric: MetricName, action: str | None, prefix: str) -> None:
@@ -161,13 +161,14 @@ def _hits_by_clock(challenger: Evaluation, baseline: Evaluation) -> Picture:
 
 
 def _spoken(challenger: Evaluation, baseline: Evaluation, metric: MetricName, action: str | None, prefix: str) -> str:
-    def said(evaluation: Evaluation, name: str) -> str:
+    def value_text(evaluation: Evaluation, name: str) -> str:
         value = evaluation.get(metric, name, action).value
         return "no value" if value is None else f"{value:.3f}"
 
     buckets = _buckets(challenger, prefix)
     parts = [
-        f"{n.removeprefix(prefix)}: baseline {said(baseline, n)}, challenger {said(challenger, n)}" for n in buckets
+        f"{n.removeprefix(prefix)}: baseline {value_text(baseline, n)}, challenger {value_text(challenger, n)}"
+        for n in buckets
     ]
     return f"By {prefix.removesuffix(':')}, {'; '.join(parts)}."
 
@@ -192,7 +193,7 @@ def _warm_up(pairs: list[tuple[WarmUpCurve, WarmUpCurve]], action: str, k: int) 
             one.set_xticks(range(len(labels)), labels, fontsize=7, rotation=50, ha="right", rotation_mode="anchor")
         axes[0].legend()
 
-    said = [
+    parts = [
         f"{_curve_name(ours, k)} challenger {ours.warm_from or 'unknown'}, baseline {theirs.warm_from or 'unknown'}"
         for ours, theirs in pairs
         if (ours.metric, ours.weighting) in _COMPARABLE
@@ -204,7 +205,7 @@ def _warm_up(pairs: list[tuple[WarmUpCurve, WarmUpCurve]], action: str, k: int) 
     return Picture(
         title=f"Warm-up of {action}",
         caption="Against the impressions an item had since its birth (in brackets: items), with bootstrap intervals. "
-        f"First bucket from which on a model is not clearly worse than in its warmest one: {'; '.join(said)}. The "
+        f"First bucket from which on a model is not clearly worse than in its warmest one: {'; '.join(parts)}. The "
         "other curves also move with the rate of the action and with how many engaged items a list holds.",
         alt=" ".join(spoken),
         svg=draw(-(-len(pairs) // 3), 3, (9.2, 2.6 * -(-len(pairs) // 3)), paint),
@@ -216,13 +217,13 @@ def _band(axes: "Axes", curve: WarmUpCurve, style: dict[str, Any], label: str) -
     places = [place for place, _ in known]
     axes.fill_between(
         places,
-        [found.low for _, found in known],
-        [found.high for _, found in known],
+        [interval.low for _, interval in known],
+        [interval.high for _, interval in known],
         color=style["color"],
         alpha=0.16,
         linewidth=0,
     )
-    axes.plot(places, [found.value for _, found in known], label=label, markersize=3.5, linewidth=1.3, **style)
+    axes.plot(places, [interval.value for _, interval in known], label=label, markersize=3.5, linewidth=1.3, **style)
 
 
 def _curve_name(curve: WarmUpCurve, k: int) -> str:
@@ -232,10 +233,10 @@ def _curve_name(curve: WarmUpCurve, k: int) -> str:
 
 
 def _points(curve: WarmUpCurve) -> str:
-    def said(point: WarmUpPoint) -> str:
+    def value_text(point: WarmUpPoint) -> str:
         return f"{point.bucket}: {f'{point.interval.value:.3f}' if point.interval else 'no value'}"
 
-    return ", ".join(said(point) for point in curve.points)
+    return ", ".join(value_text(point) for point in curve.points)
 
 
 def _rows_by_age(challenger: Evaluation, baseline: Evaluation) -> Picture:
@@ -304,8 +305,8 @@ def _score_gap(challenger: Evaluation, baseline: Evaluation) -> Picture:
     ]
 
     def heights(evaluation: Evaluation) -> list[float]:
-        found = [evaluation.get(metric, FRESH, action).value for _, metric, action in groups]
-        return [float("nan") if value is None else 100 * value for value in found]
+        gaps = [evaluation.get(metric, FRESH, action).value for _, metric, action in groups]
+        return [float("nan") if value is None else 100 * value for value in gaps]
 
     def paint(axes: list["Axes"]) -> None:
         places = range(len(groups))

@@ -1,4 +1,4 @@
-"""What a person reads after a run: one offline HTML file, and a table on the terminal. The verdict comes first."""
+"""The report of a run: one offline HTML file, and a table on the terminal. The verdict comes first."""
 
 import json
 from base64 import b64encode
@@ -234,18 +234,18 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
     decision = summary.verdict.verdict
     console.print()
     console.print(Text(HEADLINES[decision], style=f"bold {_COLOURS[decision]}"))
-    console.print(_obstacles(summary.verdict))
+    console.print(_unmet_checks(summary.verdict))
     console.print(_table(summary))
     for label, value in _facts(summary):
         console.print(Text(f"{label:<11} {value}"), soft_wrap=True)
 
 
-def _obstacles(verdict: Verdict) -> Table:
+def _unmet_checks(verdict: Verdict) -> Table:
     grid = Table.grid(padding=(0, 1))
-    for reason in verdict.obstacles:
+    for reason in verdict.unmet_checks:
         mark, word = MARKS[reason.passed]
         grid.add_row(f" {mark}", word, Text(reason.sentence))
-    passed = len(verdict.reasons) - len(verdict.obstacles)
+    passed = len(verdict.reasons) - len(verdict.unmet_checks)
     grid.add_row(f" {MARKS[True][0]}", "passes", Text(f"{passed} of {len(verdict.reasons)} checks."))
     return grid
 
@@ -263,7 +263,7 @@ def _table(summary: RunSummary) -> Table:
         padding=(0, 1),
     )
     for name, row in _headline_rows(summary.comparison):
-        values = [f"{found.value:.4f}" if found else "—" for found in (row.baseline, row.challenger)]
+        values = [f"{interval.value:.4f}" if interval else "—" for interval in (row.baseline, row.challenger)]
         table.add_row(name, *values, _signed(row.difference), f"{row.lists:,}")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True

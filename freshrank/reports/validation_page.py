@@ -1,4 +1,4 @@
-"""What a person opens after a validation: our page of it, and Great Expectations' Data Docs beside it, both offline.
+"""The pages of a validation: our own, and Great Expectations' Data Docs beside it, both offline.
 
 VALIDATION/validation.html
 VALIDATION/data_docs/index.html, <table>.html
@@ -18,10 +18,10 @@ PAGE, DOCS = "validation.html", "data_docs/index.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_pages(found: Validation, directory: Path) -> None:
+def write_pages(inspected: Validation, directory: Path) -> None:
     """``validation.html`` and ``data_docs/`` in ``directory``, each written atomically and linked with the other."""
-    write_data_docs(found, directory / "data_docs")
-    write_validation_page(found.report, directory / PAGE, DOCS)
+    write_data_docs(inspected, directory / "data_docs")
+    write_validation_page(inspected.report, directory / PAGE, DOCS)
 
 
 def write_validation_page(report: ValidationReport, path: Path, docs: str | None = None) -> None:
@@ -44,16 +44,16 @@ def _coverage(report: ValidationReport) -> dict[str, dict[str, str]]:
     return dict(cells)
 
 
-def write_data_docs(found: Validation, directory: Path) -> None:
+def write_data_docs(inspected: Validation, directory: Path) -> None:
     """Great Expectations' page of each table and an index, as a whole or not at all."""
     view = _offline_view()
-    files = {table: re.sub(r"[^a-z0-9]+", "_", table.lower()) + ".html" for table in found.suites}
+    files = {table: re.sub(r"[^a-z0-9]+", "_", table.lower()) + ".html" for table in inspected.suites}
     index = _environment().get_template("data_docs_index.html.j2")
-    pages = [(table, files[table], suite) for table, suite in found.suites.items()]
+    pages = [(table, files[table], suite) for table, suite in inspected.suites.items()]
     with atomic_directory(directory) as temporary:
-        for table, suite in found.suites.items():
+        for table, suite in inspected.suites.items():
             (temporary / files[table]).write_text(_rendered(view, table, suite), encoding="utf-8")
-        text = index.render(report=found.report, pages=pages, back=f"../{PAGE}")
+        text = index.render(report=inspected.report, pages=pages, back=f"../{PAGE}")
         (temporary / "index.html").write_text(text, encoding="utf-8")
 
 

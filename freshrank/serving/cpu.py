@@ -1,4 +1,4 @@
-"""How many cores this process may use: of a node with many, a container is often given few."""
+"""How many cores this process may use: a container often gets fewer than the node has."""
 
 import math
 import os
@@ -22,7 +22,7 @@ NICE = 10
 """A tenth of the share of a thread at 0, where both want to run."""
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Lower the priority of the calling thread and of those it starts, for good."""
     own = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, own, max(NICE, os.getpriority(os.PRIO_PROCESS, own)))

@@ -1,4 +1,4 @@
-"""Two versions at once: which user is answered by which version, and which versions answer beside, unseen.
+"""Experiments: which version answers which user, and which versions score requests as shadows.
 
 ``<model repository>/experiment.json`` is written by `freshrank experiment` and read by the server. A user's place is
 ``int.from_bytes(blake2b(f"{salt}/{user_id}".encode(), digest_size=8).digest(), "big") / 2**64``: the first challenger
@@ -106,7 +106,7 @@ class ExperimentFile:
         self._complaint = ""
 
     def read(self) -> Experiment | None:
-        """Read again only when the file is another one; one that cannot be read leaves the last good one in force."""
+        """Read again only when the file changes; while it cannot be read, the last valid one applies."""
         try:
             return self._watched.value()
         except FileNotFoundError:

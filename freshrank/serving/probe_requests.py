@@ -30,8 +30,8 @@ def recorded_path(folder: Path) -> Path:
 
 def record(folder: Path, requests: Sequence[Tensors]) -> None:
     """Leave ``requests``, without their leading dimension, for the next publication, in place of those there."""
-    kept = [{name: value.tolist() for name, value in request.items()} for request in requests[-MOST_RECORDED:]]
-    write_json(recorded_path(folder), kept)
+    recorded = [{name: value.tolist() for name, value in request.items()} for request in requests[-MOST_RECORDED:]]
+    write_json(recorded_path(folder), recorded)
 
 
 def warm_up_requests(folder: Path) -> list[Tensors]:

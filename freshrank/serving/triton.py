@@ -37,7 +37,7 @@ _UNREACHABLE = (
     "Socket closed",
 )
 _HUNG = "timed out before receiving SETTINGS"
-"""Something took the connection and said nothing."""
+"""The connection was accepted, but nothing was answered."""
 _REFUSED_CONTROL = "restricted, expecting header"
 
 

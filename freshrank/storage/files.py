@@ -1,4 +1,4 @@
-"""Writes that either happened whole or not at all, and fingerprints of what was read."""
+"""Atomic writes, file locks and fingerprints."""
 
 import ctypes
 import fcntl

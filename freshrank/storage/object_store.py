@@ -1,4 +1,4 @@
-"""Directories kept in an object store: whole or not at all, on stores that cannot rename.
+"""Directories in an object store, stored atomically although such stores cannot rename.
 
 <url>/<name>/objects/<sha256>                contents of files, each once
 <url>/<name>/manifests/<number>-<hash>.json  the files of one version, by their sha256; <hash> is that of its own bytes
@@ -83,7 +83,7 @@ class Stored:
 
 
 class Broken(Exception):
-    """A version cannot be used, and why; the one before may be."""
+    """A version cannot be used; the one before it may be."""
 
 
 class ObjectStore:
@@ -163,11 +163,11 @@ class ObjectStore:
     def names(self, prefix: str) -> list[str]:
         """What is kept directly under ``prefix``, sorted."""
         where = f"{self._root}/{prefix}/"
-        found = self._call(self._fs.find, where)
-        return sorted({path.removeprefix(where).partition("/")[0] for path in found})
+        paths = self._call(self._fs.find, where)
+        return sorted({path.removeprefix(where).partition("/")[0] for path in paths})
 
     def remove(self, name: str) -> None:
-        """Forget all versions of ``name``; manifests go first."""
+        """Delete all versions of ``name``, manifests first."""
         for part in ("manifests", "objects"):
             self._delete(self._list(name, part))
 
@@ -192,7 +192,7 @@ class ObjectStore:
 
     def _get(self, key: str, path: Path, entry: Entry) -> None:
         try:
-            # Cut off on the way, or in the store? A second look tells.
+            # Truncated in transit or in the store? A second read tells.
             for _ in range(2):
                 self._call(self._fs.get_file, key, str(path))
                 if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
@@ -231,18 +231,18 @@ class ObjectStore:
 
     def _stored(self, name: str) -> list[Stored]:
         """Manifests of ``name``, the newest first."""
-        found = [(path, _MANIFEST.fullmatch(path.rpartition("/")[2])) for path in self._list(name, "manifests")]
+        matches = [(path, _MANIFEST.fullmatch(path.rpartition("/")[2])) for path in self._list(name, "manifests")]
         return sorted(
-            (Stored(int(match[1]), match[2], path) for path, match in found if match),
+            (Stored(int(match[1]), match[2], path) for path, match in matches if match),
             key=lambda stored: (stored.number, stored.path),
             reverse=True,
         )
 
     def _prune(self, name: str, keep: int) -> None:
         stored = self._stored(name)
-        kept, doomed = ([self._manifest(each) for each in part] for part in (stored[:keep], stored[keep:]))
+        retained, doomed = ([self._manifest(each) for each in part] for part in (stored[:keep], stored[keep:]))
         self._delete([each.path for each in stored[keep:]])
-        needed, dropped = ({sha for manifest in part for sha in manifest.objects} for part in (kept, doomed))
+        needed, dropped = ({sha for manifest in part for sha in manifest.objects} for part in (retained, doomed))
         held = {path: path.rpartition("/")[2] for path in self._list(name, "objects")}
         unnamed = {path: sha for path, sha in held.items() if sha not in needed}
         self._delete([path for path, sha in unnamed.items() if sha in dropped or self._is_old(path)])
@@ -262,8 +262,8 @@ class ObjectStore:
 
     def _list(self, name: str, part: str) -> dict[str, dict[str, Any]]:
         where = f"{self._root}/{name}/{part}"
-        found: dict[str, dict[str, Any]] = self._call(self._fs.find, where, detail=True)
-        return found
+        entries: dict[str, dict[str, Any]] = self._call(self._fs.find, where, detail=True)
+        return entries
 
     def _delete(self, paths: Iterable[str]) -> None:
         def one(path: str) -> None:
@@ -285,10 +285,10 @@ class ObjectStore:
     def _explain(self, error: Exception) -> NoReturn:
         named = f"{self.url}: {type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError):
-            raise _Absent(f"{named}; expected an existing bucket: create it, or mend FRESHRANK_STORAGE_URL") from error
+            raise _Absent(f"{named}; expected an existing bucket: create it, or fix FRESHRANK_STORAGE_URL") from error
         if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
-            mend = "mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role's policy"
-            raise StorageError(f"{named}; expected the right to list, read, write and delete there: {mend}") from error
+            hint = "fix AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role's policy"
+            raise StorageError(f"{named}; expected the right to list, read, write and delete there: {hint}") from error
         if not isinstance(error, OSError) and not _is_of_botocore(error):
             raise error
         raise StorageError(
@@ -378,11 +378,11 @@ def local_dataset(data: str | Path) -> Path:
     if url is None:
         return Path(data)
     root, _, name = url[2].rstrip("/").rpartition("/")
-    keeper = ObjectStore(f"{url[1]}://{'/' if url[1] == 'file' else ''}{root}")
+    store = ObjectStore(f"{url[1]}://{'/' if url[1] == 'file' else ''}{root}")
     directory = settings().home / "data" / name
-    if keeper.fetch(name, directory) is None:
+    if store.fetch(name, directory) is None:
         raise MissingArtifact(
-            f"{keeper.url}/{name}: no dataset is kept there; run `freshrank backup --data DIR` where "
+            f"{store.url}/{name}: no dataset is kept there; run `freshrank backup --data DIR` where "
             "it is, and name the URL that it prints"
         )
     return directory

@@ -1,4 +1,4 @@
-"""Where each artifact of a run lives under the workspace; the only place these paths are spelled."""
+"""Paths of all artifacts in the workspace; the only place where they are defined."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -34,7 +34,7 @@ def answer(teacher: Tensor, student: Tensor, cold: Tensor) -> Tensor:
 
 
 def teacher_weight(impressions: Tensor, cold: Tensor, half: float) -> Tensor:
-    """How far the teacher is believed, [B]: n / (n + half) after n impressions of a warm item, 0 on a cold one."""
+    """Weight of the teacher, [B]: n / (n + half) after n impressions of a warm item, 0 on a cold one."""
     return torch.where(cold, 0.0, impressions / (impressions + half))
 
 

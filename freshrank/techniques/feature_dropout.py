@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def draw_rows(count: int, probability: float, generator: torch.Generator | None = None) -> Tensor:
-    """Which of ``count`` rows lose their history: bool [count], each True with ``probability``.
+    """Draw which of ``count`` rows lose their history: bool [count], each True with ``probability``.
 
     ``generator`` is a CPU generator of its own, so that switching dropout on leaves every other draw unchanged.
     """

@@ -1,7 +1,7 @@
 """Self-supervised pretraining of content embeddings on the items alone, before the first label is looked at.
 
-Two objectives: telling and mending corrupted fields (Yoon et al. 2020, "VIME"), and recognising an item by two views
-of its content (Yao et al., CIKM 2021, "Self-supervised learning for large-scale item recommendations"). Only the
+Two objectives: detecting and reconstructing corrupted fields (Yoon et al. 2020, "VIME"), and recognising an item by two
+views of its content (Yao et al., CIKM 2021, "Self-supervised learning for large-scale item recommendations"). Only the
 embeddings are kept; what is trained beside them is thrown away.
 
 An item is a list of fields: an integer field (categories, [B] or [B, width]) is an embedding's, a float field
@@ -39,16 +39,16 @@ class Vime(nn.Module):
         self.widths, self.share = list(widths), share
         self.encoder = nn.Sequential(nn.Linear(sum(widths), hidden), nn.ReLU())
         self.mask = nn.Linear(hidden, len(widths))
-        self.mend = nn.Linear(hidden, sum(widths))
+        self.reconstruct = nn.Linear(hidden, sum(widths))
 
     def forward(self, embed: Embed, fields: Fields, generator: torch.Generator | None = None) -> Tensor:
         """A scalar."""
         corrupted, changed = corrupt(fields, self.share, generator)
         hidden = self.encoder(torch.cat(list(embed(corrupted)), dim=-1))
-        telling = binary_cross_entropy_with_logits(self.mask(hidden), changed.to(hidden.dtype))
-        guesses = self.mend(hidden).split(self.widths, dim=-1)
-        mending = [reconstruction(*one) for one in zip(guesses, fields, embed(fields), strict=True)]
-        return telling + torch.stack(mending).mean()
+        mask_loss = binary_cross_entropy_with_logits(self.mask(hidden), changed.to(hidden.dtype))
+        guesses = self.reconstruct(hidden).split(self.widths, dim=-1)
+        reconstruction_losses = [reconstruction(*one) for one in zip(guesses, fields, embed(fields), strict=True)]
+        return mask_loss + torch.stack(reconstruction_losses).mean()
 
 
 class Contrastive(nn.Module):
@@ -70,7 +70,7 @@ class Contrastive(nn.Module):
         vectors = embed(fields)
         masked = masked_fields(len(vectors), self.share, generator, self.information)
         first, second = (
-            self.encoder(torch.cat([x * kept for x, kept in zip(vectors, view, strict=True)], dim=-1))
+            self.encoder(torch.cat([x * visible for x, visible in zip(vectors, view, strict=True)], dim=-1))
             for view in ((~masked).tolist(), masked.tolist())
         )
         return info_nce(first, second, self.temperature)

@@ -1,4 +1,4 @@
-"""What is done to a batch before the ranker learns from it: functions from a batch to a batch, applied in order."""
+"""Augmentations of a training batch: functions from a batch to a batch, applied in order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ from freshrank.models.inputs import ItemIds
 from freshrank.models.ranker import Inputs
 from freshrank.schema import ITEM_AGE, Entity, hourly_names, impressions_of
 from freshrank.techniques.feature_dropout import draw_rows, drop_rows
-from freshrank.techniques.history_masking import draw_youth, thinned
+from freshrank.techniques.history_masking import downsample_counters, draw_age_mask
 from freshrank.training.batches import Batch
-from freshrank.training.state import Draws
+from freshrank.training.state import Generators
 
 Transform = Callable[[Batch], Batch]
 Absent = dict[Entity, tuple[list[int], Tensor]]
@@ -24,7 +24,7 @@ Absent = dict[Entity, tuple[list[int], Tensor]]
 
 
 def batch_transforms(
-    encoder: Encoder, techniques: TechniquesConfig, training: TrainingConfig, draws: Draws
+    encoder: Encoder, techniques: TechniquesConfig, training: TrainingConfig, draws: Generators
 ) -> list[Transform]:
     """The transforms of one training run.
 
@@ -92,23 +92,23 @@ class Counters:
 def mask_history(batch: Batch, counters: Counters, config: HistoryMaskingConfig, generator: torch.Generator) -> Batch:
     """History masking: in some rows the item has the id, the counters and the age of a new one, and counts as cold."""
     numeric, rows = batch.inputs["item_numeric"].clone(), batch.inputs["row_numeric"].clone()
-    youth = draw_youth(len(numeric), config.share, config.unseen, config.keep, counters.fresh_days, generator)
-    youth = type(youth)(*(drawn.to(numeric.device) for drawn in youth))
-    drawn = thinned(
+    age_mask = draw_age_mask(len(numeric), config.share, config.unseen, config.keep, counters.fresh_days, generator)
+    age_mask = type(age_mask)(*(drawn.to(numeric.device) for drawn in age_mask))
+    drawn = downsample_counters(
         numeric[:, counters.impressions[-1]].cpu(),
         numeric[:, counters.rates[-1]].cpu(),
-        youth,
+        age_mask,
         counters.windows,
         generator,
     )
     impressions, positives = (counts.to(numeric) for counts in drawn)
-    observed, masked = ~numeric[:, counters.rates[-1]].isnan(), youth.masked
+    observed, masked = ~numeric[:, counters.rates[-1]].isnan(), age_mask.masked
     for place, window in enumerate(counters.window):
         shown = impressions[:, window, None]
         numeric[:, counters.impressions[place]] = shown[:, 0]
         numeric[:, counters.positives[place]] = positives[:, window]
         numeric[:, counters.rates[place]] = torch.where(observed & (shown > 0), positives[:, window] / shown, torch.nan)
-    rows[:, counters.age] = youth.age_days
+    rows[:, counters.age] = age_mask.age_days
     masked_batch = _with(
         batch,
         item_id=drop_rows(batch.inputs["item_id"], masked, NEW),

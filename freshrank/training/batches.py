@@ -13,10 +13,10 @@ from torch import Tensor
 
 from freshrank.errors import DataError
 from freshrank.features.encoder import Blocks, Catalog, Encoder
-from freshrank.features.frames import Frame, Part, newest_items
+from freshrank.features.frames import Frame, FramePart, newest_items
 from freshrank.models.ranker import Inputs
 from freshrank.schema import ITEM_AGE, Schema
-from freshrank.training.distributed import ALONE, Group
+from freshrank.training.distributed import ALONE, ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Batch:
 log = logging.getLogger(__name__)
 
 
-class Fed(NamedTuple):
+class Weighted(NamedTuple):
     """A batch and what to multiply its loss by, 1 but where ranks have unequal parts of a batch."""
 
     batch: Batch
     weight: float
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """What is trained on: a frame in memory (:class:`TensorFrame`) or a stream
     (:class:`freshrank.training.stream.Stream`)."""
 
@@ -51,14 +51,16 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Rows of an epoch, those of all ranks."""
 
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+    def feed(
+        self, size: int, epochs: int, seed: int, start: int = 0, group: ProcessGroup = ALONE
+    ) -> Iterator[Weighted]:
         """``group.rank``'s batches from number ``start`` on; ``size`` is that of all ranks together.
 
         The n-th batch is the same whatever ``start`` is, and every rank has ceil(len / size) of them per epoch.
         """
 
 
-S = TypeVar("S", bound=Source, covariant=True)
+S = TypeVar("S", bound=BatchSource, covariant=True)
 
 
 class TensorFrame:
@@ -110,12 +112,14 @@ class TensorFrame:
         order = torch.argsort(rank.to(self.user_row.device)[self.user_row], stable=True)
         yield from order.split(size)
 
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
-        """See :class:`Source`; every rank holds the whole frame and takes its slice of a batch."""
+    def feed(
+        self, size: int, epochs: int, seed: int, start: int = 0, group: ProcessGroup = ALONE
+    ) -> Iterator[Weighted]:
+        """See :class:`BatchSource`; every rank holds the whole frame and takes its slice of a batch."""
         order = torch.Generator().manual_seed(seed)
         batches = (rows for _ in range(epochs) for rows in self.batches(size, order))
         for rows, weight in map(group.share, islice(batches, start, None)):
-            yield Fed(self.batch(rows), weight)
+            yield Weighted(self.batch(rows), weight)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Encoded(Generic[S]):
         check_positives({action: int(frame.rows[action].sum()) for action in schema.actions}, len(frame.rows))
         encoder = Encoder.fit(frame, schema, min_count)
         data = TensorFrame(frame, encoder, Catalog.build(items, encoder), device)
-        return Encoded(encoder, data, lambda: item_blocks(encoder, newest_items([Part.whole(frame)]), device))
+        return Encoded(encoder, data, lambda: item_blocks(encoder, newest_items([FramePart.whole(frame)]), device))
 
 
 def item_blocks(encoder: Encoder, items: pl.DataFrame, device: str) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""A training under way, kept so that a killed one goes on at the very batch it had reached.
+"""Checkpoints of a training run, so that a killed one resumes at the batch it had reached.
 
 <directory>/state.safetensors  weights, optimiser moments, states of all random generators of all ranks
            /state.json         step, schedule, losses so far
 
-With an object store a copy is kept there as well, for the step that starts again on another node with an empty disk.
+With an object store a copy is stored there too, for a step that restarts on another node with an empty disk.
 """
 
 import logging
@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from freshrank.errors import StorageError
 from freshrank.storage.files import atomic_directory, read_json, write_json
 from freshrank.storage.object_store import ObjectStore, link
-from freshrank.training.distributed import ALONE, Group
+from freshrank.training.distributed import ALONE, ProcessGroup
 from freshrank.training.state import RANDOM_PREFIX, State, tensors_under
 
 log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The copy of a checkpoint in an object store; made beside the training, which never waits for it.
+    """Copies a checkpoint to an object store in the background; training never waits for it.
 
-    One upload at a time: what is offered meanwhile is passed over, and the next one is newer anyway. One that fails is
-    logged and leaves the copy before it.
+    One upload at a time: checkpoints written meanwhile are skipped, as the next one is newer. A failed upload is logged
+    and leaves the previous copy.
     """
 
     def __init__(self, store: ObjectStore, name: str) -> None:
@@ -42,7 +42,7 @@ class Mirror:
         """Put the copy into ``directory`` where that holds none, or an older one.
 
         Raises:
-            StorageError: the store refuses or is away. A copy that is broken is no reason: training begins anew.
+            StorageError: the store refuses or is away. A corrupt copy is not an error: training starts from scratch.
         """
         copy = self.store.newest(self.name)
         if copy is None or copy.facts["step"] <= _step_in(directory):
@@ -66,12 +66,12 @@ class Mirror:
             shutil.rmtree(held, ignore_errors=True)
 
     def wait(self) -> None:
-        """Until no upload runs."""
+        """Wait until no upload is running."""
         self._uploads.shutdown()
 
 
 def forget(store: ObjectStore, name: str) -> None:
-    """Remove the copies of a training that is finished; that they cannot be removed is no reason to fail."""
+    """Remove the copies of a finished training; a failure to remove them is only logged."""
     try:
         store.remove(name)
     except StorageError as error:
@@ -93,19 +93,19 @@ def _step_in(directory: Path) -> int:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a training is kept while it runs, and how often (in steps)."""
+    """Where a training run is checkpointed, and how often (in steps)."""
 
     directory: Path
     every: int
     """0 = never."""
-    group: Group = ALONE
+    group: ProcessGroup = ALONE
     mirror: Mirror | None = None
-    """The first rank's, where there is an object store."""
+    """Set on the first rank where there is an object store."""
 
     @classmethod
     @contextmanager
     def opened(
-        cls, directory: Path, every: int, group: Group = ALONE, store: ObjectStore | None = None, name: str = ""
+        cls, directory: Path, every: int, group: ProcessGroup = ALONE, store: ObjectStore | None = None, name: str = ""
     ) -> Iterator["Checkpoints"]:
         """With the newest copy of ``name`` in ``directory``; at the end no upload runs any more.
 
@@ -126,7 +126,7 @@ class Checkpoints:
         return self.every > 0 and step % self.every == 0
 
     def restore(self, state: State) -> None:
-        """Take ``state`` to where the kept training was; leave it where none is kept."""
+        """Restore ``state`` from the checkpoint; without one it is not changed."""
         if not (self.directory / "state.json").exists():
             return
         tensors = load_file(self.directory / "state.safetensors")
@@ -137,7 +137,7 @@ class Checkpoints:
         log.info("training goes on after step %d, kept in %s", state.step, self.directory)
 
     def save(self, state: State) -> None:
-        """Keep ``state``; every rank must call it."""
+        """Checkpoint ``state``; every rank must call it."""
         random = {
             RANDOM_PREFIX + name: self.group.gathered(drawn) for name, drawn in sorted(state.draws.states().items())
         }

@@ -1,4 +1,4 @@
-"""One process among those that train together, as torchrun starts them."""
+"""One rank of a distributed training, as started by torchrun."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from freshrank.errors import PipelineFailed
 from freshrank.settings import settings
 
 _FILES = timedelta(hours=12)
-"""How long ranks wait for the one that makes the files; the end of its process ends them at once."""
+"""How long ranks wait for the one that writes the files; if its process ends, they end at once."""
 
 
 class Share(NamedTuple):
@@ -30,13 +30,13 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes of one training; alone by default."""
 
     rank: int = 0
     size: int = 1
     waiting: dist.ProcessGroup | None = None
-    """The same processes with the patience of :meth:`wait`."""
+    """The same processes with the timeout of :meth:`wait`."""
 
     @property
     def leads(self) -> bool:
@@ -58,16 +58,16 @@ class Group:
         return torch.stack(parts)
 
     def wait(self) -> None:
-        """Until all ranks are here, for hours if need be."""
+        """Wait, for hours if need be, until all ranks have arrived."""
         if self.size > 1:
             dist.barrier(self.waiting)
 
 
-ALONE = Group()
+ALONE = ProcessGroup()
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def joined() -> Iterator[ProcessGroup]:
     """The group of ``torchrun`` that this process was started in (WORLD_SIZE, RANK), else alone.
 
     Raises:
@@ -84,7 +84,7 @@ def joined() -> Iterator[Group]:
         with _told("did not come within {0.train_connect_seconds:g} s (FRESHRANK_TRAIN_CONNECT_SECONDS)"):
             waiting = _connected()
         with _told("ended, or kept it waiting for {0.train_exchange_seconds:g} s (FRESHRANK_TRAIN_EXCHANGE_SECONDS)"):
-            yield Group(dist.get_rank(), size, waiting)
+            yield ProcessGroup(dist.get_rank(), size, waiting)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -103,7 +103,7 @@ def _connected() -> dist.ProcessGroup:
 
 @contextmanager
 def _told(what_others_did: str) -> Iterator[None]:
-    """PipelineFailed in the place of what torch raises about other processes."""
+    """Raise PipelineFailed in place of what torch raises about other processes."""
     try:
         yield
     except RuntimeError as error:

@@ -25,19 +25,19 @@ from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.schema import Schema
 from freshrank.training.augmentations import batch_transforms
 from freshrank.training.batches import Batch as Batch
-from freshrank.training.batches import Encoded, Source
+from freshrank.training.batches import BatchSource, Encoded
 from freshrank.training.checkpoints import Checkpoints
 from freshrank.training.device import Device
-from freshrank.training.distributed import ALONE, Group
+from freshrank.training.distributed import ALONE, ProcessGroup
 from freshrank.training.objective import objective
 from freshrank.training.pretrain_items import pretrain_items
-from freshrank.training.state import Draws, State, TrainingCurve
+from freshrank.training.state import Generators, State, TrainingCurve
 from freshrank.training.trained import Trained
 
 log = logging.getLogger(__name__)
 SMALLEST_BATCH = 32
 
-Watch = Callable[[int, Ranker, Batch], None]
+StepWatch = Callable[[int, Ranker, Batch], None]
 
 
 def train_ranker(
@@ -47,7 +47,7 @@ def train_ranker(
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
-    watch: Watch | None = None,
+    watch: StepWatch | None = None,
 ) -> Trained:
     """Fit encoder and ranker on ``frame``; ``items`` is the content table sequences are looked up in.
 
@@ -63,13 +63,13 @@ def train_ranker(
 
 
 def train_encoded(
-    encoded: Encoded[Source],
+    encoded: Encoded[BatchSource],
     model: ModelConfig,
     techniques: TechniquesConfig,
     training: TrainingConfig,
-    watch: Watch | None = None,
+    watch: StepWatch | None = None,
     checkpoints: Checkpoints | None = None,
-    group: Group = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Trained:
     """Fit a ranker on a source that is encoded already, with the encoder's ``min_count`` that of ``model``.
 
@@ -112,14 +112,14 @@ def model_schema(schema: Schema, techniques: TechniquesConfig) -> Schema:
 
 def fit(
     ranker: Ranker,
-    data: Source,
+    data: BatchSource,
     encoder: Encoder,
     techniques: TechniquesConfig,
     training: TrainingConfig,
     device: Device,
-    watch: Watch | None = None,
+    watch: StepWatch | None = None,
     checkpoints: Checkpoints | None = None,
-    group: Group = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> TrainingCurve:
     """Train ``ranker`` in place, one optimiser step per batch."""
     size = batch_size(training, len(data))
@@ -147,12 +147,12 @@ def fit(
     return state.curve
 
 
-def _start(ranker: Ranker, training: TrainingConfig, steps: int, group: Group) -> State:
+def _start(ranker: Ranker, training: TrainingConfig, steps: int, group: ProcessGroup) -> State:
     optimizer = torch.optim.AdamW(
         ranker.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    draws = Draws(training.seed, group.rank)
+    draws = Generators(training.seed, group.rank)
     draws.seed_torch()
     return State(ranker, optimizer, schedule, draws)
 
@@ -169,7 +169,7 @@ class _Loss(nn.Module):
         return self.run(self.ranker, batch, self.techniques, mixing)
 
     @classmethod
-    def of(cls, ranker: Ranker, techniques: TechniquesConfig, device: Device, group: Group) -> nn.Module:
+    def of(cls, ranker: Ranker, techniques: TechniquesConfig, device: Device, group: ProcessGroup) -> nn.Module:
         """Over several ranks, gradients are averaged while they are computed."""
         loss = cls(ranker, techniques, device.compiled)
         # A batch without a sequence, say, leaves parameters without a gradient.
@@ -206,7 +206,7 @@ def _facts(
     encoder: Encoder,
     model: ModelConfig,
     training: TrainingConfig,
-    data: Source,
+    data: BatchSource,
     curve: TrainingCurve,
     device: Device,
 ) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Training days cut by user into row groups of a bounded size: what a stream reads in any order.
+"""Training days split by user into row groups of bounded size, which a stream reads in any order.
 
 shards/<day>-<key>/users.parquet, items.parquet, rows.parquet  row group n of each is shard n: a frame of its own
                   /shards.json                                what each shard holds, so that planning reads no data
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from freshrank.datasets.dataset import Dataset
-from freshrank.features.frames import TABLES, Builder, Frame, Part, frame_path, kept
+from freshrank.features.frames import TABLES, Builder, Frame, FramePart, filter_frame, frame_path
 from freshrank.schema import IN_TRAINING, ITEM_AGE, ITEM_ID, USAGE, USER_ID, Schema
 from freshrank.storage.derived import build_unless_current, fingerprint_of
 from freshrank.storage.files import read_json, write_json
@@ -46,9 +46,9 @@ class Shard:
     positives: dict[str, int]
     """By action."""
 
-    def read(self) -> Part:
+    def read(self) -> FramePart:
         users, items, rows = (self._table(table) for table in TABLES)
-        return Part(Frame(users, items.drop(FIRST), rows), items[FIRST].to_numpy())
+        return FramePart(Frame(users, items.drop(FIRST), rows), items[FIRST].to_numpy())
 
     def frame(self, columns: Mapping[str, Sequence[str]]) -> Frame:
         """The named columns of each table."""
@@ -109,7 +109,7 @@ def _frames(builder: Builder, day: date, parts: int, shard_rows: int) -> Iterato
     for start in range(0, parts, step):
         together = range(start, min(start + step, parts))
         frame = builder.build(day, user_part(parts).is_between(together.start, together.stop - 1))
-        yield from (kept(frame, trained & (user_part(parts) == part)) for part in together)
+        yield from (filter_frame(frame, trained & (user_part(parts) == part)) for part in together)
 
 
 def user_part(parts: int) -> pl.Expr:
@@ -158,6 +158,6 @@ def _facts(frame: Frame, schema: Schema, number: int) -> dict[str, object]:
 def _row_group(path: Path, number: int, columns: Sequence[str] | None) -> pl.DataFrame:
     with pq.ParquetFile(path, memory_map=False) as file:
         table: pa.Table = file.read_row_group(number, columns, use_threads=False)  # the cores are training's
-    found = pl.from_arrow(table)
-    assert isinstance(found, pl.DataFrame)
-    return found
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame

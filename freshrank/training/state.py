@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freshrank.training.distributed import Group
+from freshrank.training.distributed import ProcessGroup
 
 log = logging.getLogger(__name__)
 _WEIGHT, _MOMENT, RANDOM_PREFIX = "weight.", "moment.", "random."
 
 
-class Draws:
+class Generators:
     """The random generators of one training, one per purpose, so that a purpose switched on leaves the others alone."""
 
     def __init__(self, seed: int, rank: int = 0) -> None:
@@ -73,7 +73,7 @@ class RunningMean:
         for name, value in parts.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach() * weight
 
-    def take(self, group: Group) -> dict[str, float]:
+    def take(self, group: ProcessGroup) -> dict[str, float]:
         """Means over the steps since the last call and over the ranks."""
         totals = group.gathered(torch.stack(list(self.sums.values())).cpu()).mean(0)
         means = {name: float(total) / self.count for name, total in zip(self.sums, totals, strict=True)}
@@ -88,7 +88,7 @@ class State:
     ranker: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    draws: Draws
+    draws: Generators
     curve: TrainingCurve = field(default_factory=TrainingCurve)
     sums: RunningMean = field(default_factory=RunningMean)
     step: int = 0
@@ -114,7 +114,7 @@ class State:
         }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Become the state that :meth:`tensors` and :meth:`facts` were taken of."""
+        """Restore the state from its :meth:`tensors` and :meth:`facts`."""
         self.ranker.load_state_dict(tensors_under(_WEIGHT, tensors))
         self._restore_optimizer(tensors_under(_MOMENT, tensors), facts["rates"])
         self.schedule.load_state_dict(facts["schedule"])

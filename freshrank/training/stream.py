@@ -22,12 +22,12 @@ from freshrank.config import TrainingConfig
 from freshrank.datasets.dataset import Dataset
 from freshrank.errors import DataError
 from freshrank.features.encoder import Catalog, Encoder
-from freshrank.features.frames import Part, concatenated, load_frame, newest_items
+from freshrank.features.frames import FramePart, concatenated, load_frame, newest_items
 from freshrank.schema import IN_TRAINING, Schema
 from freshrank.storage.workspace import Workspace
-from freshrank.training.batches import Batch, Encoded, Fed, Source, TensorFrame, check_positives, item_blocks
+from freshrank.training.batches import Batch, BatchSource, Encoded, TensorFrame, Weighted, check_positives, item_blocks
 from freshrank.training.device import Device
-from freshrank.training.distributed import ALONE, Group
+from freshrank.training.distributed import ALONE, ProcessGroup
 from freshrank.training.shards import Shard, training_rows, training_shards
 
 SHARDS_PER_WINDOW = 8
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochPlan:
     """What one rank reads in one epoch: positions in the list of shards, by window."""
 
     windows: list[list[int]]
@@ -44,7 +44,9 @@ class Epoch:
     """Rows before each window; one more entry holds the rows of all."""
 
     @classmethod
-    def of(cls, rows: Sequence[int], window_rows: int, seed: int, epoch: int, group: Group = ALONE) -> "Epoch":
+    def of(
+        cls, rows: Sequence[int], window_rows: int, seed: int, epoch: int, group: ProcessGroup = ALONE
+    ) -> "EpochPlan":
         """``rows`` of each shard."""
         order = np.random.default_rng([seed, epoch]).permutation(len(rows)).tolist()
         windows = _windows(_dealt(order, rows, group), rows, window_rows)
@@ -57,7 +59,7 @@ class Epoch:
                 yield number, slice(max(start, first) - first, min(end, last) - first)
 
 
-def _dealt(order: Sequence[int], rows: Sequence[int], group: Group) -> list[int]:
+def _dealt(order: Sequence[int], rows: Sequence[int], group: ProcessGroup) -> list[int]:
     """This rank's shards: each goes, in order, to the rank with the fewest rows."""
     loads, mine = [0] * group.size, []
     for shard in order:
@@ -81,7 +83,7 @@ def _windows(order: Sequence[int], rows: Sequence[int], window_rows: int) -> lis
 
 
 class Stream:
-    """A source of batches (:class:`freshrank.training.batches.Source`) over shards, at most two windows in memory."""
+    """Batches (:class:`freshrank.training.batches.BatchSource`) over shards, at most two windows in memory."""
 
     def __init__(
         self, shards: Sequence[Shard], encoder: Encoder, catalog: Catalog, window_rows: int, device: str = "cpu"
@@ -94,8 +96,10 @@ class Stream:
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
-        """See :meth:`freshrank.training.batches.Source.feed`.
+    def feed(
+        self, size: int, epochs: int, seed: int, start: int = 0, group: ProcessGroup = ALONE
+    ) -> Iterator[Weighted]:
+        """See :meth:`freshrank.training.batches.BatchSource.feed`.
 
         Raises:
             DataError: fewer rows for a rank than it has steps.
@@ -105,8 +109,10 @@ class Stream:
             first = start % steps if number == start // steps else 0
             yield from self._epoch(size, steps, number, seed, first, group)
 
-    def _epoch(self, size: int, steps: int, number: int, seed: int, first: int, group: Group) -> Iterator[Fed]:
-        epoch = Epoch.of([shard.rows for shard in self.shards], self.window_rows, seed, number, group)
+    def _epoch(
+        self, size: int, steps: int, number: int, seed: int, first: int, group: ProcessGroup
+    ) -> Iterator[Weighted]:
+        epoch = EpochPlan.of([shard.rows for shard in self.shards], self.window_rows, seed, number, group)
         ends = _ends(epoch.starts[-1], size, steps, group)
         wanted = [list(epoch.pieces(a, b)) for a, b in zip([0, *ends], ends, strict=False)][first:]
         numbers = sorted({window for pieces in wanted for window, _ in pieces})
@@ -122,7 +128,7 @@ class Stream:
                 assert data is not None
                 batches.append(data.batch(order[rows]))
             weight = sum(rows.stop - rows.start for _, rows in pieces) * group.size * steps / len(self)
-            yield Fed(joined(batches), weight if group.size > 1 else 1.0)
+            yield Weighted(joined(batches), weight if group.size > 1 else 1.0)
 
     def _window(self, shards: Sequence[int]) -> TensorFrame:
         """Runs in a thread beside training, so nothing here may compute with torch: a thread that does has OpenMP
@@ -138,7 +144,7 @@ def _order(data: TensorFrame, seed: Sequence[int]) -> Tensor:
     return order
 
 
-def _ends(rows: int, size: int, steps: int, group: Group) -> list[int]:
+def _ends(rows: int, size: int, steps: int, group: ProcessGroup) -> list[int]:
     """Where each of ``steps`` batches ends among a rank's ``rows``."""
     if group.size == 1:
         return [min(rows, (step + 1) * size) for step in range(steps)]
@@ -183,8 +189,8 @@ def encoded_days(
     schema: Schema,
     min_count: int,
     training: TrainingConfig,
-    group: Group = ALONE,
-) -> Encoded[Source]:
+    group: ProcessGroup = ALONE,
+) -> Encoded[BatchSource]:
     """The training rows of ``days`` as a ranker that reads ``schema`` is trained on: in memory where they fit a window.
 
     Every rank of ``group`` calls this; the first one makes the files that all read.
@@ -192,7 +198,7 @@ def encoded_days(
     if not group.leads:
         group.wait()
     device, items = Device.choose(training).name, dataset.items()
-    encoded: Encoded[Source]
+    encoded: Encoded[BatchSource]
     if training_rows(dataset, days) <= training.window_rows:
         encoded = Encoded.of(load_frame(dataset, workspace, days, IN_TRAINING), items, schema, min_count, device)
     else:
@@ -223,5 +229,5 @@ def streamed(
     return Encoded(encoder, stream, lambda: item_blocks(encoder, newest_items(_parts(shards)), device))
 
 
-def _parts(shards: Sequence[Shard]) -> Iterator[Part]:
+def _parts(shards: Sequence[Shard]) -> Iterator[FramePart]:
     return (shard.read() for shard in shards)

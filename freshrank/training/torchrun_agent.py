@@ -1,4 +1,4 @@
-"""The agent of one node among those that train together: torchrun, which takes in a new node for a lost one.
+"""The torchrun agent of one node of a distributed training; a lost node can be replaced by a new one.
 
 python -m freshrank.training.torchrun_agent ARGUMENTS OF TORCHRUN
 

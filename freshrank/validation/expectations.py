@@ -1,4 +1,4 @@
-"""What is expected of a day, generated from the :class:`~freshrank.schema.Schema`: tables, and checks of each.
+"""The expectations for a day, generated from the :class:`~freshrank.schema.Schema`: tables, and checks of each.
 
 A table can be in order while its new items are not, so the fresh cohort is looked at by itself: its share of the
 log, its positives, the coverage of its content, bucket of age by bucket, and its history, which must be empty before
@@ -32,7 +32,7 @@ from freshrank.schema import (
     SNAPSHOT,
     USAGE,
     Entity,
-    Group,
+    FeatureGroup,
     Kind,
     Role,
     Schema,
@@ -51,7 +51,7 @@ _STANDARD_ERRORS = 3.0
 _RARE = 1e-3
 """Chance at which a share of few rows counts as fallen: of a binomial, once in a thousand days."""
 _FEWEST = 5
-"""One new item without a value that others always had is no reason to stop a day."""
+"""A single new item that lacks a value other items always have must not block a day."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def sheets(
         DataError: ``item_history`` lacks a column.
     """
     schema = dataset.schema
-    found = [
+    every = [
         _log_sheet(schema, day, log, week, config),
         *_item_sheets(dataset, log.lazy(), week, config),
         *([] if item_history is None else [_birth_sheet(schema, item_history)]),
     ]
-    return [replace(sheet, checks=_configured(sheet.checks, config)) for sheet in found]
+    return [replace(sheet, checks=_configured(sheet.checks, config)) for sheet in every]
 
 
 def names(schema: Schema) -> list[str]:
@@ -324,7 +324,9 @@ def _late_summary(schema: Schema) -> list[pl.Expr]:
 def _late_checks(
     schema: Schema, today: dict[str, Any], week: dict[str, Any], config: ValidationConfig
 ) -> Iterator[Check]:
-    """A day's last hours stand to its other hours as the trailing week's do, so that a slow day is no late one."""
+    """Compares the last hours with the other hours of the day, as in the trailing week, so that a slow day is not
+    taken for late labels.
+    """
     for name in schema.actions:
         early, before, usual = today[f"{name}_early"], week[f"{name}_early"], week[f"{name}_late"]
         if not (early and before and usual and today[f"{name}_late_rows"]):
@@ -383,8 +385,8 @@ def _cohorts(config: ValidationConfig) -> dict[str, pl.Expr]:
     return {"fresh items": pl.col(FRESH), _WARM_ITEMS: ~pl.col(FRESH)} | ages
 
 
-def _filled(schema: Schema, table: str, frame: pl.LazyFrame, *kept: str) -> pl.LazyFrame:
-    """``kept``, and of every column that coverage is about 1 where a value is there, null where it is missing or an
+def _filled(schema: Schema, table: str, frame: pl.LazyFrame, *keys: str) -> pl.LazyFrame:
+    """``keys``, and of every column that coverage is about 1 where a value is there, null where it is missing or an
     empty list."""
 
     def present(name: str) -> pl.Expr:
@@ -392,7 +394,7 @@ def _filled(schema: Schema, table: str, frame: pl.LazyFrame, *kept: str) -> pl.L
         there = pl.col(name).list.len() > 0 if lists else pl.col(name).is_not_null()
         return pl.when(there).then(1.0).alias(name)
 
-    return frame.select(*kept, *(present(name) for name in _columns(schema, table)))
+    return frame.select(*keys, *(present(name) for name in _columns(schema, table)))
 
 
 def _coverage(table: str, today: pl.LazyFrame, before: pl.LazyFrame) -> list[Coverage]:
@@ -474,7 +476,7 @@ def _birth_checks(schema: Schema) -> list[Check]:
             {"column": feature.name, "min_value": 0.0, "max_value": 0.0},
         )
         for feature in features
-        if feature.group is Group.HISTORICAL and feature.snapshot
+        if feature.group is FeatureGroup.HISTORICAL and feature.snapshot
     ]
 
 

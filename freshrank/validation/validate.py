@@ -116,13 +116,13 @@ class ValidationReport(BaseModel):
         lines = [f"  - {result}" for result in blocking[:_MESSAGE_LINES]]
         if len(blocking) > _MESSAGE_LINES:
             lines.append(f"  … and {len(blocking) - _MESSAGE_LINES} more; the validation page lists them all")
-        mend = "Mend the day's data and import it again; what serves, if anything, keeps serving."
-        return "\n".join([head, *lines, mend])
+        hint = "Fix the day's data and import it again; the served model, if any, keeps serving."
+        return "\n".join([head, *lines, hint])
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found, for us and as Great Expectations says it."""
+    """The validation report, with Great Expectations' own results."""
 
     report: ValidationReport
     suites: dict[str, Any] = field(default_factory=dict)
@@ -175,14 +175,14 @@ def inspect_day(
     asked = sheets(dataset, day, log, judged_log(dataset, trailing, config) if trailing else None, item_history, config)
     suites = run_suites(asked)
     texts = dataset.texts()
-    found = {
+    summary = {
         "trailing": tuple(trailing),
         "rows": len(log),
         "fresh_rows": int(log[FRESH].sum()),
         "results": tuple(result for sheet in asked for result in _results(sheet, suites, texts)),
         "coverage": tuple(one for sheet in asked for one in sheet.coverage),
     }
-    return Validation(report.model_copy(update=found), suites, asked)
+    return Validation(report.model_copy(update=summary), suites, asked)
 
 
 def run_suites(asked: Sequence[Sheet], result_format: str = RESULT_FORMAT) -> dict[str, Any]:
@@ -268,19 +268,19 @@ def _observed(outcome: Any) -> str:
 def _examples(column: str | None, values: list[Any], texts: Texts) -> tuple[str, ...]:
     """The first few that are not null and not the same, ids and categories as the log has them."""
     named = ITEM_ID if column == UNKNOWN_ITEM else column
-    said = (_example(named, value, texts) for value in values if value is not None and value == value)
-    return tuple(dict.fromkeys(said))[:_EXAMPLES]
+    examples = (_example(named, value, texts) for value in values if value is not None and value == value)
+    return tuple(dict.fromkeys(examples))[:_EXAMPLES]
 
 
 def _example(column: str | None, value: Any, texts: Texts) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{name} {_example(name, part, texts)}" for name, part in value.items()) + ")"
-    said = texts.said(column, value)
-    return number(said) if isinstance(said, float) else str(said)
+    text = texts.decode(column, value)
+    return number(text) if isinstance(text, float) else str(text)
 
 
 def _unusable(dataset: Dataset, day: date) -> ExpectationResult | None:
-    """Why the partition of ``day`` cannot even be looked at."""
+    """Why the partition of ``day`` cannot be validated at all."""
     if day not in dataset.days or not dataset.partition(day).exists():
         span = f"{dataset.days[0]} .. {dataset.days[-1]}" if dataset.days else "no day at all"
         return _no_rows(day, f"no partition; the log holds {span}")
@@ -330,9 +330,9 @@ def _day_counts(dataset: Dataset, day: date) -> dict[str, int]:
         "late rows (of an earlier day)": (at < midnight(day, offset)).sum(),
         "early rows (of a later day)": (at >= midnight(day + timedelta(days=1), offset)).sum(),
     }
-    found = log.select(value.alias(name) for name, value in counts.items()).collect().row(0, named=True)
+    row = log.select(value.alias(name) for name, value in counts.items()).collect().row(0, named=True)
     imported = dataset.manifest["days"][day.isoformat()].get("rows", 0)
-    return {"rows that the import wrote": imported} | {name: int(value or 0) for name, value in found.items()}
+    return {"rows that the import wrote": imported} | {name: int(value or 0) for name, value in row.items()}
 
 
 def _trailing(dataset: Dataset, day: date, config: ValidationConfig) -> list[date]:

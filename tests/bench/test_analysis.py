@@ -31,7 +31,7 @@ from freshrank.evaluation.evaluate import evaluate
 from freshrank.evaluation.results import FRESH, MetricName
 from freshrank.features.encoder import Catalog
 from freshrank.features.vocabulary import MISSING, NEW
-from freshrank.schema import Entity, Group, Kind
+from freshrank.schema import Entity, FeatureGroup, Kind
 from freshrank.training.batches import TensorFrame, labels_of
 from freshrank.training.loop import train_ranker
 from freshrank.training.objective import masked_bce
@@ -117,8 +117,8 @@ def test_a_removed_feature_is_encoded_as_a_missing_value_is(trained: Trained) ->
             **{t: getattr(FRAME, t) for t in ("users", "items", "rows")}
             | {table: getattr(FRAME, table).with_columns(nulls.alias(name))}
         )
-        found = Probe.of(trained, FRAME, FRAME.items).logits([_named(trained)[name]])
-        assert np.allclose(found, predict(trained, frame, FRAME.items), atol=1e-5), name
+        logits = Probe.of(trained, FRAME, FRAME.items).logits([_named(trained)[name]])
+        assert np.allclose(logits, predict(trained, frame, FRAME.items), atol=1e-5), name
 
 
 def test_nothing_removed_gives_the_predictions_themselves(trained: Trained, probe: Probe) -> None:
@@ -195,19 +195,19 @@ def test_the_drop_is_the_change_of_pr_auc_when_the_feature_is_gone(trained: Trai
     tries = {"item_id": [_named(trained)["item_id"]]}
     labels = labels_of(FRAME, SCHEMA)
     every = {"all": np.ones(len(FRAME.rows), bool), "none": np.zeros(len(FRAME.rows), bool)}
-    found = drops(probe, tries, labels, every)
+    measured = drops(probe, tries, labels, every)
     before, after = probe.logits()[:, 0], probe.logits(tries["item_id"])[:, 0]
-    assert [(d.slice, d.action) for d in found] == [("all", "click"), ("all", "save")]
-    assert found[0].delta == pytest.approx(pr_auc(labels[:, 0], after) - pr_auc(labels[:, 0], before))
-    assert found[0].full == pytest.approx(pr_auc(labels[:, 0], before))
-    assert found[0].group is Group.HISTORICAL
+    assert [(d.slice, d.action) for d in measured] == [("all", "click"), ("all", "save")]
+    assert measured[0].delta == pytest.approx(pr_auc(labels[:, 0], after) - pr_auc(labels[:, 0], before))
+    assert measured[0].full == pytest.approx(pr_auc(labels[:, 0], before))
+    assert measured[0].group is FeatureGroup.HISTORICAL
 
 
 def test_removing_the_feature_that_decides_lowers_pr_auc(trained: Trained, probe: Probe) -> None:
     """In this world clicks follow the item's id alone: all historical features outweigh all others."""
     features = removals(trained.encoder)
-    found = drops(probe, by_group(features), labels_of(FRAME, SCHEMA), {"all": np.ones(len(FRAME.rows), bool)})
-    clicks = {d.removed: d.delta for d in found if d.action == "click"}
+    measured = drops(probe, by_group(features), labels_of(FRAME, SCHEMA), {"all": np.ones(len(FRAME.rows), bool)})
+    clicks = {d.removed: d.delta for d in measured if d.action == "click"}
     assert clicks["historical"] < -0.05
     assert clicks["historical"] < clicks["non_historical"]
 
@@ -217,7 +217,7 @@ def test_the_two_tries_by_group_share_out_all_features(trained: Trained) -> None
     features = removals(trained.encoder)
     groups = by_group(features)
     assert sum(map(len, groups.values())) == len(features) == len(one_by_one(features))
-    assert {f.group for f in groups["historical"]} == {Group.HISTORICAL}
+    assert {f.group for f in groups["historical"]} == {FeatureGroup.HISTORICAL}
     assert "item_age_days" in {f.name for f in groups["non_historical"]}
     assert any(f.entity is Entity.USER for f in groups["non_historical"])
 
@@ -238,7 +238,7 @@ def test_gradient_norms_are_those_of_finite_differences(trained: Trained, probe:
     """One row: nudging one dense number by h changes the loss by h times its derivative."""
     row = torch.tensor([int((~torch.isnan(probe.data.labels)).all(1).nonzero()[0, 0])])
     batch = probe.data.batch(row)
-    found = gradient_norms(trained.ranker, batch)
+    norms = gradient_norms(trained.ranker, batch)
     labels = batch.labels.double()
     with torch.no_grad():
         groups = {name: x.double() for name, x in trained.ranker.groups(batch.inputs).items()}
@@ -255,9 +255,9 @@ def test_gradient_norms_are_those_of_finite_differences(trained: Trained, probe:
         }
         ranker.float()
     for name, values in derivatives.items():
-        assert found.groups[name] == pytest.approx(np.linalg.norm(values), rel=1e-3, abs=1e-6)
+        assert norms.groups[name] == pytest.approx(np.linalg.norm(values), rel=1e-3, abs=1e-6)
     history = np.concatenate([v for name, v in derivatives.items() if not name.endswith("_content")])
-    assert found.historical == pytest.approx(np.linalg.norm(history), rel=1e-3)
+    assert norms.historical == pytest.approx(np.linalg.norm(history), rel=1e-3)
 
 
 def test_watching_a_training_changes_nothing_in_it(trained: Trained) -> None:

@@ -4,28 +4,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freshrank.bench.paper.claims import Claim, Estimate, Expectation, Outcome
+from freshrank.bench.paper.claims import Claim, Expectation, Outcome, SeedMean
 
 HOLDS, FAILS, OPEN = Outcome.HOLDS, Outcome.FAILS, Outcome.OPEN
 
 
 def _expectation(low: float | None, high: float | None, side: str = "below", bound: float = 1.0) -> Expectation:
     mean = None if low is None or high is None else (low + high) / 2
-    return Expectation(name="ratio", estimate=Estimate(mean=mean, low=low, high=high, seeds=5), side=side, bound=bound)
+    return Expectation(name="ratio", estimate=SeedMean(mean=mean, low=low, high=high, seeds=5), side=side, bound=bound)
 
 
 def test_the_interval_is_students_over_seeds() -> None:
     """1, 2, 3: mean 2, standard error 1 / sqrt 3, t(2 degrees, 97.5%) = 4.3027."""
-    found = Estimate.over([1, 2, 3])
-    assert (found.mean, found.seeds) == (2, 3)
-    assert found.high - found.mean == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
-    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    estimate = SeedMean.over([1, 2, 3])
+    assert (estimate.mean, estimate.seeds) == (2, 3)
+    assert estimate.high - estimate.mean == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+    assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
 
 
 def test_one_seed_has_a_mean_and_no_interval() -> None:
     """So nothing is decided by it."""
-    assert Estimate.over([0.5]) == Estimate(mean=0.5, low=None, high=None, seeds=1)
-    one = Expectation(name="ratio", estimate=Estimate.over([0.5]), side="below", bound=1)
+    assert SeedMean.over([0.5]) == SeedMean(mean=0.5, low=None, high=None, seeds=1)
+    one = Expectation(name="ratio", estimate=SeedMean.over([0.5]), side="below", bound=1)
     assert one.outcome is OPEN
     assert str(one) == "ratio 0.5 (one seed, no interval)"
 
@@ -33,7 +33,7 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
 @pytest.mark.parametrize("values", [[], [None], [0.5, None, 0.7]])
 def test_a_seed_without_a_value_leaves_none_to_the_whole(values: list[float | None]) -> None:
     """Averaging the seeds that happen to have one would flatter."""
-    assert Estimate.over(values) == Estimate(mean=None, low=None, high=None, seeds=len(values))
+    assert SeedMean.over(values) == SeedMean(mean=None, low=None, high=None, seeds=len(values))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_claim_holds_when_all_its_inequalities_do_and_fails_with_any(
 )
 def test_numbers_are_written_with_their_interval_and_unit(form: str, written: str) -> None:
     """Differences carry their sign."""
-    estimate = Estimate(mean=0.137, low=0.13, high=0.144, seeds=5)
+    estimate = SeedMean(mean=0.137, low=0.13, high=0.144, seeds=5)
     assert str(Expectation(name="gap", estimate=estimate, side="above", form=form)) == written
 
 

@@ -9,7 +9,7 @@ from freshrank.bench.paper.costs import ROWS, _FirstSteps, costs
 from freshrank.bench.paper.evidence_data import Prepared, load_evidence
 from freshrank.bench.paper.pool import run_all
 from freshrank.bench.paper.rows import BASELINE, chosen
-from freshrank.bench.paper.table1 import Options, tasks_of
+from freshrank.bench.paper.table1 import Table1Options, tasks_of
 from freshrank.config import ModelConfig, RunConfig
 
 pytestmark = pytest.mark.integration
@@ -32,7 +32,7 @@ def test_a_row_is_timed_once_against_the_baseline(world: Prepared, home: Path) -
     """The second call reads what the first one measured."""
     tasks = {
         name: by_seed[0]
-        for name, by_seed in tasks_of(world, chosen(["residual"]), {}, Options(1, ["residual"], 1, home)).items()
+        for name, by_seed in tasks_of(world, chosen(["residual"]), {}, Table1Options(1, ["residual"], 1, home)).items()
     }
     assert run_all(list(tasks.values()), 1, QUIET, "test") == []
     assert costs(tasks, tasks[BASELINE], 0, QUIET) == {}

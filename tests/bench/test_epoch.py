@@ -16,10 +16,10 @@ pytestmark = pytest.mark.integration
 
 def test_both_ways_end_with_the_same_losses(world: Prepared, home: Path) -> None:
     """Two batches each; the ratio is of this machine and this moment, so only its parts are looked at."""
-    found = epoch(world, 2, 1, home / "epoch.json", Console(quiet=True))
-    assert found.loss_difference < 1e-5
-    assert found.lowest <= found.speed_up <= found.highest
-    assert read_json(home / "epoch.json") == found.model_dump()
+    result = epoch(world, 2, 1, home / "epoch.json", Console(quiet=True))
+    assert result.loss_difference < 1e-5
+    assert result.lowest <= result.speed_up <= result.highest
+    assert read_json(home / "epoch.json") == result.model_dump()
 
 
 def test_the_naive_way_holds_a_user_block_per_impression(world: Prepared) -> None:

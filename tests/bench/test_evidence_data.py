@@ -22,14 +22,14 @@ pytestmark = pytest.mark.integration
 def test_raw_files_are_imported_under_the_protocol_and_as_the_oracle(home: Path) -> None:
     """Once: a second call takes the import that was made of these very files, a changed file makes it anew."""
     raw = published(home / "raw")
-    found = locate(raw, "strict", EVIDENCE_WINDOWS)
-    assert found.protocol == "strict"
-    assert found.oracle is not None
-    names = [source.dataset().schema.name for source in found.sources]
+    prepared = locate(raw, "strict", EVIDENCE_WINDOWS)
+    assert prepared.protocol == "strict"
+    assert prepared.oracle is not None
+    names = [source.dataset().schema.name for source in prepared.sources]
     assert names == ["kuairand_strict", "kuairand_oracle"]
-    manifest = found.source.path / MANIFEST
+    manifest = prepared.source.path / MANIFEST
     made = manifest.stat().st_mtime_ns
-    assert locate(raw, "strict", EVIDENCE_WINDOWS) == found
+    assert locate(raw, "strict", EVIDENCE_WINDOWS) == prepared
     assert manifest.stat().st_mtime_ns == made
     os.utime(next(raw.iterdir()))
     locate(raw, "strict", EVIDENCE_WINDOWS)
@@ -40,8 +40,8 @@ def test_an_imported_dataset_keeps_its_protocol_and_has_no_oracle_unless_one_is_
     """What --protocol says is for raw files."""
     raw = published(home / "more")
     imported = locate(raw, "sparse", EVIDENCE_WINDOWS)
-    found = locate(imported.source.path, "strict", EVIDENCE_WINDOWS)
-    assert (found.protocol, found.oracle) == ("sparse", None)
+    prepared = locate(imported.source.path, "strict", EVIDENCE_WINDOWS)
+    assert (prepared.protocol, prepared.oracle) == ("sparse", None)
     assert imported.oracle is not None
     named = locate(imported.source.path, "strict", EVIDENCE_WINDOWS, oracle=imported.oracle.path)
     assert named == imported

@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from freshrank.bench.paper.analysis import Drop, GradientNorms, ScoreGroup
-from freshrank.bench.paper.claims import Estimate, Outcome
+from freshrank.bench.paper.claims import Outcome, SeedMean
 from freshrank.bench.paper.figure_plots import png
 from freshrank.bench.paper.figures import load_evidence
 from freshrank.bench.paper.findings import (
     FigureData,
-    Measured,
+    ModelMeasurements,
     Results,
     ablation_ratio,
     extreme,
@@ -24,7 +24,7 @@ from freshrank.bench.paper.findings import (
 )
 from freshrank.cli.main import app
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.schema import Group
+from freshrank.schema import FeatureGroup
 from freshrank.settings import settings
 
 pytestmark = pytest.mark.integration
@@ -34,7 +34,7 @@ WORLD = WorldConfig(users=60, days=6, items_at_start=80, new_items_per_day=8, im
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _drop(removed: str, group: Group, delta: float, slice: str = "all") -> Drop:
+def _drop(removed: str, group: FeatureGroup, delta: float, slice: str = "all") -> Drop:
     return Drop(removed=removed, group=group, slice=slice, action="click", full=0.6, delta=delta)
 
 
@@ -48,7 +48,7 @@ def _scores(warm: float, cold: float) -> list[ScoreGroup]:
 
 def _measured(
     recipe: str, seed: int, ratio: float = 0.8, cold: float = 0.9, first: float = 0.7, loss: float = -0.01
-) -> Measured:
+) -> ModelMeasurements:
     """A model with one action whose non-historical gradients are ``ratio`` of the historical ones; seeds jitter."""
     jitter = 0.001 * seed
     gradients = [
@@ -58,16 +58,16 @@ def _measured(
         for step in (1, 6, 11)
     ]
     groups = [
-        _drop("historical", Group.HISTORICAL, -0.1 + jitter),
-        _drop("non_historical", Group.NON_HISTORICAL, -0.02),
+        _drop("historical", FeatureGroup.HISTORICAL, -0.1 + jitter),
+        _drop("non_historical", FeatureGroup.NON_HISTORICAL, -0.02),
     ]
     singles = [
-        _drop("age", Group.NON_HISTORICAL, loss - jitter),
-        _drop("tab", Group.NON_HISTORICAL, 0),
-        _drop("ctr", Group.HISTORICAL, -0.5),
+        _drop("age", FeatureGroup.NON_HISTORICAL, loss - jitter),
+        _drop("tab", FeatureGroup.NON_HISTORICAL, 0),
+        _drop("ctr", FeatureGroup.HISTORICAL, -0.5),
     ]
     shares = [first + jitter, 1 - first - jitter]
-    return Measured(
+    return ModelMeasurements(
         recipe=recipe,
         seed=seed,
         gradients=gradients,
@@ -124,8 +124,8 @@ def test_models_that_behave_otherwise_do_not(name: str, recipe: str, change: dic
         if other != recipe
     ]
     models += [_measured(recipe, seed, **{k: v + 0.002 * seed for k, v in change.items()}) for seed in range(3)]
-    found = {figure.name: figure for figure in figures(Results(models, ["click"]))}
-    assert found[name].claim.outcome is Outcome.FAILS
+    by_name = {figure.name: figure for figure in figures(Results(models, ["click"]))}
+    assert by_name[name].claim.outcome is Outcome.FAILS
 
 
 def test_the_first_figures_numbers_are_those_measured(drawn: dict[str, FigureData]) -> None:
@@ -140,7 +140,7 @@ def test_the_first_figures_numbers_are_those_measured(drawn: dict[str, FigureDat
 
 def test_the_ablation_ratio_has_no_value_where_history_is_of_no_use() -> None:
     """A ratio to a gain would read as a small loss."""
-    groups = (Group.HISTORICAL, Group.NON_HISTORICAL)
+    groups = (FeatureGroup.HISTORICAL, FeatureGroup.NON_HISTORICAL)
     lost, gained = (
         [_drop(g.value, g, d) for g, d in zip(groups, deltas, strict=True)] for deltas in ((-0.1, -0.05), (0.01, -0.05))
     )
@@ -159,8 +159,8 @@ def test_the_gradient_ratio_is_averaged_over_tenths_of_the_training() -> None:
 def test_the_extreme_part_is_chosen_by_its_mean_over_seeds() -> None:
     """Parts (1, 3), (2, 2.2), (0, 1): highest mean 2.1 though one seed has 3 elsewhere; least 0.5."""
     per_seed = [[1, 2, 0], [3, 2.2, 1]]
-    assert extreme(per_seed, max) == Estimate.over([2, 2.2])
-    assert extreme(per_seed, min) == Estimate.over([0, 1])
+    assert extreme(per_seed, max) == SeedMean.over([2, 2.2])
+    assert extreme(per_seed, min) == SeedMean.over([0, 1])
 
 
 def test_a_change_says_both_means_and_is_paired_by_seed() -> None:
@@ -175,9 +175,9 @@ def test_a_change_says_both_means_and_is_paired_by_seed() -> None:
 def test_the_shift_of_figure_6a_is_the_mean_over_single_features_of_one_group() -> None:
     """-0.01 and 0 among the non-historical ones; the historical one counts on its own."""
     measured = _measured("baseline", 0)
-    assert mean_delta(measured, Group.NON_HISTORICAL, "click") == pytest.approx(-0.005)
-    assert mean_delta(measured, Group.HISTORICAL, "click") == pytest.approx(-0.5)
-    assert mean_delta(measured, Group.HISTORICAL, "save") is None
+    assert mean_delta(measured, FeatureGroup.NON_HISTORICAL, "click") == pytest.approx(-0.005)
+    assert mean_delta(measured, FeatureGroup.HISTORICAL, "click") == pytest.approx(-0.5)
+    assert mean_delta(measured, FeatureGroup.HISTORICAL, "save") is None
 
 
 def test_observed_rates_stand_beside_the_score_gap() -> None:

@@ -12,9 +12,9 @@ from freshrank.bench.serving.latency import (
     RANKER,
     SYSTEMS,
     UNCACHED,
-    Plan,
     Round,
     Rounds,
+    ServingPlan,
     ratios,
     serving,
 )
@@ -25,7 +25,7 @@ from freshrank.storage.files import read_json
 
 pytestmark = pytest.mark.integration
 
-PLAN = Plan(sizes=(500,), callers=(1, 2), rounds=2)
+PLAN = ServingPlan(sizes=(500,), callers=(1, 2), rounds=2)
 
 
 def measured(p99: dict[str, tuple[float, float]], rate: dict[str, tuple[float, float]]) -> Rounds:
@@ -44,14 +44,14 @@ def measured(p99: dict[str, tuple[float, float]], rate: dict[str, tuple[float, f
 def test_ratios_are_taken_within_a_round_against_the_better_floor() -> None:
     """Ours 8 and 30 ms; the floors 10 and 20, and 12 and 10: 8/10 and 30/10, so 1.9 in the middle, within 2."""
     one, both = FLOORS
-    found = ratios(
+    formed = ratios(
         measured(
             {OURS: (8, 30), one: (10, 20), both: (12, 10), RANKER: (4, 10), UNCACHED: (20, 20)},
             {OURS: (50, 70), one: (100, 90), both: (80, 100), FASTAPI: (10, 7)},
         ),
         PLAN,
     )
-    values = [(ratio.value, ratio.lowest, ratio.highest, ratio.met) for ratio in found]
+    values = [(ratio.value, ratio.lowest, ratio.highest, ratio.met) for ratio in formed]
     assert values[0] == (pytest.approx(1.9), pytest.approx(0.8), pytest.approx(3.0), True)
     assert values[1] == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0), None)
     assert values[2] == (pytest.approx(2.5), pytest.approx(2.0), pytest.approx(3.0), True)
@@ -87,10 +87,10 @@ def test_a_small_run_measures_all_systems_and_writes_figures_and_picture(tmp_pat
         training=TrainingConfig(batch_size=256, learning_rate=1e-2),
         calibration=CalibrationConfig(min_positives=1),
     )
-    plan, out = Plan(sizes=(5, 20), callers=(1, 2), seconds=0.3, rounds=1), tmp_path / "serving.json"
-    found = serving(data, tmp_path / "home", plan, out, config, Console(quiet=True))
-    assert found.wrong == 0
-    assert {(cell.system, cell.candidates, cell.callers) for cell in found.cells} == {
+    plan, out = ServingPlan(sizes=(5, 20), callers=(1, 2), seconds=0.3, rounds=1), tmp_path / "serving.json"
+    result = serving(data, tmp_path / "home", plan, out, config, Console(quiet=True))
+    assert result.wrong == 0
+    assert {(cell.system, cell.candidates, cell.callers) for cell in result.cells} == {
         (system, *cell) for system in SYSTEMS for cell in ((5, 1), (20, 1), (5, 2))
     }
     assert read_json(out)["ratios"][0]["name"] == "p99 of ranking / floor, 5 candidates, 1 caller"

@@ -47,8 +47,8 @@ def test_a_row_equal_to_the_baseline_on_every_list_has_no_interval_and_no_signif
     """Pairing: the chance of who came is the same for both and cancels."""
     rng = np.random.default_rng(0)
     same = rng.integers(0, 2, (5, 80)).tolist()
-    found = rates_of({"baseline": same, "row": same}, [1] * 80).lift("row", "baseline", 0)
-    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    lift = rates_of({"baseline": same, "row": same}, [1] * 80).lift("row", "baseline", 0)
+    assert (lift.value, lift.low, lift.high, lift.p) == (0, 0, 0, 1)
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrower_than_without() -> None:
@@ -84,9 +84,9 @@ def test_the_interval_holds_the_spread_of_the_seeds_too() -> None:
 
 def test_one_seed_gives_no_significance() -> None:
     """What another training would give cannot be known from one."""
-    found = rates_of({"baseline": [[0.0, 1.0]], "row": [[1.0, 1.0]]}, [1, 1]).lift("row", "baseline", 0)
-    assert found.p is None
-    assert not found.significant
+    lift = rates_of({"baseline": [[0.0, 1.0]], "row": [[1.0, 1.0]]}, [1, 1]).lift("row", "baseline", 0)
+    assert lift.p is None
+    assert not lift.significant
 
 
 def test_the_p_value_is_students_with_as_many_degrees_of_freedom_as_seeds_less_one() -> None:
@@ -97,16 +97,16 @@ def test_the_p_value_is_students_with_as_many_degrees_of_freedom_as_seeds_less_o
 
 def test_holms_correction_multiplies_the_smallest_p_by_the_number_of_rows() -> None:
     """p of 0.01, 0.02, 0.04: 3 x 0.01, 2 x 0.02, 1 x 0.04, never decreasing; a row without p is not of the family."""
-    found = lifts.corrected([Estimate(value=0, p=p) for p in (0.04, 0.01)] + [None, Estimate(value=0, p=0.02)])
-    assert [e.adjusted if e else None for e in found] == pytest.approx([0.04, 0.03, None, 0.04])
+    corrected = lifts.corrected([Estimate(value=0, p=p) for p in (0.04, 0.01)] + [None, Estimate(value=0, p=0.02)])
+    assert [e.adjusted if e else None for e in corrected] == pytest.approx([0.04, 0.03, None, 0.04])
 
 
 def test_a_metric_that_lists_do_not_add_up_to_is_tested_over_seeds() -> None:
     """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 3.46 on 2 degrees of freedom."""
-    found = lifts.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert found is not None
-    assert found.value == 4
-    assert found.p == pytest.approx(0.0742, abs=1e-4)
+    estimate = lifts.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert estimate is not None
+    assert estimate.value == 4
+    assert estimate.p == pytest.approx(0.0742, abs=1e-4)
     assert lifts.paired([None], [1.0]) is None
 
 

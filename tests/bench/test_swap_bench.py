@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from freshrank.bench.serving.steady_load import draw
-from freshrank.bench.serving.swap import Change, Plan, moments, swap, wrong_answers
+from freshrank.bench.serving.swap import Change, SwapPlan, moments, swap, wrong_answers
 from freshrank.datasets.dataset import Dataset
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.settings import settings
@@ -21,9 +21,9 @@ WORLD = WorldConfig(users=80, days=6, items_at_start=120, new_items_per_day=10, 
 def test_roll_backs_are_spread_evenly_each_after_a_swap() -> None:
     """4 swaps and 2 roll-backs: one after every second swap."""
     swaps = ["swap", "swap", "roll-back"]
-    assert Plan(swaps=4, rollbacks=2).changes() == swaps + swaps
-    assert Plan(swaps=100, rollbacks=20).changes().count("roll-back") == 20
-    assert Plan(swaps=1, rollbacks=0).changes() == ["swap"]
+    assert SwapPlan(swaps=4, rollbacks=2).changes() == swaps + swaps
+    assert SwapPlan(swaps=100, rollbacks=20).changes().count("roll-back") == 20
+    assert SwapPlan(swaps=1, rollbacks=0).changes() == ["swap"]
 
 
 def test_a_request_belongs_to_the_moment_it_was_due_in() -> None:
@@ -38,8 +38,8 @@ def test_a_request_belongs_to_the_moment_it_was_due_in() -> None:
         16.9: "steady",
         17.1: "between",
     }
-    found = pl.DataFrame({"due": list(due)}).with_columns(moment=moments(changes))
-    assert found["moment"].to_list() == list(due.values())
+    requests = pl.DataFrame({"due": list(due)}).with_columns(moment=moments(changes))
+    assert requests["moment"].to_list() == list(due.values())
 
 
 def test_an_answer_with_the_scores_of_another_version_iswrong_answers() -> None:
@@ -69,13 +69,18 @@ def test_swaps_under_load_lose_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("FRESHRANK_HOME", str(tmp_path / "home"))
     settings.cache_clear()
     data = simulate(tmp_path / "world", WORLD).path
-    found = swap(data, Plan(swaps=4, rollbacks=1, rate=20, candidates=50), tmp_path / "swap.json", Console(quiet=True))
+    result = swap(
+        data, SwapPlan(swaps=4, rollbacks=1, rate=20, candidates=50), tmp_path / "swap.json", Console(quiet=True)
+    )
     settings.cache_clear()
-    assert (found.failed, found.wrong, found.errors) == (0, 0, [])
-    assert found.sent == sum(each.requests for each in found.latency.values()) > 100
-    assert found.sent == sum(found.answered_by.values())
-    assert len(found.answered_by) >= 4
-    assert (found.after.processes, found.after.shared_memory) == (found.before.processes, found.before.shared_memory)
-    assert read_json(tmp_path / "swap.json")["sent"] == found.sent
+    assert (result.failed, result.wrong, result.errors) == (0, 0, [])
+    assert result.sent == sum(each.requests for each in result.latency.values()) > 100
+    assert result.sent == sum(result.answered_by.values())
+    assert len(result.answered_by) >= 4
+    assert (result.after.processes, result.after.shared_memory) == (
+        result.before.processes,
+        result.before.shared_memory,
+    )
+    assert read_json(tmp_path / "swap.json")["sent"] == result.sent
     assert (tmp_path / "swap.png").read_bytes().startswith(b"\x89PNG")
-    assert Dataset.open(data).schema.name == found.dataset
+    assert Dataset.open(data).schema.name == result.dataset

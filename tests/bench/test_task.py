@@ -6,11 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from freshrank.bench.paper.evidence_data import Judgeable
+from freshrank.bench.paper.evidence_data import LabelledRows
 from freshrank.bench.paper.task import BOOSTS, MEASURES, chosen_boost, judged_of, list_sums
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation import evaluate
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.features.frames import Frame
 from tests.judging import logit, schema_of, with_logits, world
@@ -22,14 +22,14 @@ CONFIG = EvaluationConfig(age_buckets=(), exposure_buckets=())
 UTILITIES = np.asarray(SCHEMA.utilities, np.float64)
 
 
-def too_low(seed: int = 0) -> Judged:
+def too_low(seed: int = 0) -> JudgedRows:
     """A world whose model scores fresh items 0.8 too low as a group."""
     judged = world(seed=seed)
     fresh = judged.age_days < SCHEMA.fresh_days
     return with_logits(judged, logit(judged.probabilities) - 0.8 * fresh[:, None], SCHEMA.utilities)
 
 
-def rows_of(judged: Judged) -> Judgeable:
+def rows_of(judged: JudgedRows) -> LabelledRows:
     """The rows of ``judged`` without its predictions."""
     table = pl.DataFrame(
         {
@@ -41,16 +41,16 @@ def rows_of(judged: Judged) -> Judgeable:
         }
     ).with_columns(pl.Series(name, judged.labels[:, i]) for i, name in enumerate(SCHEMA.actions))
     frame = Frame(pl.DataFrame(), pl.DataFrame(), table)
-    return Judgeable(frame, judged.labels, judged.list_id, judged.age_days < SCHEMA.fresh_days)
+    return LabelledRows(frame, judged.labels, judged.list_id, judged.age_days < SCHEMA.fresh_days)
 
 
 def test_list_sums_add_up_to_the_metrics_of_the_evaluation() -> None:
     """Every measure that is resampled is the very one that is reported."""
     judged = world()
     sums = list_sums(judged, SCHEMA, CONFIG)
-    found = evaluate.evaluate(judged, SCHEMA, CONFIG)
+    metrics = evaluate.evaluate(judged, SCHEMA, CONFIG)
     averages = sums["sums"].sum(0, dtype=np.float64) / sums["counts"].sum(0, dtype=np.float64)
-    expected = [found.get(metric, name, action).value for metric, name in MEASURES for action in SCHEMA.actions]
+    expected = [metrics.get(metric, name, action).value for metric, name in MEASURES for action in SCHEMA.actions]
     assert averages == pytest.approx(expected, rel=1e-6)
 
 

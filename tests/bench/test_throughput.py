@@ -14,11 +14,11 @@ from freshrank.bench.training.throughput import (
     NUMERICS,
     READY,
     STREAMED,
-    First,
-    Measured,
+    FirstBatches,
+    Measurement,
     NumericsSpeed,
-    Plan,
-    Ready,
+    PreparedBatches,
+    TrainPlan,
     _ratios,
     advice,
     train,
@@ -43,7 +43,7 @@ def encoded(world: Prepared) -> Encoded[TensorFrame]:
 
 def test_batches_held_ready_are_those_a_source_gives(encoded: Encoded[TensorFrame]) -> None:
     """The first three of an epoch."""
-    first, ready = First(encoded.data, 3), Ready(encoded.data, 3, TrainingConfig(batch_size=64))
+    first, ready = FirstBatches(encoded.data, 3), PreparedBatches(encoded.data, 3, TrainingConfig(batch_size=64))
     pairs = list(zip(first.feed(64, 1, 0), ready.feed(64, 1, 0), strict=True))
     assert len(pairs) == 3
     assert all(torch.equal(a.batch.inputs["item_id"], b.batch.inputs["item_id"]) for a, b in pairs)
@@ -53,7 +53,7 @@ def test_a_peers_row_is_an_impression_with_its_users_features_beside_it(encoded:
     """Every vocabulary's feature is a column; a sequence stands in every row of its user."""
     batch = encoded.data.batch(torch.arange(64))
     rows, labels = peers.rows_of(batch, encoded.encoder, Ranker(encoded.encoder, ModelConfig()))
-    columns = peers.Columns.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
+    columns = peers.Fields.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
     assert set(rows) == {*columns.single, *columns.several, *columns.sequence, "action", peers.DENSE}
     assert {len(block) for block in rows.values()} == {64} == {len(labels)}
     assert torch.equal(rows["seen_id"], batch.inputs["sequence_items"][batch.inputs["user_index"]])
@@ -66,7 +66,7 @@ def test_a_peer_learns_from_the_rows(encoded: Encoded[TensorFrame], name: str) -
     """Twenty times the same 64 rows: a lower loss."""
     batch = encoded.data.batch(torch.arange(64))
     rows, labels = peers.rows_of(batch, encoded.encoder, Ranker(encoded.encoder, ModelConfig()))
-    columns = peers.Columns.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
+    columns = peers.Fields.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
     with peers.silent():
         peer = peers.PEERS[name](columns, ModelConfig(), 1e-2)
         first, *_, last = [sum(peer.train([(rows, labels)])) for _ in range(20)]
@@ -113,8 +113,8 @@ def test_the_configuration_to_set_is_the_fastest_that_is_faster_in_every_round(
     assert recipe("baseline", flags).training.compile == bool(flags)
 
 
-def speed(rows: int) -> Measured:
-    return Measured(rows=rows, seconds=1.0, cpu_seconds=1.0, peak_mib=1.0)
+def speed(rows: int) -> Measurement:
+    return Measurement(rows=rows, seconds=1.0, cpu_seconds=1.0, peak_mib=1.0)
 
 
 def test_peak_memory_counts_what_was_let_go() -> None:
@@ -136,7 +136,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_that_installs_it
 
 def test_rows_that_all_fit_a_window_are_refused_before_anything_is_measured(world: Prepared, tmp_path: Path) -> None:
     """Nothing would be streamed, and the comparison would be of one thing with itself."""
-    plan = Plan(days=3, window_rows=10**6, peers=())
+    plan = TrainPlan(days=3, window_rows=10**6, peers=())
     with pytest.raises(
         ConfigError, match=r"--window-rows: received 1000000, expected fewer than the \d+ training rows"
     ):
@@ -146,7 +146,7 @@ def test_rows_that_all_fit_a_window_are_refused_before_anything_is_measured(worl
 @pytest.mark.slow
 def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Prepared, tmp_path: Path) -> None:
     """Ten batches of 256 rows, one round, torch-rechub; streamed in windows of 1,000 rows."""
-    plan = Plan(
+    plan = TrainPlan(
         days=3,
         batch_size=256,
         window_rows=1000,
@@ -156,10 +156,10 @@ def test_the_whole_measurement_ends_with_the_same_losses_and_its_files(world: Pr
         peers=("torch-rechub",),
         numerics=IN_BOTH_PRECISIONS,
     )
-    found = train(world.source.path, world.source.run_date, plan, tmp_path / "train.json", Console(quiet=True))
-    assert found.same_losses
-    assert read_json(tmp_path / "train.json") == found.model_dump()
+    result = train(world.source.path, world.source.run_date, plan, tmp_path / "train.json", Console(quiet=True))
+    assert result.same_losses
+    assert read_json(tmp_path / "train.json") == result.model_dump()
     assert (tmp_path / "train.png").stat().st_size > 10_000
-    assert [(each.precision, each.compile, each.failure) for each in found.numerics] == [("bfloat16", False, "")]
-    assert found.advice.startswith("cpu")
-    assert set(found.systems) == {STREAMED, READY, "torch-rechub", "torch-rechub, its own loader"}
+    assert [(each.precision, each.compile, each.failure) for each in result.numerics] == [("bfloat16", False, "")]
+    assert result.advice.startswith("cpu")
+    assert set(result.systems) == {STREAMED, READY, "torch-rechub", "torch-rechub, its own loader"}

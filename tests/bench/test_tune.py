@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from freshrank.bench.paper import rows, tune
-from freshrank.bench.paper.evidence_data import Prepared, Source, load_evidence
+from freshrank.bench.paper.evidence_data import EvidenceSource, Prepared, load_evidence
 from freshrank.bench.paper.rows import BASELINE, CANDIDATES, ROWS, techniques, tuned, tuned_under
-from freshrank.bench.paper.task import Result
-from freshrank.bench.paper.tune import PENALTY, Options, Reference, Trial
+from freshrank.bench.paper.task import TaskResult
+from freshrank.bench.paper.tune import PENALTY, Reference, Trial, TuneOptions
 from freshrank.config import WindowConfig
 from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
@@ -30,7 +30,7 @@ QUIET = Console(quiet=True)
 def test_no_tuning_day_is_an_evaluation_day_or_later(train: int, calibration: int, evaluation: int, shift: int) -> None:
     """Whatever the windows, all that tuning trains on, calibrates on and judges precedes the first judged day."""
     windows = WindowConfig(train_days=train, calibration_days=calibration, evaluation_days=evaluation)
-    source = Source(Path("data"), date(2022, 1, 1 + shift % 28), windows)
+    source = EvidenceSource(Path("data"), date(2022, 1, 1 + shift % 28), windows)
     before = source.before_evaluation().split
     assert max((*before.train, *before.calibration, *before.evaluation)) < min(source.split.evaluation)
     assert len(before.evaluation) == evaluation
@@ -38,13 +38,13 @@ def test_no_tuning_day_is_an_evaluation_day_or_later(train: int, calibration: in
 
 def test_the_tuning_windows_of_the_evidence_are_those_that_were_agreed() -> None:
     """KuaiRand: train 04-25 .. 05-01, calibrate 05-02, judge 05-03 .. 05-05."""
-    split = Source(Path("data"), date(2022, 5, 9), rows.EVIDENCE_WINDOWS).before_evaluation().split
+    split = EvidenceSource(Path("data"), date(2022, 5, 9), rows.EVIDENCE_WINDOWS).before_evaluation().split
     assert (split.train[0], split.train[-1]) == (date(2022, 4, 25), date(2022, 5, 1))
     assert split.calibration == (date(2022, 5, 2),)
     assert (split.evaluation[0], split.evaluation[-1]) == (date(2022, 5, 3), date(2022, 5, 5))
 
 
-def result(matched: float, loss: float, overall: float, fresh: float = 0.5) -> Result:
+def result(matched: float, loss: float, overall: float, fresh: float = 0.5) -> TaskResult:
     """One action, one seed."""
     values = {
         (MetricName.MATCHED_HITS, FRESH): matched,
@@ -53,7 +53,7 @@ def result(matched: float, loss: float, overall: float, fresh: float = 0.5) -> R
         (MetricName.HITS, FRESH): fresh,
     }
     metrics = [{"metric": str(m), "slice": s, "action": "click", "value": v} for (m, s), v in values.items()]
-    return Result("row", 0, "rows", 1, 0.0, metrics, np.zeros(0), np.zeros(0))
+    return TaskResult("row", 0, "rows", 1, 0.0, metrics, np.zeros(0), np.zeros(0))
 
 
 BASE, ORACLE = result(0.60, 0.60, 0.90), result(0.70, 0.50, 0.90)
@@ -102,7 +102,7 @@ def test_every_row_gets_as_many_trials_and_table_1_reads_the_winners(
     few = {name: replace(ROWS[name], candidates=_repeated(ROWS[name].candidates)) for name in (BASELINE, "mixup")}
     monkeypatch.setattr(rows, "ROWS", few)
     winners = home / "tuned.json"
-    assert tune.tune(world, Options(1, None, 1, home / "evidence", winners), QUIET) == []
+    assert tune.tune(world, TuneOptions(1, None, 1, home / "evidence", winners), QUIET) == []
     with (home / "evidence" / "tuning-simulated.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == ("row", "candidate", "seed", "metric", "value")

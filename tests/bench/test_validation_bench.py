@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from freshrank.bench.data.validation import FAULTS, OURS, Plan, compare, engines, validation, with_faults
+from freshrank.bench.data.validation import FAULTS, OURS, ValidationPlan, compare, engines, validation, with_faults
 from freshrank.config import Severity
 from freshrank.storage.files import read_json
 from freshrank.validation.expectations import Check, Sheet
@@ -74,9 +74,9 @@ def test_the_faults_are_those_that_are_named() -> None:
 def test_engines_are_held_against_ours_on_a_faulty_log() -> None:
     """Every engine finds what was put in; only BOOLEAN_ONLY cannot say which values broke an expectation."""
     quick = {name: engine for name, engine in engines().items() if not name.startswith("Spark")}
-    found = compare(quick, [sheet(CHECKS)], 1, Console(quiet=True))
-    assert set(found) == {"pandas, BOOLEAN_ONLY", OURS, "pandas, COMPLETE", "SQLite, SUMMARY"}
-    for name, engine in found.items():
+    by_engine = compare(quick, [sheet(CHECKS)], 1, Console(quiet=True))
+    assert set(by_engine) == {"pandas, BOOLEAN_ONLY", OURS, "pandas, COMPLETE", "SQLite, SUMMARY"}
+    for name, engine in by_engine.items():
         assert (len(engine.seconds), engine.agreeing, engine.errors) == (1, 4, 0)
         assert engine.found == list(FAULTS)
         assert engine.shows_values == ("BOOLEAN_ONLY" not in name)
@@ -92,17 +92,19 @@ def test_an_expectation_that_cannot_run_is_an_error_and_finds_nothing() -> None:
         "ExpectColumnValuesToBeInSet",
         {"column": "clicked", "value_set": [0, 1]},
     )
-    found = compare({OURS: engines()[OURS]}, [sheet([broken])], 1, Console(quiet=True))[OURS]
-    assert (found.errors, found.found) == (1, [])
+    result = compare({OURS: engines()[OURS]}, [sheet([broken])], 1, Console(quiet=True))[OURS]
+    assert (result.errors, result.found) == (1, [])
 
 
 @pytest.mark.slow
 def test_a_small_run_writes_its_evidence(tmp_path: Path) -> None:
     """World, whole days, engines, JSON and picture; the workspace is its own."""
     out = tmp_path / "validation.json"
-    found = validation(tmp_path / "home", Plan(rows=2_400, trailing_days=2, repeats=1), out, Console(quiet=True))
-    assert found.tables["impressions"] == 2_400
-    assert len(found.engines[OURS].found) == len(FAULTS)
-    assert read_json(out)["expectations"] == found.expectations > 80
+    result = validation(
+        tmp_path / "home", ValidationPlan(rows=2_400, trailing_days=2, repeats=1), out, Console(quiet=True)
+    )
+    assert result.tables["impressions"] == 2_400
+    assert len(result.engines[OURS].found) == len(FAULTS)
+    assert read_json(out)["expectations"] == result.expectations > 80
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "home" / "workspace" / "features" / "simulated").is_dir()

@@ -36,8 +36,8 @@ def test_a_day_that_is_added_gives_what_the_whole_log_gives(started: Path, tmp_p
     shop().write(tmp_path / "whole")
     added = add(of_day(shop(), 2), started)
     assert added.days == [FIRST, SECOND]
-    expected, found = digests(tmp_path / "whole"), digests(started)
-    assert {name for name in expected | found if expected.get(name) != found.get(name)} <= {MANIFEST}
+    expected, actual = digests(tmp_path / "whole"), digests(started)
+    assert {name for name in expected | actual if expected.get(name) != actual.get(name)} <= {MANIFEST}
     whole = Dataset.open(tmp_path / "whole")
     assert added.fingerprint(added.days) == whole.fingerprint(whole.days)
 

@@ -98,13 +98,13 @@ def test_importing_the_same_data_twice_changes_no_byte(tmp_path: Path) -> None:
 def test_the_manifest_accounts_for_every_row_and_file(tmp_path: Path) -> None:
     """Rows and sha256 per table and day."""
     dataset = shop().write(tmp_path / "out")
-    found = digests(dataset.path)
+    written = digests(dataset.path)
     assert {day: entry["rows"] for day, entry in dataset.manifest["days"].items()} == {"2024-03-01": 3, "2024-03-02": 1}
     for day in dataset.days:
         name = str(dataset.partition(day).relative_to(dataset.path))
-        assert dataset.manifest["days"][day.isoformat()]["sha256"] == found[name]
+        assert dataset.manifest["days"][day.isoformat()]["sha256"] == written[name]
     assert {name: entry["sha256"] for name, entry in dataset.manifest["files"].items()} == {
-        name: found[name] for name in ("items.parquet", "users.parquet")
+        name: written[name] for name in ("items.parquet", "users.parquet")
     }
 
 

@@ -13,7 +13,7 @@ from freshrank.cli.main import main
 from freshrank.errors import DataError, MissingArtifact
 from freshrank.features.snapshots import build_history
 from freshrank.features.store import FeatureStore
-from freshrank.pipeline.deploy import require_kept
+from freshrank.pipeline.deploy import require_bundle
 from freshrank.pipeline.run import Run
 from freshrank.pipeline.steps import materialize
 from freshrank.schema import dump_schema
@@ -95,12 +95,12 @@ def test_days_without_impressions_are_named(
 
 def read(output: str) -> list[dict[str, object]]:
     """The JSON objects printed one after the other."""
-    decoder, found, text = json.JSONDecoder(), [], output.strip()
+    decoder, rows, text = json.JSONDecoder(), [], output.strip()
     while text:
         row, end = decoder.raw_decode(text)
-        found.append(row)
+        rows.append(row)
         text = text[end:].strip()
-    return found
+    return rows
 
 
 def materialized(data: Path, tables: Tables) -> Path:
@@ -246,7 +246,7 @@ def test_validation_prints_its_warnings_and_what_it_did_not_ask(
 def test_a_day_that_was_judged_and_not_deployed_is_published_step_by_step(tmp_path: Path) -> None:
     """The pipeline leaves no bundle of it, but a report in the run's folder: 'evaluate first' would be no help."""
     shop().write(tmp_path / "data")
-    require_kept(tmp_path / "data", "2024-03-03")
+    require_bundle(tmp_path / "data", "2024-03-03")
     write_json(Run(tmp_path / "data", "2024-03-03").directory / "run.json", {})
     with pytest.raises(MissingArtifact, match="left its report and no bundle"):
-        require_kept(tmp_path / "data", "2024-03-03")
+        require_bundle(tmp_path / "data", "2024-03-03")

@@ -275,8 +275,8 @@ class TestRealSlice:
     def test_the_day_of_every_impression_is_the_sources_date(self, imported: dict[str, Dataset]) -> None:
         """Counted per day, against the source after its repeated events are dropped."""
         source = pl.read_parquet(SLICE / "log_standard_0425_0508.parquet")
-        kept = source.sort("date", "hourmin").unique(["user_id", "video_id", "time_ms"], keep="first")
-        expected = dict(kept.group_by("date").len().rows())
+        unique = source.sort("date", "hourmin").unique(["user_id", "video_id", "time_ms"], keep="first")
+        expected = dict(unique.group_by("date").len().rows())
         manifest = imported["oracle"].manifest
         assert manifest["source"]["dropped"] == {"duplicates": 425, "before_creation": 0}
         for day in (d for d in imported["oracle"].days if d >= TRAIN[0]):

@@ -12,7 +12,7 @@ from freshrank.config import EvaluationConfig
 from freshrank.errors import DataError
 from freshrank.evaluation import bootstrap, metrics
 from freshrank.evaluation.evaluate import compare, evaluate
-from freshrank.evaluation.judged_rows import Judged, slices
+from freshrank.evaluation.judged_rows import JudgedRows, slices
 from freshrank.evaluation.results import ALL, FRESH, WARM, MetricName, Weighting
 from tests.judging import Lists, judged_of, logit, schema_of, shuffled, sigmoid, with_logits, world
 
@@ -23,7 +23,7 @@ OLD, NEW = 30.0, 1.0
 Rows = list[tuple[float, float, float]]
 
 
-def hits(judged: Judged, slice: str = ALL, metric: MetricName = MetricName.HITS) -> float | None:
+def hits(judged: JudgedRows, slice: str = ALL, metric: MetricName = MetricName.HITS) -> float | None:
     schema = ONE if judged.labels.shape[1] == 1 else TWO
     return evaluate(judged, schema, CONFIG).get(metric, slice, "click").value
 
@@ -92,7 +92,7 @@ def test_the_score_gap_of_a_bucket_is_against_the_warm_rows() -> None:
     )
 
 
-def per_item(judged: Judged, metric: MetricName, slice: str = ALL) -> tuple[float | None, float | None]:
+def per_item(judged: JudgedRows, metric: MetricName, slice: str = ALL) -> tuple[float | None, float | None]:
     """The value per impression and the value per item."""
     schema = ONE if judged.labels.shape[1] == 1 else TWO
     evaluation = evaluate(judged, schema, CONFIG)
@@ -198,9 +198,9 @@ def test_both_areas_are_those_of_scikit_learn(seed: int, digits: int) -> None:
 
 def test_an_area_needs_weight_on_both_classes() -> None:
     """A draw that holds clicks only has none."""
-    found = metrics.areas(np.array([0.2, 0.8]), np.array([0.0, 1.0]), np.array([[1.0, 1.0], [0.0, 1.0]]))
-    assert [area.tolist()[0] for area in found] == [1.0, 1.0]
-    assert all(np.isnan(area[1]) for area in found)
+    areas = metrics.areas(np.array([0.2, 0.8]), np.array([0.0, 1.0]), np.array([[1.0, 1.0], [0.0, 1.0]]))
+    assert [area.tolist()[0] for area in areas] == [1.0, 1.0]
+    assert all(np.isnan(area[1]) for area in areas)
 
 
 @settings(max_examples=40, deadline=None)

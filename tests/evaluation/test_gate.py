@@ -9,7 +9,7 @@ import pytest
 from freshrank.config import EvaluationConfig, GateConfig
 from freshrank.evaluation.evaluate import compare, evaluate
 from freshrank.evaluation.gate import Decision, Reason, Verdict, conclude, judge
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import ALL, FRESH, Comparison, Difference, Interval, MetricName
 from tests.judging import logit, schema_of, with_logits, world
 
@@ -19,8 +19,8 @@ CHAMPION = world(lists=500)
 
 
 def verdict(
-    challenger: Judged,
-    champion: Judged = CHAMPION,
+    challenger: JudgedRows,
+    champion: JudgedRows = CHAMPION,
     parameters: float = 0.0,
     gate: GateConfig | None = None,
 ) -> Verdict:
@@ -28,11 +28,11 @@ def verdict(
     return judge(comparison, evaluate(challenger, SCHEMA, CONFIG), gate or GateConfig(), parameters)
 
 
-def predicting(probabilities: np.ndarray) -> Judged:
+def predicting(probabilities: np.ndarray) -> JudgedRows:
     return replace(CHAMPION, probabilities=probabilities, score=probabilities @ np.asarray(SCHEMA.utilities))
 
 
-def scaled(factor: float) -> Judged:
+def scaled(factor: float) -> JudgedRows:
     return predicting(np.clip(factor * CHAMPION.probabilities, 0, 1))
 
 
@@ -47,7 +47,7 @@ def of(result: Verdict, check: str) -> Reason:
 def test_a_calibrated_model_against_itself_is_blessed() -> None:
     """No difference, within every bound."""
     result = verdict(CHAMPION)
-    assert (result.verdict, result.obstacles) == (Decision.BLESSED, [])
+    assert (result.verdict, result.unmet_checks) == (Decision.BLESSED, [])
 
 
 def test_against_itself_with_no_overall_margin_the_evidence_is_not_enough() -> None:
@@ -62,13 +62,13 @@ def test_a_better_model_is_blessed() -> None:
     assert verdict(CHAMPION, worse).verdict is Decision.BLESSED
 
 
-def _nan(seed: int = 0) -> Judged:
+def _nan(seed: int = 0) -> JudgedRows:
     probabilities = CHAMPION.probabilities.copy()
     probabilities[seed] = np.nan
     return predicting(probabilities)
 
 
-BROKEN: dict[str, Callable[[], Judged]] = {
+BROKEN: dict[str, Callable[[], JudgedRows]] = {
     "constant score": lambda: predicting(np.broadcast_to(np.nanmean(CHAMPION.labels, axis=0), CHAMPION.labels.shape)),
     "inverted": lambda: with_logits(CHAMPION, -logit(CHAMPION.probabilities), SCHEMA.utilities),
     "inverted at the right level": lambda: with_logits(
@@ -97,15 +97,15 @@ BROKEN: dict[str, Callable[[], Judged]] = {
 def test_a_broken_challenger_is_rejected(name: str) -> None:
     """Each for at least one reason that names what is wrong with it."""
     result = verdict(BROKEN[name]())
-    assert result.verdict is Decision.REJECTED, result.obstacles
-    assert result.obstacles[0].passed is False
+    assert result.verdict is Decision.REJECTED, result.unmet_checks
+    assert result.unmet_checks[0].passed is False
 
 
 def test_one_rare_action_out_of_calibration_is_enough() -> None:
     """An ECE of an action of 2% of rows is small however wrong the level is; its ratio is not."""
-    kept = np.random.default_rng(2).random(CHAMPION.labels.shape) < [1, 0.1]
+    drawn = np.random.default_rng(2).random(CHAMPION.labels.shape) < [1, 0.1]
     probabilities = CHAMPION.probabilities * [1, 0.3]
-    rare = replace(predicting(probabilities), labels=CHAMPION.labels * kept)
+    rare = replace(predicting(probabilities), labels=CHAMPION.labels * drawn)
     result = verdict(rare, replace(rare))
     assert of(result, "calibration error: save, warm").passed
     assert of(result, "calibration ratio: save, warm").passed is False
@@ -176,7 +176,7 @@ def test_too_few_lists_prove_neither_good_nor_bad() -> None:
     for difference in (GOOD, (-0.5, -0.4, -0.3)):
         result = judge(_comparison(difference, difference, 20), evaluation, GateConfig(), 0.0)
         assert result.verdict is Decision.NOT_ENOUGH_EVIDENCE
-        assert {r.check for r in result.obstacles} == {"support", "fresh support", "overall Hits@3", "fresh Hits@3"}
+        assert {r.check for r in result.unmet_checks} == {"support", "fresh support", "overall Hits@3", "fresh Hits@3"}
 
 
 def test_a_small_day_is_not_enough_evidence() -> None:
@@ -212,7 +212,7 @@ def test_a_champion_that_cannot_be_judged_leaves_the_question_open() -> None:
 
 def test_an_empty_day_is_not_enough_evidence() -> None:
     """No row at all: nothing passes, nothing fails but nothing is shipped."""
-    empty = Judged(**{name: value[:0] for name, value in vars(CHAMPION).items()})
+    empty = JudgedRows(**{name: value[:0] for name, value in vars(CHAMPION).items()})
     assert verdict(empty, empty).verdict is Decision.NOT_ENOUGH_EVIDENCE
 
 

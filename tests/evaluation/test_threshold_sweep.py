@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation.evaluate import compare
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import FRESH, Comparison, MetricName
 from freshrank.evaluation.threshold_sweep import ages, with_thresholds
 from tests.judging import judged_of, logit, schema_of, with_logits, world
@@ -21,7 +21,7 @@ NOISE = np.random.default_rng(0).normal(size=CHALLENGER.labels.shape)
 BASELINE = with_logits(CHALLENGER, logit(CHALLENGER.probabilities) + NOISE, TWO.utilities)
 
 
-def swept(challenger: Judged, baseline: Judged, config: EvaluationConfig = CONFIG) -> Comparison:
+def swept(challenger: JudgedRows, baseline: JudgedRows, config: EvaluationConfig = CONFIG) -> Comparison:
     schema = ONE if challenger.labels.shape[1] == 1 else TWO
     return with_thresholds(compare(challenger, baseline, schema, config), challenger, baseline, schema, config)
 
@@ -48,8 +48,8 @@ def test_each_threshold_is_compared_as_if_it_were_the_schema_s() -> None:
     """The same Hits@k, matched and not, and the same intervals as from a schema with that fresh_days."""
     for row in swept(CHALLENGER, BASELINE).thresholds:
         alone = compare(CHALLENGER, BASELINE, schema_of(fresh_days=row.fresh_days), CONFIG)
-        hits = [found for found in row.differences if found.metric is not MetricName.LOG_LOSS]
-        assert hits == [found for found in alone.rows if found.slice == FRESH]
+        hits = [row_ for row_ in row.differences if row_.metric is not MetricName.LOG_LOSS]
+        assert hits == [row_ for row_ in alone.rows if row_.slice == FRESH]
         assert row.fresh_share == alone.fresh_share
         assert row.rows == (CHALLENGER.age_days < row.fresh_days).sum()
 

@@ -8,7 +8,7 @@ import pytest
 from freshrank.config import EvaluationConfig
 from freshrank.evaluation import bootstrap
 from freshrank.evaluation.evaluate import evaluate
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import MetricName, WarmUpCurve, Weighting
 from freshrank.evaluation.warm_up_curve import CURVES, warm_up, with_warm_up
 from tests.judging import judged_of, logit, schema_of, with_logits, world
@@ -18,14 +18,14 @@ CONFIG = EvaluationConfig(exposure_buckets=(0, 19, 1000), warm_up_buckets=(0, 19
 
 
 def curve(
-    judged: Judged,
+    judged: JudgedRows,
     metric: MetricName,
     weighting: Weighting = Weighting.IMPRESSION,
     config: EvaluationConfig = CONFIG,
 ) -> WarmUpCurve:
-    found = [one for one in warm_up(judged, TWO, config) if one.key == (metric, "click", weighting)]
-    assert len(found) == 1
-    return found[0]
+    curves = [one for one in warm_up(judged, TWO, config) if one.key == (metric, "click", weighting)]
+    assert len(curves) == 1
+    return curves[0]
 
 
 @pytest.mark.parametrize("metric, weighting", CURVES)

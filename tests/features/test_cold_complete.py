@@ -22,7 +22,7 @@ from freshrank.models.ranker import Ranker
 from freshrank.schema import QUERY_ITEM_ID, Role
 from freshrank.serving.ranking.features import OnlineFeatures
 from freshrank.serving.ranking.query import Query
-from freshrank.serving.ranking.service import Batch, online_features
+from freshrank.serving.ranking.service import RequestBatch, online_features
 from freshrank.storage.workspace import Workspace
 from tests.generated_worlds import DAYS, START, UNKNOWN, GeneratedWorld, rich_world, worlds
 
@@ -86,16 +86,16 @@ class Served:
 
     def by_server(self, queries: list[Query], features: OnlineFeatures) -> Blocks:
         """Encoded as the server does, all in one call."""
-        batch = Batch(queries)
+        batch = RequestBatch(queries)
         known = features.read(batch.user_ids, batch.item_ids, batch.lookups)
         return batch.blocks(known, self.encoder)[0]
 
     def logits(self, blocks: Blocks) -> np.ndarray:
         with torch.no_grad():
-            found: np.ndarray = self.ranker(
+            answer: np.ndarray = self.ranker(
                 {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in blocks.items()}
             ).numpy()
-        return found
+        return answer
 
 
 @contextmanager

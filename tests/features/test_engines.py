@@ -10,7 +10,7 @@ from polars.testing import assert_frame_equal
 
 from freshrank.datasets.dataset import Dataset
 from freshrank.errors import ConfigError
-from freshrank.features.daily_aggregates import part_names, part_path
+from freshrank.features.daily_aggregates import aggregate_names, aggregate_path
 from freshrank.features.snapshots import build_history
 from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
@@ -67,13 +67,13 @@ def build(engine: str, dataset: Dataset, workspace: Workspace, days: list[date])
 
 def assert_same(one: Workspace, other: Workspace, dataset: Dataset) -> None:
     for on in SNAPSHOTS:
-        found, expected = read_snapshots(one, on), read_snapshots(other, on)
+        actual, expected = read_snapshots(one, on), read_snapshots(other, on)
         for entity in expected:
-            assert_frame_equal(found[entity], expected[entity], check_exact=True)
+            assert_frame_equal(actual[entity], expected[entity], check_exact=True)
     for on in dataset.days:
-        for name in part_names(dataset.schema):
-            found_part, expected_part = (pl.read_parquet(part_path(each, on, name)) for each in (one, other))
-            assert_frame_equal(found_part, expected_part, check_exact=True, check_dtypes=False)
+        for name in aggregate_names(dataset.schema):
+            actual_part, expected_part = (pl.read_parquet(aggregate_path(each, on, name)) for each in (one, other))
+            assert_frame_equal(actual_part, expected_part, check_exact=True, check_dtypes=False)
 
 
 @pytest.mark.usefixtures("spark")

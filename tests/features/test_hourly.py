@@ -71,27 +71,27 @@ def test_an_hour_counts_the_24_full_hours_before_it(morning: FeatureStore) -> No
     """Two impressions from 7 to 8, one from 8 to 9 whose actions were not observed, one withheld: 0, 2, 3, and a day
     later 1 and 0. At 6:00 the item had just been born and has no row."""
     hours = [at(3, 6), at(3, 7), at(3, 8), at(3, 9), at(4, 8), at(4, 9)]
-    found = hour_counters(morning.dataset, hours)
-    assert of_item(found, NEW) == [
+    counters = hour_counters(morning.dataset, hours)
+    assert of_item(counters, NEW) == [
         (0, 0, 0, None, None),
         (2, 1, 0, 0.5, 0),
         (3, 1, 0, 0.5, 0),
         (1, 0, 0, None, None),
         (0, 0, 0, None, None),
     ]
-    assert found.schema == hourly.hourly_schema(SCHEMA)
-    assert (found[CREATED] - found["snapshot_timestamp"] == DELAY).all()
+    assert counters.schema == hourly.hourly_schema(SCHEMA)
+    assert (counters[CREATED] - counters["snapshot_timestamp"] == DELAY).all()
 
 
 def test_an_item_that_grew_out_of_being_fresh_has_nulls_until_its_last_numbers_have_ended(
     morning: FeatureStore,
 ) -> None:
     """Item 4 is three days old at 12:00 of day 2; its counters of 11:00 would stand until 13:10."""
-    found = hour_counters(morning.dataset, [at(2, hour) for hour in range(10, 18)])
-    rows = found.filter(pl.col("item_id") == 4)
+    counters = hour_counters(morning.dataset, [at(2, hour) for hour in range(10, 18)])
+    rows = counters.filter(pl.col("item_id") == 4)
     assert rows["snapshot_timestamp"].to_list() == [at(2, hour) for hour in (10, 11, 12, 13, 14)]
     assert rows[IMPRESSIONS].to_list() == [0, 0, None, None, None]
-    assert {1, 2, 3}.isdisjoint(found["item_id"])
+    assert {1, 2, 3}.isdisjoint(counters["item_id"])
 
 
 minutes = st.integers(0, 40 * 60)

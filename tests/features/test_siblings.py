@@ -28,9 +28,9 @@ from freshrank.features.snapshots import build_history, snapshot_path
 from freshrank.features.store import FeatureStore
 from freshrank.models.ranker import Ranker, count_parameters
 from freshrank.pipeline.champion import lacking_inputs
-from freshrank.schema import Entity, Group, HistoryConfig, Kind, Schema, sibling_names
+from freshrank.schema import Entity, FeatureGroup, HistoryConfig, Kind, Schema, sibling_names
 from freshrank.serving.ranking.query import Query
-from freshrank.serving.ranking.service import Batch, online_features
+from freshrank.serving.ranking.service import RequestBatch, online_features
 from freshrank.storage.workspace import Workspace
 from freshrank.training.augmentations import absent_of, drop_history
 from freshrank.training.batches import TensorFrame
@@ -200,8 +200,8 @@ def test_an_items_own_history_never_enters_its_own_siblings(log: Log, item: int,
     other = [row | {"click": data.draw(label), "save": data.draw(label)} for row in own]
     rest = [row for row in log if row["item_id"] != item] or [impression(20, 1, 1 if item != 1 else 2)]
     with tempfile.TemporaryDirectory() as folder:
-        found = [siblings_of(snapshot(Path(folder), log_, 5)[item]) for log_ in (own + rest, other + rest, rest)]
-    assert found[0] == found[1] == found[2]
+        rates = [siblings_of(snapshot(Path(folder), log_, 5)[item]) for log_ in (own + rest, other + rest, rest)]
+    assert rates[0] == rates[1] == rates[2]
 
 
 def test_siblings_leave_every_other_number_of_the_snapshots_alone(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_siblings_are_features_of_the_snapshot_that_are_not_historical() -> None
     """What drops or masks an item's history leaves them; without any, a schema is written as before there were any."""
     features = [f for f in SCHEMA.select(Entity.ITEM, stored=True) if f.name in NAMES]
     assert [f.name for f in features] == NAMES
-    assert {(f.group, f.snapshot) for f in features} == {(Group.NON_HISTORICAL, True)}
+    assert {(f.group, f.snapshot) for f in features} == {(FeatureGroup.NON_HISTORICAL, True)}
     assert SCHEMA.without_siblings() == log_schema()
     assert not any("sibling" in key for key in log_schema().model_dump()["history"])
     assert Schema.model_validate(SCHEMA.model_dump(mode="json")) == SCHEMA
@@ -348,9 +348,9 @@ def test_siblings_reach_the_predictions_and_dropped_history_leaves_them(prior: T
     config = FeatureDropoutConfig(probability=1, history="all")
     dropped = drop_history(batch, absent_of(prior.encoder), config, torch.Generator())
     names = [f.name for f in prior.encoder.numeric(Entity.ITEM)]
-    kept = [place for place, name in enumerate(names) if name.startswith("sibling_")]
-    assert len(kept) == 6
-    before, after = (each.inputs["item_numeric"][:, kept].nan_to_num(-1) for each in (batch, dropped))
+    columns = [place for place, name in enumerate(names) if name.startswith("sibling_")]
+    assert len(columns) == 6
+    before, after = (each.inputs["item_numeric"][:, columns].nan_to_num(-1) for each in (batch, dropped))
     assert torch.equal(before, after)
 
 
@@ -383,7 +383,9 @@ def test_a_bundle_with_or_without_siblings_is_served_from_a_store_that_has_them(
     encoder = Encoder.fit(frame, model_schema(dataset.schema, techniques), 1)
     for row in frame.rows.to_dicts():
         single = type(frame)(frame.users, frame.items, frame.rows.filter(pl.col("request_id") == row["request_id"]))
-        batch = Batch([Query(row["user_id"], np.array([row["item_id"]]), at_us(row), {"surface": row["surface"]})])
+        batch = RequestBatch(
+            [Query(row["user_id"], np.array([row["item_id"]]), at_us(row), {"surface": row["surface"]})]
+        )
         known = online_features(encoder.schema, workspace).read(batch.user_ids, batch.item_ids, batch.lookups)
         served, _ = batch.blocks(known, encoder)
         expected = encoder.inputs(single, Catalog.build(items, encoder))

@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 from freshrank.datasets.dataset import Dataset
 from freshrank.errors import MissingArtifact
 from freshrank.features import daily_aggregates, snapshots
-from freshrank.features.daily_aggregates import KEYS, stale_parts
+from freshrank.features.daily_aggregates import KEYS, stale_days
 from freshrank.schema import Entity, Kind
 from freshrank.storage.derived import marked
 from freshrank.storage.workspace import Workspace
@@ -291,10 +291,10 @@ def test_an_item_that_is_born_later_makes_no_past_day_stale(built: tuple[Dataset
         item_id=pl.lit(7, pl.Int64), created_at=pl.lit(at(9), ITEMS["created_at"].dtype)
     )
     grown = write_log(tmp_path / "grown", log, items=pl.concat([ITEMS, newborn]))
-    assert stale_parts(grown, built[1], [day(0), day(1), day(2)]) == []
+    assert stale_days(grown, built[1], [day(0), day(1), day(2)]) == []
     moved = ITEMS.with_columns(pl.when(pl.col("item_id") == 1).then(99).otherwise("category").alias("category"))
     changed = write_log(tmp_path / "moved", log, items=moved)
-    assert stale_parts(changed, built[1], [day(0), day(1), day(2)]) == [day(0), day(1), day(2)]
+    assert stale_days(changed, built[1], [day(0), day(1), day(2)]) == [day(0), day(1), day(2)]
 
 
 def test_rows_that_come_late_are_counted_and_said(
@@ -305,7 +305,7 @@ def test_rows_that_come_late_are_counted_and_said(
     for late in (2, 3):
         more = [impression(1, 2, 2, hour=hour) for hour in range(late)]
         snapshots.build_history(write_log(tmp_path / "late", log + more), built[1], [day(2)])
-    facts = marked(daily_aggregates.parts_directory(built[1], day(1)) / "built.json")
+    facts = marked(daily_aggregates.aggregates_directory(built[1], day(1)) / "built.json")
     assert (facts["rows"], facts["late"]) == (4, 3)
     assert "2 rows of 2024-03-02 came late" in caplog.text
     assert read_snapshots(built[1], day(2))[Entity.ITEM]["item_impressions_1d"].to_list() == [1, 3]

@@ -107,8 +107,8 @@ def merged_as_of(
     key = f"{entity}_id"
     rows = table.select(key, known=instant).with_row_index("row").to_pandas().sort_values("known")
     asked = wanted.with_row_index("place").to_pandas().sort_values("event_timestamp", kind="stable")
-    found = pd.merge_asof(asked, rows, left_on="event_timestamp", right_on="known", by=key, tolerance=tolerance)
-    places = pl.from_pandas(found[["place", "row"]]).sort("place")["row"]
+    merged = pd.merge_asof(asked, rows, left_on="event_timestamp", right_on="known", by=key, tolerance=tolerance)
+    places = pl.from_pandas(merged[["place", "row"]]).sort("place")["row"]
     return table.select(pl.all().gather(places.cast(pl.UInt32)))
 
 

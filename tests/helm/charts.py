@@ -19,10 +19,10 @@ Object = dict[str, Any]
 def find_helm() -> str:
     """Beside the interpreter first: a helm of another version on PATH must not decide a test."""
     beside = Path(sys.executable).parent / "helm"
-    found = str(beside) if beside.is_file() else shutil.which("helm")
-    if found is None:
+    binary = str(beside) if beside.is_file() else shutil.which("helm")
+    if binary is None:
         pytest.fail("helm was found neither beside Python nor on PATH: run `make setup`, which installs it.")
-    return found
+    return binary
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,8 +72,8 @@ def of_kind(objects: list[Object], kind: str) -> list[Object]:
 
 
 def named(objects: list[Object], kind: str, name: str) -> Object:
-    (found,) = [item for item in of_kind(objects, kind) if item["metadata"]["name"] == name]
-    return found
+    (match,) = [item for item in of_kind(objects, kind) if item["metadata"]["name"] == name]
+    return match
 
 
 def pods(objects: list[Object]) -> list[Object]:
@@ -84,8 +84,8 @@ def pods(objects: list[Object]) -> list[Object]:
 
 
 def pod_of(objects: list[Object], component: str) -> Object:
-    (found,) = [pod for pod in pods(objects) if component_of(pod) == component]
-    return found
+    (match,) = [pod for pod in pods(objects) if component_of(pod) == component]
+    return match
 
 
 def component_of(pod: Object) -> str:
@@ -93,13 +93,13 @@ def component_of(pod: Object) -> str:
 
 
 def container_of(objects: list[Object], component: str) -> Object:
-    (found,) = pod_of(objects, component)["spec"]["containers"]
-    return dict(found)
+    (container,) = pod_of(objects, component)["spec"]["containers"]
+    return dict(container)
 
 
 def init_container_of(objects: list[Object], component: str) -> Object:
-    (found,) = pod_of(objects, component)["spec"]["initContainers"]
-    return dict(found)
+    (container,) = pod_of(objects, component)["spec"]["initContainers"]
+    return dict(container)
 
 
 def containers(objects: list[Object]) -> list[Object]:

@@ -62,5 +62,5 @@ def queried_metrics() -> set[str]:
 
 def grouped_labels(query: str) -> set[str]:
     """The labels that ``query`` groups, joins or names in its legend by."""
-    found = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query)
-    return {label.strip() for labels in found for label in labels.split(",") if label.strip()}
+    groups = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query)
+    return {label.strip() for labels in groups for label in labels.split(",") if label.strip()}

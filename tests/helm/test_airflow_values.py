@@ -133,8 +133,8 @@ def test_airflow_runs_as_the_owner_of_the_workspace() -> None:
 def test_what_airflow_is_told_to_import_is_installed() -> None:
     """Executor and auth manager need no package that the image lacks; its database needs one that only it has."""
     module, _, name = values()["config"]["core"]["auth_manager"].rpartition(".")
-    found: Any = __import__(module, fromlist=[name])
-    assert hasattr(found, name)
+    imported: Any = __import__(module, fromlist=[name])
+    assert hasattr(imported, name)
     assert values()["executor"] == "LocalExecutor"
     assert "apache-airflow-providers-postgres" in pinned("airflow.lock")
 

@@ -48,18 +48,18 @@ class Stage:
 
 def stages() -> dict[str, Stage]:
     text = re.sub(r"^\s*#.*\n", "", (IMAGES / "Dockerfile").read_text(), flags=re.MULTILINE)
-    found: dict[str, Stage] = {}
+    by_name: dict[str, Stage] = {}
     arguments: dict[str, str] = {}
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, rest = line.partition(" ")
         if instruction == "FROM":
             base, _, name = rest.partition(" AS ")
-            found[name] = Stage(name, arguments.get(base.removeprefix("$"), base))
-        elif instruction == "ARG" and not found:
+            by_name[name] = Stage(name, arguments.get(base.removeprefix("$"), base))
+        elif instruction == "ARG" and not by_name:
             arguments |= [rest.split("=")]
         elif instruction:
-            list(found.values())[-1].steps.append((instruction, rest))
-    return found
+            list(by_name.values())[-1].steps.append((instruction, rest))
+    return by_name
 
 
 def ancestry(name: str) -> list[Stage]:

@@ -161,8 +161,8 @@ class _NotFound(Exception):
     pass
 
 
-def _one(found: Iterator[Any]) -> Any:
-    for each in found:
+def _one(items: Iterator[Any]) -> Any:
+    for each in items:
         return each
     raise _NotFound("no such object")
 

@@ -104,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._text(200, "CUDA out of memory")
         else:
             known = self.server.jobs.get(url.path.rpartition("/")[2])
-            found = None if known is None else self.server.looked_at(known)
-            self._answer(200 if found else 404, found or {"message": "not found"})
+            resource = None if known is None else self.server.looked_at(known)
+            self._answer(200 if resource else 404, resource or {"message": "not found"})
 
     def do_DELETE(self) -> None:
         if self._is_turned_away():

@@ -40,8 +40,8 @@ def test_a_step_that_fails_is_named_with_its_own_error(
     """Validation refuses a day without a log; no step after it starts, and its text reaches the caller whole."""
     with pytest.raises(PipelineFailed, match=r"step 'validate-data' failed\nValidationFailed: (.|\n)*2024-01-19"):
         run_pipeline(build, world, WITHOUT_YESTERDAY, recipe())
-    (kept,) = (home / "kfp").glob(f"*/{LOG}")
-    assert "Executing task 'train'" not in kept.read_text()
+    (log,) = (home / "kfp").glob(f"*/{LOG}")
+    assert "Executing task 'train'" not in log.read_text()
     assert "Executing task" in capfd.readouterr().out, "the steps' output is streamed as well"
 
 
@@ -51,9 +51,9 @@ def test_only_the_latest_runs_are_kept(world: Path, home: Path) -> None:
         (home / "kfp" / f"2024010{number}T000000.000000-for-2024-01-01").mkdir(parents=True)
     with pytest.raises(PipelineFailed):
         run_pipeline(build, world, WITHOUT_YESTERDAY, recipe())
-    kept = sorted(path.name for path in (home / "kfp").iterdir())
-    assert len(kept) == KEPT_RUNS
-    assert kept[-1].endswith(f"-for-{WITHOUT_YESTERDAY}")
+    runs = sorted(path.name for path in (home / "kfp").iterdir())
+    assert len(runs) == KEPT_RUNS
+    assert runs[-1].endswith(f"-for-{WITHOUT_YESTERDAY}")
 
 
 def test_the_reason_is_the_steps_own_error_without_its_traceback(log: Path) -> None:

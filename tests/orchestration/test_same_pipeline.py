@@ -94,9 +94,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
 
 def test_laptop_and_cluster_differ_only_in_what_the_chart_owns(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """With everything set that can be; and each rule is needed, so none outlives what it was for."""
-    found = list(differences(*pair))
-    assert [path for path in found if not _owned(path)] == []
-    assert [rule for rule in OWNED if not any(re.fullmatch(rule, path) for path in found)] == []
+    differing = list(differences(*pair))
+    assert [path for path in differing if not _owned(path)] == []
+    assert [rule for rule in OWNED if not any(re.fullmatch(rule, path) for path in differing)] == []
 
 
 def test_training_on_several_nodes_is_placement_too(

@@ -56,7 +56,7 @@ def test_a_dry_run_prints_what_the_same_command_then_sends(
     (tmp_path / "store").mkdir()
     monkeypatch.setenv("FRESHRANK_STORAGE_URL", f"file://{tmp_path}/store")
     settings.cache_clear()
-    url = backup.back_up_dataset(Dataset.open(world), backup.store())
+    url = backup.back_up_dataset(Dataset.open(world), backup.required_store())
     for name, value in {
         "IMAGE": "registry.example/freshrank:2",
         "HOME_CLAIM": "a-claim",
@@ -93,8 +93,8 @@ def _said(head: str) -> dict[str, Any]:
     assert title.endswith("not submitted; this is what would be sent")
     where = lines.index("# arguments:")
     pairs = (line.removeprefix("#").strip().split(": ", 1) for line in (*lines[:where], *lines[where + 1 :]))
-    found = [(name, value) for name, value in pairs]
-    return dict(found[:where]) | {"arguments": dict(found[where:])}
+    fields = [(name, value) for name, value in pairs]
+    return dict(fields[:where]) | {"arguments": dict(fields[where:])}
 
 
 def test_whoever_submits_from_a_workspace_of_his_own_is_told(
@@ -126,11 +126,11 @@ def in_a_pod(prepared: submit.Submission, monkeypatch: pytest.MonkeyPatch) -> It
 
 def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: submit.Submission) -> None:
     """Workspace, image, Triton and data are where the steps find them."""
-    assert submit.doubts(in_a_pod) == []
+    assert submit.preflight_warnings(in_a_pod) == []
 
 
 @pytest.mark.parametrize(
-    ("variables", "doubt"),
+    ("variables", "warning"),
     [
         ({"ONLINE_STORE": "redis"}, "FRESHRANK_REDIS_URL: a secret, which does not travel"),
         ({"TRITON_CONTROL_TOKEN": "hunter2"}, "FRESHRANK_TRITON_CONTROL_TOKEN: a secret, which does not travel"),
@@ -139,21 +139,21 @@ def test_what_a_pod_of_the_chart_submits_is_no_doubt(in_a_pod: submit.Submission
     ],
 )
 def test_what_the_last_step_would_lack_is_told_before_the_first(
-    in_a_pod: submit.Submission, variables: dict[str, str], doubt: str, monkeypatch: pytest.MonkeyPatch
+    in_a_pod: submit.Submission, variables: dict[str, str], warning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise it came up after the training. A secret is not repeated; one that is referenced is no doubt."""
+    """Otherwise it came up after the training. A secret is not repeated; one that is referenced is no warning."""
     for name, value in variables.items():
         monkeypatch.setenv(f"FRESHRANK_{name}", value)
     settings.cache_clear()
-    (told,) = submit.doubts(in_a_pod)
-    assert told.startswith(doubt)
+    (told,) = submit.preflight_warnings(in_a_pod)
+    assert told.startswith(warning)
     assert "hunter2" not in told
     secrets = {"FRESHRANK_REDIS_URL": "s:k", "FRESHRANK_TRITON_CONTROL_TOKEN": "s:k"}
     monkeypatch.setenv("FRESHRANK_CLUSTER_SECRET_ENV", json.dumps(secrets))
-    assert bool(submit.doubts(in_a_pod)) == ("a secret" not in doubt)
+    assert bool(submit.preflight_warnings(in_a_pod)) == ("a secret" not in warning)
 
 
-def test_doubts_come_before_the_run(
+def test_preflight_warnings_come_before_the_run(
     kfp: KfpServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A submission that does not arrive had told them."""

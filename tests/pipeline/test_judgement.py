@@ -62,9 +62,9 @@ def test_the_champion_of_a_day_is_the_newest_version_of_an_earlier_date_whatever
         repository.install_version(bundle_of(tmp_path / run_date, run_date, float(number)))
     repository.point_to(Pointer(version=2, run_date="2024-03-05", fingerprint="w1.0"))
     runs = [Run(data, run_date) for run_date in ("2024-03-06", "2024-03-05", "2024-03-04", "2024-03-03")]
-    found = [champion_module.champion(run) for run in runs]
+    champions = [champion_module.champion(run) for run in runs]
     settings.cache_clear()
-    assert [champion and champion.version for champion in found] == [2, 3, 1, None]
+    assert [champion and champion.version for champion in champions] == [2, 3, 1, None]
 
 
 def bundle_of(path: Path, run_date: str, weight: float) -> Path:

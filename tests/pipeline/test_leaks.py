@@ -20,7 +20,7 @@ from freshrank.dates import day_of, days
 from freshrank.errors import ValidationFailed
 from freshrank.evaluation.evaluate import compare, evaluate
 from freshrank.evaluation.gate import judge
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.features import daily_aggregates, frames, hourly, snapshots
 from freshrank.features import store as feature_store
 from freshrank.features.encoder import Encoder
@@ -311,7 +311,7 @@ def plausibility_of_a_trained_ranker() -> None:
     answers = sigmoid(predict(ranker, judged_on, judged_on.items))
     rows, config = judged_on.rows, EvaluationConfig(bootstrap=20)
     columns = (rows[name].to_numpy() for name in ("user_id", "judged_age_days", "exposures", "item_id"))
-    ours = Judged(answers, answers @ schema.utilities, labels_of(judged_on, schema), *columns)
+    ours = JudgedRows(answers, answers @ schema.utilities, labels_of(judged_on, schema), *columns)
     verdict = judge(compare(ours, ours, schema, config), evaluate(ours, schema, config), GateConfig(), 0.0)
     plausible = [reason for reason in verdict.reasons if reason.check.startswith("plausibility")]
     assert [reason.passed for reason in plausible] == [True, True], plausible

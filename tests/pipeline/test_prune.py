@@ -73,8 +73,8 @@ def judged(run: Run, out: Path) -> dict[str, object]:
 def prune(run: Run, keep_days: int = 0, days_later: float = 2, dry_run: bool = False) -> dict[str, int]:
     """How many of each kind, as of some days later."""
     now = datetime.now(UTC) + timedelta(days=days_later)
-    found = pruning.prune(run.dataset, run.workspace, keep_days, dry_run, now)
-    return {each.kind: each.count for each in found if each.count}
+    removed = pruning.prune(run.dataset, run.workspace, keep_days, dry_run, now)
+    return {each.kind: each.count for each in removed if each.count}
 
 
 def frames(run: Run) -> list[bool]:

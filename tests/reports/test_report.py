@@ -15,7 +15,7 @@ from rich.console import Console
 from freshrank.config import EvaluationConfig, GateConfig, RunConfig
 from freshrank.evaluation.evaluate import compare, evaluate
 from freshrank.evaluation.gate import Decision, judge
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import MetricName
 from freshrank.evaluation.threshold_sweep import with_thresholds
 from freshrank.evaluation.warm_up_curve import with_warm_up
@@ -37,7 +37,7 @@ NOISE = np.random.default_rng(0).normal(size=CHALLENGER.labels.shape)
 CHAMPION = with_logits(CHALLENGER, logit(CHALLENGER.probabilities) + NOISE, SCHEMA.utilities)
 
 
-def report_of(challenger: Judged = CHALLENGER, champion: Judged = CHAMPION) -> ReportInput:
+def report_of(challenger: JudgedRows = CHALLENGER, champion: JudgedRows = CHAMPION) -> ReportInput:
     comparison = compare(challenger, champion, SCHEMA, CONFIG)
     comparison = with_thresholds(comparison, challenger, champion, SCHEMA, CONFIG)
     evaluation, baseline = (
@@ -166,7 +166,7 @@ def _lacking(what: str) -> ReportInput:
     if what == "finite predictions":
         return report_of(replace(CHALLENGER, probabilities=np.full_like(CHALLENGER.probabilities, np.nan)))
     old = replace(CHALLENGER, age_days=CHALLENGER.age_days + 100)
-    empty = Judged(**{name: value[:0] for name, value in vars(CHALLENGER).items()})
+    empty = JudgedRows(**{name: value[:0] for name, value in vars(CHALLENGER).items()})
     return report_of(old, old) if what == "fresh items" else report_of(empty, empty)
 
 
@@ -233,4 +233,4 @@ def test_the_terminal_names_what_stood_in_the_way() -> None:
     lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
     assert lines[0] == "Rejected: what serves keeps serving"
     told = [line.split(maxsplit=2)[2] for line in lines[1:] if line[0] in "✗?"]
-    assert told == [r.sentence for r in rejected.verdict.obstacles]
+    assert told == [r.sentence for r in rejected.verdict.unmet_checks]

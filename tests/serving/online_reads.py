@@ -15,13 +15,13 @@ def assert_reads_as_feast(world: RankingWorld, online: Online) -> None:
     store = FeatureStore(world.dataset, world.workspace)
     users = np.array([*world.dataset.users()[USER_ID], -1, UNKNOWN])
     items = np.array([UNKNOWN, *world.dataset.items()[ITEM_ID], 2**62])
-    found = online.read({Entity.USER: users, Entity.ITEM: items}, store.held_seconds())
+    stored = online.read({Entity.USER: users, Entity.ITEM: items}, store.held_seconds())
     tables = {Entity.USER: store.online_users(users.tolist()), Entity.ITEM: store.online_items(items.tolist())}
     for entity, table in tables.items():
         expected = Columns.of(table, online.layouts[entity])
-        assert found[entity].columns.arrays.keys() == expected.arrays.keys()
+        assert stored[entity].columns.arrays.keys() == expected.arrays.keys()
         for name, array in expected.arrays.items():
-            np.testing.assert_array_equal(found[entity].columns.arrays[name], array, strict=True)
+            np.testing.assert_array_equal(stored[entity].columns.arrays[name], array, strict=True)
     births = tables[Entity.ITEM]["created_at_us"]
-    assert found[Entity.ITEM].created_us.tolist() == births.fill_null(0).to_list()
-    assert found[Entity.ITEM].known.tolist() == births.is_not_null().to_list()
+    assert stored[Entity.ITEM].created_us.tolist() == births.fill_null(0).to_list()
+    assert stored[Entity.ITEM].known.tolist() == births.is_not_null().to_list()

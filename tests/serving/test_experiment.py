@@ -39,10 +39,10 @@ def test_users_are_spread_by_the_shares_and_always_alike(shares: list[float], na
     """Over 4,000 users every arm gets its share, up to chance; asked one by one they get the same arm."""
     arms = tuple(Arm(version=number, share=share) for number, share in enumerate(shares, start=1))
     experiment = Experiment(name=name, challengers=arms)
-    found = experiment.arms(range(4000))
+    drawn = experiment.arms(range(4000))
     for number, share in enumerate(shares, start=1):
-        assert binomtest(int((found == number).sum()), 4000, share).pvalue > 1e-6
-    assert [experiment.assign(user).arm for user in range(50)] == found[:50].tolist()
+        assert binomtest(int((drawn == number).sum()), 4000, share).pvalue > 1e-6
+    assert [experiment.assign(user).arm for user in range(50)] == drawn[:50].tolist()
 
 
 def test_the_formula_is_the_documented_one() -> None:
@@ -57,8 +57,8 @@ def test_a_growing_share_takes_users_from_the_champion_alone_and_a_salt_keeps_th
     """From 10% to 40% nobody leaves the challenger; another name draws others, unless it is given the first as salt."""
     before, after = (Experiment(name="x", challengers=(Arm(version=2, share=s),)).arms(range(2000)) for s in (0.1, 0.4))
     assert (after[before == 1] == 1).all()
-    other, kept = (Experiment(name="y", salt=salt, challengers=(Arm(version=2, share=0.4),)) for salt in ("", "x"))
-    assert (kept.arms(range(2000)) == after).all()
+    other, salted = (Experiment(name="y", salt=salt, challengers=(Arm(version=2, share=0.4),)) for salt in ("", "x"))
+    assert (salted.arms(range(2000)) == after).all()
     assert 0.3 < (other.arms(range(2000)) == after).mean() < 0.7
 
 

@@ -133,9 +133,9 @@ def test_a_direct_read_stands_as_long_as_feasts_client_says(hourly: HourlyWorld,
     store = FeatureStore(hourly.dataset, hourly.workspace)
     ids = np.array([10_000_000, *hourly.dataset.items()[ITEM_ID]])
     online = Online(schema, online_rows(schema, hourly.workspace))
-    found = online.read({Entity.ITEM: ids}, store.held_seconds())[Entity.ITEM]
+    stored = online.read({Entity.ITEM: ids}, store.held_seconds())[Entity.ITEM]
     at_us = np.full(len(ids), int(at.timestamp() * 1e6))
-    direct = only_standing(found.columns, found.counted_us, at_us, schema)
+    direct = only_standing(stored.columns, stored.counted_us, at_us, schema)
     expected = Columns.of(store.online_items(ids.tolist(), at), online.layouts[Entity.ITEM])
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(direct.arrays[name], array, strict=True)

@@ -11,7 +11,7 @@ from freshrank.bench.serving.redis_server import RedisServer
 from freshrank.features.hourly import only_standing
 from freshrank.features.store import FeatureStore
 from freshrank.schema import Entity
-from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
+from freshrank.serving.ranking.online_store import Online, RedisReader, online_rows
 from freshrank.settings import settings
 from freshrank.storage.workspace import Workspace
 from tests.features.test_hourly import IMPRESSIONS, MORNING, NEW, SCHEMA
@@ -44,8 +44,8 @@ def test_what_was_pushed_to_redis_stands_as_long_as_in_sqlite(
     store.push_hourly(at(3, 9))
     when = at(3, 9) + timedelta(minutes=minutes)
     rows = online_rows(SCHEMA, store.workspace)
-    assert isinstance(rows, RedisRows)
-    found = Online(SCHEMA, rows).read({Entity.ITEM: np.array([NEW, 99])}, {})[Entity.ITEM]
-    direct = only_standing(found.columns, found.counted_us, np.full(2, int(when.timestamp() * 1e6)), SCHEMA)
+    assert isinstance(rows, RedisReader)
+    stored = Online(SCHEMA, rows).read({Entity.ITEM: np.array([NEW, 99])}, {})[Entity.ITEM]
+    direct = only_standing(stored.columns, stored.counted_us, np.full(2, int(when.timestamp() * 1e6)), SCHEMA)
     assert store.online_items([NEW, 99], when)[IMPRESSIONS].to_list() == [expected, None]
     assert direct.values(IMPRESSIONS).tolist() == pytest.approx([expected or np.nan, np.nan], nan_ok=True)

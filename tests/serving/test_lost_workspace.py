@@ -17,14 +17,14 @@ from freshrank.serving.client.client import Client
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
 from freshrank.serving.ranking.latest import LOOK_SECONDS, LookedTooLong
 from freshrank.serving.ranking.ranked import Ranked
-from freshrank.serving.ranking.service import RankingService, Watch
+from freshrank.serving.ranking.service import RankingService, ServiceObserver
 from freshrank.serving.repository import ModelRepository, Pointer
 from freshrank.settings import settings
 
 REQUEST = {"user_id": np.array([[1]]), "item_ids": np.array([[1, 2, 3]])}
 
 
-class Losses(Watch):
+class Losses(ServiceObserver):
     """Remembers what kept the pointer from being read."""
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class Ranking:
 
     def version(self) -> int:
         """That of the answer."""
-        (found,) = self.service.rank([REQUEST])
-        assert isinstance(found, Ranked), found
-        return int(found.answer["model_version"][0])
+        (answer,) = self.service.rank([REQUEST])
+        assert isinstance(answer, Ranked), answer
+        return int(answer.answer["model_version"][0])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from freshrank.features.columns import Columns
 from freshrank.features.store import FeatureStore
 from freshrank.schema import ITEM_ID, Entity
 from freshrank.serving.ranking.features import ItemCache
-from freshrank.serving.ranking.online_store import Found, Online, online_rows
+from freshrank.serving.ranking.online_store import Online, StoredFeatures, online_rows
 
 UNKNOWN = 10_000_000
 
@@ -42,10 +42,10 @@ def test_rows_older_than_what_the_registry_holds_are_missing(world: RankingWorld
     assert after.known.all()
 
 
-def found(online: Online, births: list[int]) -> Found:
+def found(online: Online, births: list[int]) -> StoredFeatures:
     """Items that were born at ``births``; 0 for one that is not known."""
     columns = Columns.missing(online.layouts[Entity.ITEM], len(births))
-    return Found(columns, np.array(births), np.array(births) > 0, np.array(births) // 2)
+    return StoredFeatures(columns, np.array(births), np.array(births) > 0, np.array(births) // 2)
 
 
 def test_a_kept_item_is_asked_for_again_within_its_time_and_an_unknown_one_sooner(online: Online) -> None:

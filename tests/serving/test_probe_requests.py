@@ -45,9 +45,9 @@ def test_the_latest_recorded_requests_are_asked_as_of_now(tmp_path: Path) -> Non
     context = {"context_numeric": np.array([0.5], np.float32), "context_present": np.array([True])}
     requests = [{"user_id": np.array([n]), "item_ids": np.array([1, 2])} | context for n in range(MOST_RECORDED + 3)]
     record(tmp_path, [r | {"event_time": np.array([1]), "version": np.array([7])} for r in requests])
-    found = warm_up_requests(tmp_path)[3:]
-    assert [int(request["user_id"][0]) for request in found] == list(range(3, MOST_RECORDED + 3))
-    assert {name: (value.dtype.name, value.tolist()) for name, value in found[0].items()} == {
+    recorded = warm_up_requests(tmp_path)[3:]
+    assert [int(request["user_id"][0]) for request in recorded] == list(range(3, MOST_RECORDED + 3))
+    assert {name: (value.dtype.name, value.tolist()) for name, value in recorded[0].items()} == {
         "user_id": ("int64", [3]),
         "item_ids": ("int64", [1, 2]),
         "context_numeric": ("float32", [0.5]),

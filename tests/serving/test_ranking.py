@@ -253,14 +253,14 @@ def test_requests_that_are_answered_together_get_the_answers_they_get_alone(worl
     together = service.rank([on_wire(each) for each in requests])
     assert [type(each) for each in together[3:5]] == [BadRequest, BadRequest]
     assert "version: received 77, expected one of the installed versions" in str(together[4])
-    for each, found in zip(requests, together, strict=True):
+    for each, batched in zip(requests, together, strict=True):
         (alone,) = service.rank([on_wire(each)])
-        if isinstance(found, Ranked):
+        if isinstance(batched, Ranked):
             assert isinstance(alone, Ranked)
-            assert len(found.answer["score"]) == len(each["item_ids"])
-            np.testing.assert_allclose(found.answer["score"], alone.answer["score"], atol=1e-6)
-            assert (found.answer["cold"] == alone.answer["cold"]).all()
-            np.testing.assert_equal(found.inputs, alone.inputs)
+            assert len(batched.answer["score"]) == len(each["item_ids"])
+            np.testing.assert_allclose(batched.answer["score"], alone.answer["score"], atol=1e-6)
+            assert (batched.answer["cold"] == alone.answer["cold"]).all()
+            np.testing.assert_equal(batched.inputs, alone.inputs)
 
 
 def noon_us(user: int) -> int:

@@ -21,9 +21,9 @@ def ranked(world: RankingWorld) -> Ranked:
     """User 1 and candidates 1, 2 and one nobody knows."""
     ranker = world.served_ranker()
     service = RankingService(world.repository, settings().home, lambda version, blocks: ranker.run(blocks))
-    (found,) = service.rank([{"user_id": np.array([[1]]), "item_ids": np.array([[1, 2, 10_000_000]])}])
-    assert isinstance(found, Ranked)
-    return found
+    (answer,) = service.rank([{"user_id": np.array([[1]]), "item_ids": np.array([[1, 2, 10_000_000]])}])
+    assert isinstance(answer, Ranked)
+    return answer
 
 
 def test_requests_candidates_and_probabilities_are_counted_per_version_and_kind(
@@ -66,8 +66,8 @@ def test_counters_of_versions_that_answered_long_ago_are_dropped(world: RankingW
     for version in range(1, 13):
         daily = replace(ranked, answer=ranked.answer | {"model_version": np.array([version])})
         metrics.answered(daily, encoder)
-    kept = {dict(labels).get("version") for _, labels in metrics._metrics}
-    assert kept == {None} | {str(version) for version in range(5, 13)}
+    versions = {dict(labels).get("version") for _, labels in metrics._metrics}
+    assert versions == {None} | {str(version) for version in range(5, 13)}
 
 
 def test_a_new_version_makes_few_counters(world: RankingWorld, ranked: Ranked) -> None:

@@ -25,9 +25,9 @@ def test_the_last_requests_are_found_by_the_next_publication(tmp_path: Path) -> 
     deadline = time.monotonic() + 10
     while not recorded_path(tmp_path).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    found = warm_up_requests(tmp_path)[-MOST_RECORDED:]
-    assert [each["user_id"].tolist() for each in found] == [[user] for user in range(MOST_RECORDED)]
-    assert [each["item_ids"].tolist() for each in found] == [[user, user + 1] for user in range(MOST_RECORDED)]
+    recorded = warm_up_requests(tmp_path)[-MOST_RECORDED:]
+    assert [each["user_id"].tolist() for each in recorded] == [[user] for user in range(MOST_RECORDED)]
+    assert [each["item_ids"].tolist() for each in recorded] == [[user, user + 1] for user in range(MOST_RECORDED)]
 
 
 def test_one_request_a_second_is_enough(tmp_path: Path) -> None:
@@ -35,5 +35,5 @@ def test_one_request_a_second_is_enough(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for user in range(1000):
         recorder.offer(request(user))
-    assert len(recorder._kept) == 1
+    assert len(recorder._recorded) == 1
     assert not recorded_path(tmp_path).exists()

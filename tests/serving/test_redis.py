@@ -12,7 +12,7 @@ from freshrank.bench.serving.redis_server import RedisServer
 from freshrank.features.store import FeatureStore
 from freshrank.serving.client.client import Answer, Client
 from freshrank.serving.ranking.features import PAUSE_SECONDS
-from freshrank.serving.ranking.online_store import Online, RedisRows, online_rows
+from freshrank.serving.ranking.online_store import Online, RedisReader, online_rows
 from freshrank.settings import settings
 
 pytestmark = pytest.mark.integration
@@ -42,7 +42,7 @@ def rank(world: RankingWorld, items: list[int]) -> Answer:
 def test_a_direct_read_of_redis_equals_that_of_feasts_client_bit_for_bit(redis_world: RankingWorld) -> None:
     """Every user and item of the log and some that are unknown: values, masks and defaults."""
     rows = online_rows(redis_world.dataset.schema, redis_world.workspace)
-    assert isinstance(rows, RedisRows)
+    assert isinstance(rows, RedisReader)
     assert_reads_as_feast(redis_world, Online(redis_world.dataset.schema, rows))
 
 

@@ -69,10 +69,10 @@ def test_what_was_served_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 def test_a_share_of_the_requests_is_kept_and_the_others_cost_nothing(tmp_path: Path) -> None:
     """One in ten, drawn by chance."""
     log = RequestLog(tmp_path, share=0.1, seed=1)
-    kept = sum(bool(log.offer(ranked(number))) for number in range(1000))
+    logged = sum(bool(log.offer(ranked(number))) for number in range(1000))
     log.close()
-    assert 60 < kept < 140
-    assert len(read_log(tmp_path)) == kept
+    assert 60 < logged < 140
+    assert len(read_log(tmp_path)) == logged
 
 
 def test_a_file_is_written_when_it_is_full_or_due(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_or_slow_drops_requests_and_never_keeps_one_waiting(
     monkeypatch.setattr(module, "WAITING", 2)
     (tmp_path / "log").write_text("in the way")
     slow, write = threading.Event(), RequestLog._write
-    monkeypatch.setattr(RequestLog, "_write", lambda self, kept: (slow.wait(30), write(self, kept)))
+    monkeypatch.setattr(RequestLog, "_write", lambda self, entries: (slow.wait(30), write(self, entries)))
     log = RequestLog(tmp_path / "log", share=1, rows=1)
     started = time.monotonic()
     said = [log.offer(ranked(number, candidates=2000)) for number in range(200)]

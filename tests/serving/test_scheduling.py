@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 
-from freshrank.serving.cpu import NICE, give_way
+from freshrank.serving.cpu import NICE, lower_priority
 
 
 def nice() -> int:
@@ -14,23 +14,25 @@ def nice() -> int:
 
 def test_only_the_thread_that_asks_gives_way() -> None:
     """On Linux a priority belongs to a thread; those it starts inherit it."""
-    before, found = nice(), []
+    before, values = nice(), []
 
     def work() -> None:
-        give_way()
-        child = threading.Thread(target=lambda: found.append(nice()))
+        lower_priority()
+        child = threading.Thread(target=lambda: values.append(nice()))
         child.start()
         child.join()
-        found.append(nice())
+        values.append(nice())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [max(NICE, before)] * 2
+    assert values == [max(NICE, before)] * 2
     assert nice() == before
 
 
 def test_who_already_gives_way_more_goes_on_doing_so() -> None:
     """`nice -n 15 freshrank publish` stays at 15."""
-    program = "import os; os.nice(15)\nfrom freshrank.serving.cpu import give_way\ngive_way(); print(os.nice(0))"
+    program = (
+        "import os; os.nice(15)\nfrom freshrank.serving.cpu import lower_priority\nlower_priority(); print(os.nice(0))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "15\n"

@@ -63,10 +63,10 @@ def test_the_newest_version_is_fetched_whole(store: ObjectStore, tmp_path: Path)
 
 def test_where_nothing_is_kept_nothing_changes(store: ObjectStore, tmp_path: Path) -> None:
     """None, and the directory is as it was."""
-    kept = directory(tmp_path / "out", FIRST)
+    directory_before = directory(tmp_path / "out", FIRST)
     assert store.newest("models/x") is None
-    assert store.fetch("models/x", kept) is None
-    assert contents(kept) == FIRST
+    assert store.fetch("models/x", directory_before) is None
+    assert contents(directory_before) == FIRST
 
 
 def test_versions_beyond_the_kept_ones_are_removed(store: ObjectStore, tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_only_what_changed_is_sent_and_fetched(proxy: Proxy, url: str, tmp_path:
 def _spoil(url: str, part: str, change: str) -> None:
     """The newest manifest, or the largest object."""
     client, prefix = bare_client(), url.rpartition("/")[2]
-    found = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/data/{part}")["Contents"]
-    newest = max(found, key=lambda each: each["Key"] if part == "manifests" else each["Size"])
+    objects = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/data/{part}")["Contents"]
+    newest = max(objects, key=lambda each: each["Key"] if part == "manifests" else each["Size"])
     body = client.get_object(Bucket=BUCKET, Key=newest["Key"])["Body"].read()
     if change == "gone":
         client.delete_object(Bucket=BUCKET, Key=newest["Key"])
@@ -159,7 +159,7 @@ def test_a_store_that_stays_busy_is_given_up_on(proxy: Proxy, url: str) -> None:
 
 def test_a_missing_bucket_is_named(proxy: Proxy, url: str, tmp_path: Path) -> None:
     """It would look like an empty one otherwise."""
-    with pytest.raises(StorageError, match=r"s3://nobody.*create it, or mend FRESHRANK_STORAGE_URL"):
+    with pytest.raises(StorageError, match=r"s3://nobody.*create it, or fix FRESHRANK_STORAGE_URL"):
         ObjectStore("s3://nobody/x")
     with pytest.raises(StorageError, match="is not a directory"):
         ObjectStore(f"file://{tmp_path / 'nowhere'}")

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from freshrank.bench.paper.costs import path_of_cost
-from freshrank.bench.paper.evidence_data import Source
+from freshrank.bench.paper.evidence_data import EvidenceSource
 from freshrank.bench.paper.task import Task, measures_of, predictions_of
 from freshrank.config import (
     RunConfig,
     WindowConfig,
 )
 from freshrank.datasets.simulator import WorldConfig, simulate
-from freshrank.features.daily_aggregates import parts_fingerprint
+from freshrank.features.daily_aggregates import aggregates_fingerprint
 from freshrank.features.frames import frame_path
 from freshrank.features.hourly import hourly_fingerprints
 from freshrank.features.snapshots import history_fingerprint
@@ -96,10 +96,10 @@ class World:
     def fingerprints(self) -> dict[str, str]:
         """By output, as those who build or read it ask for it."""
         run, day = Run(self.data, RUN_DATE.isoformat()), WORLD.last_day
-        task = partial(Task, seed=0, config=CONFIG, source=Source(self.data, RUN_DATE, WINDOWS))
+        task = partial(Task, seed=0, config=CONFIG, source=EvidenceSource(self.data, RUN_DATE, WINDOWS))
         baseline, row = task(row="baseline"), task(row="residual")
         return {
-            PARTS: parts_fingerprint(run.dataset, day),
+            PARTS: aggregates_fingerprint(run.dataset, day),
             SNAPSHOTS: history_fingerprint(run.dataset, day),
             HOURLY: hourly_fingerprints(run.dataset, [day])[day],
             FRAMES: frame_path(run.dataset, run.workspace, day).name,

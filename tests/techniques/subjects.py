@@ -17,10 +17,10 @@ from freshrank.features.encoder import Catalog, Encoder
 from freshrank.features.vocabulary import NEW
 from freshrank.models.ranker import Ranker
 from freshrank.schema import Entity
+from freshrank.techniques.activation_hook import ActivationHook
 from freshrank.techniques.feature_dropout import drop_rows
-from freshrank.techniques.history_masking import Youth, draw_youth, thinned
+from freshrank.techniques.history_masking import AgeMask, downsample_counters, draw_age_mask
 from freshrank.techniques.residual import Residual
-from freshrank.techniques.seam import Seam
 from freshrank.techniques.self_supervision import Fields
 from freshrank.training.augmentations import Counters, absent_of, mask_history, without_item_history
 from freshrank.training.batches import Batch, TensorFrame
@@ -78,7 +78,7 @@ class Subject:
         raise NotImplementedError
 
     def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
-        """Masked rows show their item as a new one: the unknown id, thinned counters; they count as cold."""
+        """Masked rows show their item as a new one: the unknown id, downsampled counters; they count as cold."""
         raise NotImplementedError
 
     def other_history(self, example: Example) -> Example:
@@ -119,14 +119,14 @@ def _simple(rows: int, seed: int, actions: int) -> tuple[dict[str, Tensor], Tens
     return {"item_id": item, "genre": genre, "tone": tone, "seen": seen.log1p()}, labels, cold
 
 
-def _youth(rows: int, masking: HistoryMaskingConfig, generator: torch.Generator) -> Youth:
-    return draw_youth(rows, masking.share, masking.unseen, masking.keep, 7.0, generator)
+def _age_mask(rows: int, masking: HistoryMaskingConfig, generator: torch.Generator) -> AgeMask:
+    return draw_age_mask(rows, masking.share, masking.unseen, masking.keep, 7.0, generator)
 
 
-def _thinned_seen(seen: Tensor, youth: Youth, generator: torch.Generator) -> Tensor:
-    """The counter of `_simple`, log1p of impressions in one window, [B]; of masked rows what youth leaves of it."""
-    few, _ = thinned(seen.expm1().round(), torch.zeros(len(seen), 1), youth, (7,), generator)
-    return torch.where(youth.masked, few[:, 0].log1p(), seen)
+def _downsampled(seen: Tensor, age_mask: AgeMask, generator: torch.Generator) -> Tensor:
+    """The counter of `_simple`, log1p of impressions in one window, [B]; of masked rows what age_mask leaves of it."""
+    few, _ = downsample_counters(seen.expm1().round(), torch.zeros(len(seen), 1), age_mask, (7,), generator)
+    return torch.where(age_mask.masked, few[:, 0].log1p(), seen)
 
 
 class Ours(Subject):
@@ -226,7 +226,7 @@ class Mlp(nn.Module):
 
 
 class PlainMlp(Subject):
-    """A model one writes oneself, taken apart at the seam."""
+    """A model one writes oneself, taken apart at the hook."""
 
     def __init__(self, residual: bool = False) -> None:
         self.model: Mlp = Mlp(REDUCED if residual else 0)
@@ -253,10 +253,10 @@ class PlainMlp(Subject):
         return replace(example, inputs=x | changed)
 
     def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
-        x, youth = example.inputs, _youth(len(example), masking, generator)
-        ids = drop_rows(x["item_id"], youth.masked, 0)
-        changed = {"item_id": ids, "seen": _thinned_seen(x["seen"], youth, generator)}
-        return replace(example, inputs=x | changed, cold=example.cold | youth.masked)
+        x, age_mask = example.inputs, _age_mask(len(example), masking, generator)
+        ids = drop_rows(x["item_id"], age_mask.masked, 0)
+        changed = {"item_id": ids, "seen": _downsampled(x["seen"], age_mask, generator)}
+        return replace(example, inputs=x | changed, cold=example.cold | age_mask.masked)
 
     def other_history(self, example: Example) -> Example:
         x = example.inputs
@@ -279,8 +279,8 @@ class PlainMlp(Subject):
         return self.tables()[0].weight[0]
 
     @cached_property
-    def id_seam(self) -> Seam:
-        return Seam(self.tables()[0], "output")
+    def id_seam(self) -> ActivationHook:
+        return ActivationHook(self.tables()[0], "output")
 
     def with_ids(self, example: Example, change: Callable[[Tensor], Tensor]) -> Tensor:
         with self.id_seam.through(lambda e: change(e.flatten(1)).reshape(e.shape)):
@@ -303,8 +303,8 @@ class RechubMmoe(PlainMlp):
         self.residual = Residual(2 * DIM, REDUCED) if residual else None
 
     @cached_property
-    def seam(self) -> Seam:
-        return Seam(self.model.embedding, "output")
+    def hook(self) -> ActivationHook:
+        return ActivationHook(self.model.embedding, "output")
 
     def tables(self) -> tuple[nn.Embedding, nn.Embedding, nn.Embedding]:
         tables = self.model.embedding.embed_dict
@@ -317,13 +317,13 @@ class RechubMmoe(PlainMlp):
         x = example.inputs
         x_nh = self.model.embedding(x, self.content, squeeze_dim=True)
         reduced = {"residual": self.residual.reduce(x_nh)} if self.residual else {}
-        seam = self.seam
+        hook = self.hook
         logits = torch.logit(self.model(x | reduced), eps=1e-6)
-        return Pass(logits, seam.z, x_nh)
+        return Pass(logits, hook.z, x_nh)
 
     def predict(self, example: Example, z_bar: Tensor) -> Tensor:
         unused = {"residual": torch.zeros(len(example), REDUCED)} if self.residual else {}
-        with self.seam.through(lambda _: z_bar):
+        with self.hook.through(lambda _: z_bar):
             return torch.logit(self.model(example.inputs | unused), eps=1e-6)
 
 
@@ -337,15 +337,15 @@ class DeepctrDcn(PlainMlp):
         self.content = [SparseFeat("genre", GENRES, DIM), SparseFeat("tone", TONES, DIM)]
         columns = [SparseFeat("item_id", ITEMS, DIM), *self.content, DenseFeat("seen", 1)]
         with torch.random.fork_rng():
-            # No linear columns: what bypasses the seam could be neither mixed nor widened.
+            # No linear columns: what bypasses the hook could be neither mixed nor widened.
             self.model = DCN([], columns, dnn_hidden_units=(16,), init_std=0.1, seed=torch.initial_seed() % 2**31)
         if residual:
             self.model.dnn_linear = nn.Linear(self.model.dnn_linear.in_features + REDUCED, 1, bias=False)
         self.residual = Residual(2 * DIM, REDUCED) if residual else None
 
     @cached_property
-    def seam(self) -> Seam:
-        return Seam(self.model.dnn_linear, "input")
+    def hook(self) -> ActivationHook:
+        return ActivationHook(self.model.dnn_linear, "input")
 
     def example(self, rows: int, seed: int = 0) -> Example:
         x, labels, cold = _simple(rows, seed, 1)
@@ -359,24 +359,24 @@ class DeepctrDcn(PlainMlp):
         x = example.inputs
         x_nh = torch.cat(self.model.input_from_feature_columns(x, self.content, self.model.embedding_dict)[0], -1)
         x_nh = x_nh.flatten(1)
-        seam = self.seam
+        hook = self.hook
         if self.residual is None:
-            return Pass(self.own(example), seam.z, x_nh)
-        with seam.through(lambda z: self.residual(z, x_nh)):
-            return Pass(self.own(example), seam.z, x_nh)
+            return Pass(self.own(example), hook.z, x_nh)
+        with hook.through(lambda z: self.residual(z, x_nh)):
+            return Pass(self.own(example), hook.z, x_nh)
 
     def predict(self, example: Example, z_bar: Tensor) -> Tensor:
-        with self.seam.through(lambda _: z_bar):
+        with self.hook.through(lambda _: z_bar):
             return self.own(example)
 
     def drop(self, example: Example, dropped: Tensor) -> Example:
         return replace(example, inputs=drop_rows(example.inputs, dropped, 0.0, self._history))
 
     def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
-        youth, (item_id, seen) = _youth(len(example), masking, generator), self._history
-        x = drop_rows(example.inputs, youth.masked, 0.0, [item_id])
-        x[:, seen] = _thinned_seen(x[:, seen], youth, generator)
-        return replace(example, inputs=x, cold=example.cold | youth.masked)
+        age_mask, (item_id, seen) = _age_mask(len(example), masking, generator), self._history
+        x = drop_rows(example.inputs, age_mask.masked, 0.0, [item_id])
+        x[:, seen] = _downsampled(x[:, seen], age_mask, generator)
+        return replace(example, inputs=x, cold=example.cold | age_mask.masked)
 
     def other_history(self, example: Example) -> Example:
         x = example.inputs.clone()

@@ -12,10 +12,10 @@ from freshrank.features.encoder import Catalog, Encoder
 from freshrank.features.vocabulary import NEW
 from freshrank.models.ranker import Ranker
 from freshrank.schema import ITEM_AGE, Entity
-from freshrank.techniques.history_masking import Youth, draw_youth, thinned
+from freshrank.techniques.history_masking import AgeMask, downsample_counters, draw_age_mask
 from freshrank.training.augmentations import Counters, batch_transforms, mask_history
 from freshrank.training.batches import Batch, TensorFrame
-from freshrank.training.state import Draws
+from freshrank.training.state import Generators
 from tests.worlds import random_frame, tiny_schema
 
 SCHEMA = tiny_schema()
@@ -35,17 +35,17 @@ def masked(config: HistoryMaskingConfig, seed: int = 0) -> Batch:
     return mask_history(batch(), COUNTERS, config, torch.Generator().manual_seed(seed))
 
 
-def youth(age_days: list[float], keep: float) -> Youth:
+def age_mask(age_days: list[float], keep: float) -> AgeMask:
     count = len(age_days)
-    return Youth(torch.ones(count, dtype=torch.bool), torch.tensor(age_days), torch.full((count,), keep))
+    return AgeMask(torch.ones(count, dtype=torch.bool), torch.tensor(age_days), torch.full((count,), keep))
 
 
 def test_an_item_that_keeps_everything_fills_the_windows_as_its_age_says() -> None:
     """At 0.5 days all lies within the last day; at 4 days a quarter of 10,000 does, and all within the last 7."""
-    counts, _ = thinned(
+    counts, _ = downsample_counters(
         torch.full((2,), 10_000.0),
         torch.zeros(2, 1),
-        youth([0.5, 4.0], 1.0),
+        age_mask([0.5, 4.0], 1.0),
         (1, 7, 28),
         torch.Generator().manual_seed(0),
     )
@@ -56,10 +56,10 @@ def test_an_item_that_keeps_everything_fills_the_windows_as_its_age_says() -> No
 
 def test_positives_follow_the_items_own_rate() -> None:
     """3 of 10 impressions of the item were clicked, none saved."""
-    counts, positives = thinned(
+    counts, positives = downsample_counters(
         torch.full((1,), 10_000.0),
         torch.tensor([[0.3, 0.0]]),
-        youth([2.0], 0.5),
+        age_mask([2.0], 0.5),
         (1, 7),
         torch.Generator().manual_seed(0),
     )
@@ -73,10 +73,10 @@ def test_windows_are_nested_and_positives_never_exceed_impressions(
     impressions: int, rate: float, age: float, keep: float, seed: int
 ) -> None:
     """Whatever is drawn, the counters are those of some item."""
-    counts, positives = thinned(
+    counts, positives = downsample_counters(
         torch.tensor([float(impressions)]),
         torch.tensor([[rate, math.nan]]),
-        youth([age], keep),
+        age_mask([age], keep),
         (1, 7, 28),
         torch.Generator().manual_seed(seed),
     )
@@ -88,12 +88,12 @@ def test_windows_are_nested_and_positives_never_exceed_impressions(
 
 def test_the_drawn_shares_are_those_asked_for() -> None:
     """Half masked, a fifth of all unseen, kept shares between the bounds, ages below fresh_days."""
-    drawn = draw_youth(20_000, 0.5, 0.2, (0.01, 0.1), 14.0, torch.Generator().manual_seed(1))
+    drawn = draw_age_mask(20_000, 0.5, 0.2, (0.01, 0.1), 14.0, torch.Generator().manual_seed(1))
     assert drawn.masked.float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert (drawn.keep == 0).float().mean().item() == pytest.approx(0.2, abs=0.02)
-    kept = drawn.keep[drawn.keep > 0]
-    assert 0.01 <= kept.min() <= kept.max() <= 0.1 + 1e-6
-    assert kept.log().mean().exp().item() == pytest.approx(math.sqrt(0.001), rel=0.05)
+    shares = drawn.keep[drawn.keep > 0]
+    assert 0.01 <= shares.min() <= shares.max() <= 0.1 + 1e-6
+    assert shares.log().mean().exp().item() == pytest.approx(math.sqrt(0.001), rel=0.05)
     assert 0 <= drawn.age_days.min() <= drawn.age_days.max() < 14
 
 
@@ -135,8 +135,10 @@ def test_hourly_counters_of_a_masked_row_are_those_of_a_day() -> None:
     assert torch.equal(hourly, daily)
     assert (daily <= longest).all()
     assert 0 < daily.max() < 100
-    untouched, kept = (inputs["item_numeric"][~changed].nan_to_num(-1) for inputs in (before.inputs, after.inputs))
-    assert torch.equal(untouched, kept)
+    untouched, after_masking = (
+        inputs["item_numeric"][~changed].nan_to_num(-1) for inputs in (before.inputs, after.inputs)
+    )
+    assert torch.equal(untouched, after_masking)
 
 
 def test_a_rows_own_label_plays_no_part() -> None:
@@ -152,9 +154,9 @@ def test_a_rows_own_label_plays_no_part() -> None:
 
 def test_switched_off_there_is_no_transform_of_it() -> None:
     """Hidden ids are the only one left."""
-    assert len(batch_transforms(ENCODER, TechniquesConfig(), TrainingConfig(), Draws(0))) == 1
+    assert len(batch_transforms(ENCODER, TechniquesConfig(), TrainingConfig(), Generators(0))) == 1
     on = TechniquesConfig(history_masking=HistoryMaskingConfig())
-    assert len(batch_transforms(ENCODER, on, TrainingConfig(), Draws(0))) == 2
+    assert len(batch_transforms(ENCODER, on, TrainingConfig(), Generators(0))) == 2
 
 
 @pytest.mark.parametrize("setting, sees", [("raw", [True, True]), ("capped", [True, False]), ("none", [False, False])])

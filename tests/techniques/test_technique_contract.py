@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from freshrank.errors import ConfigError
+from freshrank.techniques.activation_hook import ActivationHook
 from freshrank.techniques.aldi import Student, ranking_alignment, rating_alignment, teacher_weight
 from freshrank.techniques.feature_dropout import draw_rows
 from freshrank.techniques.meta_embedding import IdGenerator, alignment
 from freshrank.techniques.mixup import mixup
 from freshrank.techniques.score_reg import score_reg
-from freshrank.techniques.seam import Seam
 from freshrank.techniques.self_supervision import Contrastive, Vime, pretrain
 from freshrank.training.objective import masked_bce
 from tests.techniques.subjects import MASKING, SUBJECTS, Example, Subject
@@ -238,7 +238,7 @@ def test_the_residual_passes_gradient_to_its_own_layer_and_past_the_interaction(
 
 @every_ranker
 def test_predicting_from_the_same_z_bar_gives_the_same_logits(subject: str) -> None:
-    """The seam is where it is said to be, so a mixed z_bar is all of what a mixed row differs in."""
+    """The hook is where it is said to be, so a mixed z_bar is all of what a mixed row differs in."""
     for technique in ("mixup", "residual"):
         trial = Trial(subject, technique)
         trial.subject.model.eval()
@@ -291,7 +291,7 @@ def test_an_item_shown_as_just_born_predicts_the_same_whatever_its_history_was(s
 
 
 @every_ranker
-def test_thinned_counters_reach_the_prediction(subject: str) -> None:
+def test_downsampled_counters_reach_the_prediction(subject: str) -> None:
     """The same rows masked, with and without what is left of their counters: a young item is not an unseen one."""
     trial = Trial(subject, "history_masking")
     trial.subject.model.eval()
@@ -383,9 +383,9 @@ def test_the_pieces_keep_the_dtype_they_are_given(dtype: torch.dtype) -> None:
 def test_a_seam_must_be_passed_exactly_once(calls: int) -> None:
     """A module that runs twice (or never) in a pass is not where I ends; afterwards everything passes unchanged."""
     module, x = nn.Linear(2, 1), torch.ones(1, 2)
-    seam = Seam(module)
-    with pytest.raises(ConfigError, match=f"Linear ran {calls} times, expected once"), seam.through(torch.zeros_like):
+    hook = ActivationHook(module)
+    with pytest.raises(ConfigError, match=f"Linear ran {calls} times, expected once"), hook.through(torch.zeros_like):
         for _ in range(calls):
             module(x)
     module(x)
-    assert torch.equal(seam.z, x)
+    assert torch.equal(hook.z, x)

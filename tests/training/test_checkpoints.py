@@ -25,9 +25,9 @@ from freshrank.storage.files import read_json, sha256_of
 from freshrank.storage.object_store import ObjectStore
 from freshrank.training.batches import Batch, Encoded
 from freshrank.training.checkpoints import Checkpoints
-from freshrank.training.distributed import Group
+from freshrank.training.distributed import ProcessGroup
 from freshrank.training.loop import train_encoded
-from freshrank.training.state import Draws, State
+from freshrank.training.state import Generators, State
 from freshrank.training.trained import Trained
 from tests.homes import Home
 from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
@@ -66,9 +66,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoded]:
     }
 
 
-def trained(encoded: Encoded, model: ModelConfig, kept: Checkpoints | None = None, kill: int = 0) -> Trained:
+def trained(encoded: Encoded, model: ModelConfig, checkpoints: Checkpoints | None = None, kill: int = 0) -> Trained:
     watch = _killed_at(kill) if kill else None
-    return train_encoded(encoded, model, DRAWING, TRAINING, watch, kept)  # type: ignore[arg-type]
+    return train_encoded(encoded, model, DRAWING, TRAINING, watch, checkpoints)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", ["memory", "stream"])
@@ -78,12 +78,12 @@ def test_a_training_killed_at_any_step_ends_with_the_ranker_of_an_undisturbed_on
 ) -> None:
     """26 steps in two epochs, kept every second one; weights and curve to the bit."""
     undisturbed = trained(sources[source], DROPPING)
-    kept = Checkpoints(tmp_path / "kept", every=2)
+    checkpoints = Checkpoints(tmp_path / "kept", every=2)
     with pytest.raises(Killed):
-        trained(sources[source], DROPPING, kept, kill)
-    assert read_json(kept.directory / "state.json")["step"] == (kill - 1) // 2 * 2
+        trained(sources[source], DROPPING, checkpoints, kill)
+    assert read_json(checkpoints.directory / "state.json")["step"] == (kill - 1) // 2 * 2
     torch.manual_seed(99)  # what the process drew before must not matter
-    resumed = trained(sources[source], DROPPING, kept)
+    resumed = trained(sources[source], DROPPING, checkpoints)
     weights = resumed.ranker.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in undisturbed.ranker.state_dict().items())
     assert resumed.facts["curve"] == undisturbed.facts["curve"]
@@ -91,10 +91,10 @@ def test_a_training_killed_at_any_step_ends_with_the_ranker_of_an_undisturbed_on
 
 def test_the_steps_before_the_kept_one_are_not_done_again(sources: dict[str, Encoded], tmp_path: Path) -> None:
     """Killed before step 8, kept after 6: 7 to 26 are left."""
-    kept, steps = Checkpoints(tmp_path / "kept", every=3), []
+    checkpoints, steps = Checkpoints(tmp_path / "kept", every=3), []
     with pytest.raises(Killed):
-        trained(sources["stream"], SMALL, kept, 8)
-    train_encoded(sources["stream"], SMALL, DRAWING, TRAINING, lambda step, *_: steps.append(step), kept)
+        trained(sources["stream"], SMALL, checkpoints, 8)
+    train_encoded(sources["stream"], SMALL, DRAWING, TRAINING, lambda step, *_: steps.append(step), checkpoints)
     assert steps == list(range(7, 27))
 
 
@@ -106,32 +106,32 @@ def test_a_training_that_is_never_kept_leaves_nothing(sources: dict[str, Encoded
 
 def test_no_file_of_a_checkpoint_can_run_code(sources: dict[str, Encoded], tmp_path: Path) -> None:
     """Tensors as safetensors and the rest as JSON."""
-    kept = Checkpoints(tmp_path / "kept", every=2)
-    trained(sources["memory"], SMALL, kept)
-    assert sorted(path.name for path in kept.directory.iterdir()) == ["state.json", "state.safetensors"]
+    checkpoints = Checkpoints(tmp_path / "kept", every=2)
+    trained(sources["memory"], SMALL, checkpoints)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["state.json", "state.safetensors"]
 
 
 def _state() -> State:
     ranker = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(ranker.parameters())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
-    return State(ranker, optimizer, schedule, Draws(0), "cpu", step=4)
+    return State(ranker, optimizer, schedule, Generators(0), "cpu", step=4)
 
 
 def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
     """Also the second: torch takes a row of a tensor for the tensor's first."""
-    kept, before, other = Checkpoints(tmp_path / "kept", 2), _state(), torch.Generator().manual_seed(7)
+    checkpoints, before, other = Checkpoints(tmp_path / "kept", 2), _state(), torch.Generator().manual_seed(7)
     before.draws.generator(1)
-    kept.save(before)
-    tensors = load_file(kept.directory / "state.safetensors")
+    checkpoints.save(before)
+    tensors = load_file(checkpoints.directory / "state.safetensors")
     ranks = {
         name: torch.stack([tensor[0], other.get_state()])
         for name, tensor in tensors.items()
         if name.startswith("random.")
     }
-    save_file(tensors | ranks, kept.directory / "state.safetensors")
+    save_file(tensors | ranks, checkpoints.directory / "state.safetensors")
     after = _state()
-    Checkpoints(kept.directory, 2, Group(rank=1, size=2)).restore(after)
+    Checkpoints(checkpoints.directory, 2, ProcessGroup(rank=1, size=2)).restore(after)
     assert after.step == 4
     assert torch.equal(after.draws.generator(1).get_state(), other.get_state())
     assert torch.equal(torch.get_rng_state(), other.get_state())
@@ -143,8 +143,8 @@ def store(proxy: Proxy) -> ObjectStore:
 
 
 def trained_with(store: ObjectStore, disk: Path, encoded: Encoded, kill: int = 0) -> Trained:
-    with Checkpoints.opened(disk, 2, store=store, name="checkpoints/x") as kept:
-        return trained(encoded, DROPPING, kept, kill)
+    with Checkpoints.opened(disk, 2, store=store, name="checkpoints/x") as checkpoints:
+        return trained(encoded, DROPPING, checkpoints, kill)
 
 
 def test_a_training_goes_on_at_the_very_batch_on_another_node(
@@ -158,9 +158,9 @@ def test_a_training_goes_on_at_the_very_batch_on_another_node(
     assert copy is not None
     assert 2 <= copy.facts["step"] <= 18
     assert len(store._list("checkpoints/x", "manifests")) <= 2
-    with Checkpoints.opened(tmp_path / "other", 2, store=store, name="checkpoints/x") as kept:
-        assert read_json(kept.directory / "state.json")["step"] == copy.facts["step"]
-        resumed = trained(sources["memory"], DROPPING, kept)
+    with Checkpoints.opened(tmp_path / "other", 2, store=store, name="checkpoints/x") as checkpoints:
+        assert read_json(checkpoints.directory / "state.json")["step"] == copy.facts["step"]
+        resumed = trained(sources["memory"], DROPPING, checkpoints)
     weights = resumed.ranker.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in undisturbed.ranker.state_dict().items())
     assert resumed.facts["curve"] == undisturbed.facts["curve"]
@@ -185,8 +185,8 @@ def test_an_upload_holds_nothing_up(
 ) -> None:
     """The store takes nothing more after the first object, and all 26 steps are done; one upload was tried."""
     proxy.hold_after, steps = 1, []
-    with Checkpoints.opened(tmp_path / "kept", 2, store=store, name="checkpoints/x") as kept:
-        train_encoded(sources["memory"], SMALL, DRAWING, TRAINING, lambda step, *_: steps.append(step), kept)
+    with Checkpoints.opened(tmp_path / "kept", 2, store=store, name="checkpoints/x") as checkpoints:
+        train_encoded(sources["memory"], SMALL, DRAWING, TRAINING, lambda step, *_: steps.append(step), checkpoints)
         assert steps == list(range(1, 27))
         assert proxy.held.is_set()
         assert len([path for path in tmp_path.iterdir() if path.name.startswith(".upload-")]) == 1
@@ -202,11 +202,11 @@ def test_a_store_that_fails_on_the_way_costs_the_copy_and_not_the_training(
     sources: dict[str, Encoded], store: ObjectStore, proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is in the log; the node keeps its own."""
-    with Checkpoints.opened(tmp_path / "kept", 20, store=store, name="checkpoints/x") as kept:
+    with Checkpoints.opened(tmp_path / "kept", 20, store=store, name="checkpoints/x") as checkpoints:
         proxy.unavailable = 1000
-        trained(sources["memory"], SMALL, kept)
+        trained(sources["memory"], SMALL, checkpoints)
     assert "after step 20 is kept on this node alone" in caplog.text
-    assert read_json(kept.directory / "state.json")["step"] == 20
+    assert read_json(checkpoints.directory / "state.json")["step"] == 20
 
 
 def test_a_store_that_is_away_at_the_start_is_an_error(store: ObjectStore, proxy: Proxy, tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_a_broken_copy_is_passed_over(store: ObjectStore, tmp_path: Path, source
     sha256 = copy.files["state.safetensors"].sha256
     prefix = store.url.rpartition("/")[2]
     bare_client().put_object(Bucket=BUCKET, Key=f"{prefix}/checkpoints/x/objects/{sha256}", Body=b"half")
-    with Checkpoints.opened(tmp_path / "other", 2, store=store, name="checkpoints/x") as kept:
-        assert read_json(kept.directory / "state.json")["step"] < copy.facts["step"]
+    with Checkpoints.opened(tmp_path / "other", 2, store=store, name="checkpoints/x") as checkpoints:
+        assert read_json(checkpoints.directory / "state.json")["step"] < copy.facts["step"]
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_freshrank_train_pre_empted_on_one_node_is_finished_on_another(proxy: Pr
         subprocess.run(build, env=home.environment, check=True, capture_output=True)
     for home in homes[1:]:
         home.environment |= store
-    keeper = ObjectStore(store["FRESHRANK_STORAGE_URL"])
+    object_store = ObjectStore(store["FRESHRANK_STORAGE_URL"])
     with subprocess.Popen(homes[1].command(*arguments), env=homes[1].environment, stderr=subprocess.DEVNULL) as process:
         while not any("/manifests/" in path for path in proxy.uploads):
             assert process.poll() is None, "it ended before it was kept"
@@ -300,4 +300,4 @@ def test_freshrank_train_pre_empted_on_one_node_is_finished_on_another(proxy: Pr
         weights.append(sha256_of(home.path / "ranker" / "ranker.safetensors"))
     assert "goes on after step" in done.stderr
     assert weights[0] == weights[1]
-    assert not keeper._fs.find(f"{keeper._root}/checkpoints")
+    assert not object_store._fs.find(f"{object_store._root}/checkpoints")

@@ -194,8 +194,8 @@ class Nodes:
             self.lose(agent)
 
     def weights(self) -> str:
-        (kept,) = (self.home.path / "home" / "steps").glob("*/train/*/ranker.safetensors")
-        return sha256_of(kept)
+        (stored,) = (self.home.path / "home" / "steps").glob("*/train/*/ranker.safetensors")
+        return sha256_of(stored)
 
 
 def _worker_of(agent: subprocess.Popen[bytes]) -> int:

@@ -20,16 +20,16 @@ from freshrank.config import TechniquesConfig, TrainingConfig, WindowConfig
 from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import DataError
 from freshrank.features.encoder import Encoder
-from freshrank.features.frames import Frame, Part, load_frame, newest_items
+from freshrank.features.frames import Frame, FramePart, load_frame, newest_items
 from freshrank.pipeline import steps
 from freshrank.pipeline.run import Run
 from freshrank.schema import IN_TRAINING, Entity
 from freshrank.settings import settings
-from freshrank.training.batches import Encoded, Source, TensorFrame
-from freshrank.training.distributed import Group
+from freshrank.training.batches import BatchSource, Encoded, TensorFrame
+from freshrank.training.distributed import ProcessGroup
 from freshrank.training.loop import train_encoded, train_ranker
 from freshrank.training.shards import Shard, training_shards, user_part
-from freshrank.training.stream import Epoch, Stream, encoded_days, joined
+from freshrank.training.stream import EpochPlan, Stream, encoded_days, joined
 from tests.models.test_ranker import FRAME, SCHEMA, SMALL, TRAINING
 from tests.streams import cut, hours, stream_of
 
@@ -65,11 +65,11 @@ def days(run: Run) -> list[date]:
 
 
 def read(
-    source: Source, encoded: Encoded, size: int = 64, group: Group | None = None, **where: int
+    source: BatchSource, encoded: Encoded, size: int = 64, group: ProcessGroup | None = None, **where: int
 ) -> list[torch.Tensor]:
     """The rows of each batch."""
     settings = {"epochs": 1, "seed": 0, "start": 0} | where
-    return [hours(batch, encoded) for batch, _ in source.feed(size, group=group or Group(), **settings)]
+    return [hours(batch, encoded) for batch, _ in source.feed(size, group=group or ProcessGroup(), **settings)]
 
 
 def part_of(users: list[int], parts: int) -> list[int]:
@@ -139,7 +139,7 @@ def test_of_an_items_rows_in_the_shards_of_a_day_one_is_marked(run: Run) -> None
     parts = [shard.read() for shard in training_shards(run.dataset, run.workspace, days(run), 150)]
     marked = pl.concat([part.frame.items.filter(part.first) for part in parts])
     assert_frame_equal(marked.sort("day", "item_id"), whole.items.sort("day", "item_id"))
-    assert_frame_equal(newest_items(iter(parts)), newest_items([Part.whole(whole)]))
+    assert_frame_equal(newest_items(iter(parts)), newest_items([FramePart.whole(whole)]))
 
 
 def test_days_that_are_cut_are_not_cut_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,8 @@ def test_an_encoder_fitted_on_parts_is_the_one_fitted_on_the_whole(tmp_path: Pat
     assert 0 < len(whole.vocabularies["item_id"].values) < 40
     for entity in (Entity.USER, Entity.ITEM, Entity.ROW):
         for name in ("mean", "std"):
-            expected, found = (getattr(each.statistics[entity], name) for each in (whole, fitted))
-            assert np.allclose(expected, found, rtol=1e-6, atol=0), (entity, name)
+            expected, actual = (getattr(each.statistics[entity], name) for each in (whole, fitted))
+            assert np.allclose(expected, actual, rtol=1e-6, atol=0), (entity, name)
 
 
 def test_a_stream_gives_every_row_once_an_epoch_in_full_batches(encoded: Encoded) -> None:
@@ -211,7 +211,7 @@ def test_a_stream_begun_at_any_batch_goes_on_as_if_it_had_begun_at_the_first(enc
 def test_a_window_mixes_shards_from_anywhere_in_the_range(encoded: Encoded) -> None:
     """The order of shards is drawn from the seed and the epoch; windows hold at most 100 rows."""
     rows = [10] * 40
-    one, other = Epoch.of(rows, 100, 0, 0), Epoch.of(rows, 100, 0, 1)
+    one, other = EpochPlan.of(rows, 100, 0, 0), EpochPlan.of(rows, 100, 0, 1)
     assert [len(window) for window in one.windows] == [10, 10, 10, 10]
     assert one.windows != other.windows
     assert min(max(window) - min(window) for window in one.windows) > 15
@@ -220,7 +220,7 @@ def test_a_window_mixes_shards_from_anywhere_in_the_range(encoded: Encoded) -> N
 def test_no_more_than_two_windows_are_held(encoded: Encoded) -> None:
     """Counted among all living objects at every batch."""
     assert isinstance(encoded.data, Stream)
-    windows = Epoch.of([shard.rows for shard in encoded.data.shards], 100, 0, 0).windows
+    windows = EpochPlan.of([shard.rows for shard in encoded.data.shards], 100, 0, 0).windows
     assert len(windows) >= 4
     before, held = _tensor_frames(), []
     for _ in encoded.data.feed(50, 1, 0):
@@ -265,7 +265,7 @@ def _tensor_frames() -> int:
 def test_ranks_have_as_many_batches_and_together_every_row_once(encoded: Encoded, source: str) -> None:
     """Three ranks; each batch's weights sum to the ranks that share it."""
     data = encoded.data if source == "stream" else Encoded.of(FRAME, FRAME.items, SCHEMA, 1).data
-    ranks = [list(data.feed(64, 1, 0, 0, Group(rank, 3))) for rank in range(3)]
+    ranks = [list(data.feed(64, 1, 0, 0, ProcessGroup(rank, 3))) for rank in range(3)]
     assert [len(batches) for batches in ranks] == [7, 7, 7]
     together = torch.cat([hours(batch, encoded) for batches in ranks for batch, _ in batches])
     assert torch.equal(together.sort().values, torch.from_numpy(FRAME.rows["hour"].to_numpy()).sort().values)
@@ -276,7 +276,7 @@ def test_ranks_have_as_many_batches_and_together_every_row_once(encoded: Encoded
 
 def test_a_rank_without_rows_of_a_small_batch_steps_with_one_that_does_not_count() -> None:
     """Two rows for three ranks."""
-    shares = [Group(rank, 3).share(torch.tensor([4, 9])) for rank in range(3)]
+    shares = [ProcessGroup(rank, 3).share(torch.tensor([4, 9])) for rank in range(3)]
     assert [(share.rows.tolist(), share.weight) for share in shares] == [([4], 0.0), ([4], 1.5), ([9], 1.5)]
 
 
@@ -284,7 +284,7 @@ def test_more_ranks_than_shards_can_feed_are_refused(encoded: Encoded) -> None:
     """The error says how many rows there were and what to do."""
     with pytest.raises(DataError, match=r"rank \d+ of 40: received 0 training rows.*start fewer processes"):
         for rank in range(40):
-            list(encoded.data.feed(64, 1, 0, 0, Group(rank, 40)))
+            list(encoded.data.feed(64, 1, 0, 0, ProcessGroup(rank, 40)))
 
 
 def test_batches_put_together_keep_each_user_with_their_rows(encoded: Encoded) -> None:
@@ -304,17 +304,17 @@ def test_what_fits_a_window_trains_what_it_always_did_and_what_does_not_trains_a
     schema, plain = run.dataset.schema.without_siblings(), TechniquesConfig()
     frame = load_frame(run.dataset, run.workspace, days(run), IN_TRAINING)
     expected = train_ranker(frame, run.dataset.items(), schema, SMALL, plain, training)
-    found = {}
+    rankers = {}
     for name, window_rows in (("memory", len(frame.rows)), ("stream", 1000)):
         fit = training.model_copy(update={"window_rows": window_rows})
         source = encoded_days(run.dataset, run.workspace, days(run), schema, SMALL.min_count, fit)
         assert isinstance(source.data, {"memory": TensorFrame, "stream": Stream}[name])
-        found[name] = train_encoded(source, SMALL, plain, fit)
-    weights = {name: trained.ranker.state_dict() for name, trained in found.items()}
+        rankers[name] = train_encoded(source, SMALL, plain, fit)
+    weights = {name: trained.ranker.state_dict() for name, trained in rankers.items()}
     assert all(torch.equal(value, weights["memory"][name]) for name, value in expected.ranker.state_dict().items())
-    assert found["stream"].facts["rows"] == found["memory"].facts["rows"] == len(frame.rows)
-    assert found["stream"].facts["cold_rows"] == found["memory"].facts["cold_rows"]
-    losses = [np.mean(each.facts["curve"]["losses"]["bce"]) for each in found.values()]
+    assert rankers["stream"].facts["rows"] == rankers["memory"].facts["rows"] == len(frame.rows)
+    assert rankers["stream"].facts["cold_rows"] == rankers["memory"].facts["cold_rows"]
+    losses = [np.mean(each.facts["curve"]["losses"]["bce"]) for each in rankers.values()]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -330,8 +330,8 @@ def test_pretraining_reads_the_same_items_from_shards(encoded: Encoded) -> None:
     whole = Encoded.of(FRAME, FRAME.items, SCHEMA, 1).newest_items()
     for name, block in encoded.newest_items().items():
         expected = whole[name]
-        kept = torch.isin(expected.new_tensor(range(len(expected)), dtype=torch.int64), torch.tensor(_shown()))
-        assert torch.equal(block.nan_to_num(-1), expected[kept].nan_to_num(-1)), name
+        shown = torch.isin(expected.new_tensor(range(len(expected)), dtype=torch.int64), torch.tensor(_shown()))
+        assert torch.equal(block.nan_to_num(-1), expected[shown].nan_to_num(-1)), name
 
 
 def _shown() -> list[int]:

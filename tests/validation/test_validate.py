@@ -15,7 +15,7 @@ from freshrank.datasets.simulator import WorldConfig, simulate
 from freshrank.errors import ConfigError, DataError, ValidationFailed
 from freshrank.recipes import recipe
 from freshrank.reports.validation_page import write_data_docs, write_pages, write_validation_page
-from freshrank.schema import Entity, Group, Kind
+from freshrank.schema import Entity, FeatureGroup, Kind
 from freshrank.validation.expectations import Coverage, coverage_checks, names
 from freshrank.validation.validate import ExpectationResult, Validation, ValidationReport, inspect_day, validate_day
 from tests.tiny_log import snapshots_of
@@ -258,10 +258,10 @@ def test_items_of_the_day_without_content_block_in_their_bucket_of_age_alone(dat
     assert [(one.table, one.column) for one in report.failures(Severity.BLOCKING)] == [
         ("items 0-1 days old", "embedding")
     ]
-    (found,) = [one for one in report.coverage if (one.table, one.column) == ("items 0-1 days old", "embedding")]
-    assert found.share is not None
-    assert found.reference is not None
-    assert found.share < 0.5 < found.reference
+    (coverage,) = [one for one in report.coverage if (one.table, one.column) == ("items 0-1 days old", "embedding")]
+    assert coverage.share is not None
+    assert coverage.reference is not None
+    assert coverage.share < 0.5 < coverage.reference
 
 
 def test_a_column_that_the_items_lost_altogether_warns(dataset: Dataset) -> None:
@@ -375,10 +375,10 @@ def test_unknown_items_warn(dataset: Dataset) -> None:
     spoil(dataset, lambda log: log.with_columns(unknown))
     report = validate_day(dataset, RUN_DATE)
     assert report.passed
-    found = failed(report, Severity.WARNING)["items_known"]
-    assert found.observed == "24 of 1,200 rows against it"
-    assert set(found.examples) < {str(1_000_000 + n) for n in range(24)}
-    assert len(found.examples) == 5
+    result = failed(report, Severity.WARNING)["items_known"]
+    assert result.observed == "24 of 1,200 rows against it"
+    assert set(result.examples) < {str(1_000_000 + n) for n in range(24)}
+    assert len(result.examples) == 5
 
 
 def test_a_warning_does_not_block(dataset: Dataset) -> None:
@@ -404,8 +404,10 @@ def test_labels_that_were_joined_too_early_block(dataset: Dataset) -> None:
 
 def test_a_slow_day_is_no_late_one(dataset: Dataset) -> None:
     """Every third click is gone at all hours: nothing points at the join."""
-    kept = pl.when(pl.int_range(pl.len()) % 3 > 0).then(pl.col("click")).otherwise(0).cast(pl.Int8).alias("click")
-    spoil(dataset, lambda log: log.with_columns(kept))
+    fewer_clicks = (
+        pl.when(pl.int_range(pl.len()) % 3 > 0).then(pl.col("click")).otherwise(0).cast(pl.Int8).alias("click")
+    )
+    spoil(dataset, lambda log: log.with_columns(fewer_clicks))
     report = validate_day(dataset, RUN_DATE)
     assert not [one for one in report.results if one.name.startswith("late_") and not one.success]
 
@@ -496,7 +498,7 @@ def test_a_later_day_changes_nothing(dataset: Dataset) -> None:
 def history_of(dataset: Dataset, impressions: float, hours_before_birth: float) -> pl.DataFrame:
     """One snapshot row of item 1, taken some hours before its creation, with a counter of ``impressions``."""
     features = dataset.schema.select(Entity.ITEM, Kind.NUMERIC, stored=True)
-    counters = {one.name: [0.0] for one in features if one.group is Group.HISTORICAL}
+    counters = {one.name: [0.0] for one in features if one.group is FeatureGroup.HISTORICAL}
     born = datetime(2024, 1, 5, 12, tzinfo=UTC)
     taken = born - timedelta(hours=hours_before_birth)
     rows = {"item_id": [1], "created_at": [born], "snapshot_timestamp": [taken], **counters}
@@ -577,8 +579,8 @@ def test_data_docs_hold_every_table_and_need_no_network(
 ) -> None:
     """Great Expectations' own words on a page per table, failures with what was found, linked with our page."""
     spoil(dataset, lambda log: log.with_columns(first(3, 7, "click").cast(pl.Int8)))
-    found = inspect_day(dataset, RUN_DATE)
-    write_pages(found, tmp_path / "out")
+    inspected = inspect_day(dataset, RUN_DATE)
+    write_pages(inspected, tmp_path / "out")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
     docs = tmp_path / "out" / "data_docs"
     pages = {path.stem: path.read_text() for path in docs.glob("*.html")}
@@ -608,13 +610,13 @@ def test_data_docs_of_a_day_that_cannot_be_looked_at_say_so(clean: Dataset, tmp_
 
 def test_data_docs_are_replaced_as_a_whole(clean: Dataset, tmp_path: Path) -> None:
     """The page of a table that the second validation does not have is gone; a failed write leaves the first."""
-    found = inspect_day(clean, RUN_DATE)
-    write_data_docs(found, tmp_path / "docs")
-    one = Validation(found.report, {"impressions": found.suites["impressions"]})
+    inspected = inspect_day(clean, RUN_DATE)
+    write_data_docs(inspected, tmp_path / "docs")
+    one = Validation(inspected.report, {"impressions": inspected.suites["impressions"]})
     write_data_docs(one, tmp_path / "docs")
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"index.html", "impressions.html"}
     with pytest.raises(AttributeError):
-        write_data_docs(Validation(found.report, {"impressions": None}), tmp_path / "docs")
+        write_data_docs(Validation(inspected.report, {"impressions": None}), tmp_path / "docs")
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"index.html", "impressions.html"}
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]
 

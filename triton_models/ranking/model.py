@@ -21,7 +21,7 @@ from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.recorder import Recorder
 from freshrank.serving.ranking.request_log import RequestLog
 from freshrank.serving.ranking.served import NothingPublished
-from freshrank.serving.ranking.service import RankingService, Watch
+from freshrank.serving.ranking.service import RankingService, ServiceObserver
 from freshrank.serving.ranking.tensors import to_array, to_tensor
 from freshrank.serving.repository import RANKER, ModelRepository
 from freshrank.settings import settings
@@ -40,42 +40,42 @@ class TritonPythonModel:
         refuse_wrong_conversions()
         self.metrics = RankingMetrics(_counters)
         repository = ModelRepository(Path(parameters["repository"]["string_value"]))
-        kept = Workspace.of(parameters["project"]["string_value"]).requests
-        self.recorder, self.log = Recorder(kept), _request_log(kept)
+        requests_folder = Workspace.of(parameters["project"]["string_value"]).requests
+        self.recorder, self.log = Recorder(requests_folder), _request_log(requests_folder)
         self.service = RankingService(repository, settings().home, call_ranker, Counted(self.metrics))
         self.service.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         given = [_given(request) for request in requests]
-        found = self.service.rank(given, [request.request_id() for request in requests])
-        for request, each in zip(given, found, strict=True):
+        results = self.service.rank(given, [request.request_id() for request in requests])
+        for request, each in zip(given, results, strict=True):
             # What a publication itself asks names its version: it is not traffic.
             if isinstance(each, Ranked) and "version" not in request:
                 self.recorder.offer(request)
                 self._log(each)
-        return [self._respond(each) for each in found]
+        return [self._respond(each) for each in results]
 
     def finalize(self) -> None:
         """Write what the request log still holds."""
         if self.log:
             self.log.close()
 
-    def _respond(self, found: Ranked | Exception) -> Any:
-        if isinstance(found, Ranked):
-            self.metrics.answered(found, self.service.encoder(int(found.answer["model_version"][0])))
-            return pb_utils.InferenceResponse([to_tensor(s.name, found.answer[s.name][None]) for s in OUTPUTS])
-        outcome, code = _REFUSALS.get(type(found), ("failed", "INTERNAL"))
+    def _respond(self, result: Ranked | Exception) -> Any:
+        if isinstance(result, Ranked):
+            self.metrics.answered(result, self.service.encoder(int(result.answer["model_version"][0])))
+            return pb_utils.InferenceResponse([to_tensor(s.name, result.answer[s.name][None]) for s in OUTPUTS])
+        outcome, code = _REFUSALS.get(type(result), ("failed", "INTERNAL"))
         if outcome == "failed":
-            log.error("a request failed", exc_info=found)
+            log.error("a request failed", exc_info=result)
         self.metrics.refused(outcome)
-        return pb_utils.InferenceResponse([], pb_utils.TritonError(str(found), getattr(pb_utils.TritonError, code)))
+        return pb_utils.InferenceResponse([], pb_utils.TritonError(str(result), getattr(pb_utils.TritonError, code)))
 
     def _log(self, ranked: Ranked) -> None:
-        if self.log and (kept := self.log.offer(ranked)) is not None:
-            self.metrics.add("log_requests_total", 1, outcome="kept" if kept else "dropped")
+        if self.log and (logged := self.log.offer(ranked)) is not None:
+            self.metrics.add("log_requests_total", 1, outcome="kept" if logged else "dropped")
 
 
-class Counted(Watch):
+class Counted(ServiceObserver):
     """Counts what the service tells."""
 
     def __init__(self, metrics: RankingMetrics) -> None:

@@ -33,7 +33,7 @@ TARGET_RATIO = 2.0
 TARGET_GIB = 8.0
 
 
-class Plan(BaseModel):
+class FeaturesPlan(BaseModel):
     """What is measured."""
 
     millions: tuple[float, ...] = (1, 10, 100)
@@ -55,7 +55,7 @@ class Plan(BaseModel):
         )
 
 
-class Step(BaseModel):
+class StepCost(BaseModel):
     """One step at one size."""
 
     seconds: float
@@ -73,7 +73,7 @@ class Size(BaseModel):
     """Impressions of the 28 days."""
     users: int
     items: int
-    steps: dict[str, Step]
+    steps: dict[str, StepCost]
 
     def ratio(self, step: str, floor: str) -> float:
         return self.steps[step].seconds / self.steps[floor].seconds
@@ -86,7 +86,7 @@ class FeaturesBench(BaseModel):
     which read one day of log and the parts. frame: that day's training frame. plain_counts, plain_features: see above.
     """
 
-    plan: Plan
+    plan: FeaturesPlan
     machine: dict[str, str]
     versions: dict[str, str]
     sizes: list[Size]
@@ -98,24 +98,24 @@ class FeaturesBench(BaseModel):
     def sentences(self) -> Iterator[str]:
         """What was found, for a person."""
         for size in self.sizes:
-            found = ", ".join(
+            steps = ", ".join(
                 f"{name} {step.seconds:.1f} s ({step.peak_gib:.1f} GiB)" for name, step in size.steps.items()
             )
-            yield f"{size.rows / 1e6:g} million impressions: {found}"
+            yield f"{size.rows / 1e6:g} million impressions: {steps}"
         for name, ratio in self.ratios.items():
             yield f"{name}: {ratio:.2f}"
         met = "met" if self.peak_gib <= TARGET_GIB else "NOT met"
         yield f"peak memory {self.peak_gib:.1f} GiB (target: at most {TARGET_GIB:g}) {met}"
 
 
-def features(plan: Plan, work: Path, out: Path, console: Console) -> FeaturesBench:
+def features(plan: FeaturesPlan, work: Path, out: Path, console: Console) -> FeaturesBench:
     """Measure in ``work``, write ``out`` (JSON) and the picture beside it.
 
     What a size leaves in ``work`` is removed when it is done, but for the simulated worlds, which are used again.
     """
     with environment(FEATURES_MEMORY_GIB=str(plan.memory_gib)):
         sizes = [_size(plan, millions, work, console) for millions in plan.millions]
-    found = FeaturesBench(
+    result = FeaturesBench(
         plan=plan,
         machine=machine(),
         versions=library_versions(),
@@ -123,12 +123,12 @@ def features(plan: Plan, work: Path, out: Path, console: Console) -> FeaturesBen
         ratios=_ratios(sizes),
         peak_gib=_peak(sizes),
     )
-    write_json(out, found.model_dump(mode="json"))
-    write_picture(found, out.with_suffix(".png"))
-    return found
+    write_json(out, result.model_dump(mode="json"))
+    write_picture(result, out.with_suffix(".png"))
+    return result
 
 
-def _size(plan: Plan, millions: float, work: Path, console: Console) -> Size:
+def _size(plan: FeaturesPlan, millions: float, work: Path, console: Console) -> Size:
     world, place = plan.world(millions), work / f"{millions:g}m"
     taken: dict[str, list[tuple[float, float]]] = {}
     console.print(f"{millions:g} million impressions ...")
@@ -151,9 +151,9 @@ def _is_simulated(data: Path, world: WorldConfig) -> bool:
     return manifest.exists() and read_json(manifest)["source"].get("world") == world.model_dump(mode="json")
 
 
-def _step(runs: list[tuple[float, float]]) -> Step:
+def _step(runs: list[tuple[float, float]]) -> StepCost:
     seconds = sorted(taken for taken, _ in runs)
-    return Step(
+    return StepCost(
         seconds=seconds[len(seconds) // 2],
         lowest=seconds[0],
         highest=seconds[-1],
@@ -186,7 +186,7 @@ STEP_STYLES = {
 }
 
 
-def write_picture(found: "FeaturesBench", path: Path) -> None:
+def write_picture(result: "FeaturesBench", path: Path) -> None:
     """A PNG at ``path``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -194,9 +194,9 @@ def write_picture(found: "FeaturesBench", path: Path) -> None:
     with rc_context(STYLE), atomic_write(path) as temporary:
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         seconds, memory = figure.subplots(1, 2)
-        _draw_lines(seconds, found, lambda step, rows: step.seconds / rows * 1e6)
+        _draw_lines(seconds, result, lambda step, rows: step.seconds / rows * 1e6)
         seconds.set(yscale="log", ylabel="seconds per million impressions of the 28 days", title="Time")
-        _draw_lines(memory, found, lambda step, rows: step.peak_gib)
+        _draw_lines(memory, result, lambda step, rows: step.peak_gib)
         memory.axhline(8, color=GREY, linestyle=":", linewidth=1)
         memory.set(ylabel="GiB", title="Peak memory of the process")
         memory.set_ylim(bottom=0)
@@ -204,9 +204,9 @@ def write_picture(found: "FeaturesBench", path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _draw_lines(axes: "Axes", found: "FeaturesBench", value: Callable[["Step", int], float]) -> None:
-    rows = [size.rows for size in found.sizes]
+def _draw_lines(axes: "Axes", result: "FeaturesBench", value: Callable[["StepCost", int], float]) -> None:
+    rows = [size.rows for size in result.sizes]
     for name, (label, colour) in STEP_STYLES.items():
-        values = [value(size.steps[name], size.rows) for size in found.sizes]
+        values = [value(size.steps[name], size.rows) for size in result.sizes]
         axes.plot(rows, values, "o-", color=colour, label=label)
     axes.set(xscale="log", xlabel="impressions")

@@ -60,7 +60,7 @@ def opened(place: Path) -> tuple[Dataset, Workspace]:
 
 
 def _prepare(step: str, place: Path) -> None:
-    """Each round begins where its step begins in life."""
+    """Each round starts from the state in which the step starts in production."""
     dataset, workspace = opened(place)
     if step == "scratch":
         shutil.rmtree(place / "home", ignore_errors=True)

@@ -50,7 +50,7 @@ FAULTS = {
 Engine = Callable[[Sequence[Sheet]], dict[str, Any]]
 
 
-class Plan(BaseModel):
+class ValidationPlan(BaseModel):
     """What is measured."""
 
     rows: int = Field(default=1_000_000, ge=1_000)
@@ -59,7 +59,7 @@ class Plan(BaseModel):
     repeats: int = Field(default=3, ge=1)
 
 
-class EngineFound(BaseModel):
+class EngineResult(BaseModel):
     """One engine on the same tables."""
 
     seconds: list[float]
@@ -80,7 +80,7 @@ class EngineFound(BaseModel):
 class ValidationBench(BaseModel):
     """The JSON file of a run, e.g. ``docs/bench/validation.json``."""
 
-    plan: Plan
+    plan: ValidationPlan
     machine: dict[str, str]
     versions: dict[str, str]
     import_seconds: float
@@ -92,7 +92,7 @@ class ValidationBench(BaseModel):
     """Reading the day and the days before it, counting, and all expectations on our engine."""
     page_seconds: list[float]
     """Our page and the Data Docs."""
-    engines: dict[str, EngineFound]
+    engines: dict[str, EngineResult]
 
     @property
     def passed(self) -> bool:
@@ -115,7 +115,7 @@ class ValidationBench(BaseModel):
         return lines
 
 
-def validation(home: Path, plan: Plan, out: Path, console: Console) -> ValidationBench:
+def validation(home: Path, plan: ValidationPlan, out: Path, console: Console) -> ValidationBench:
     """Measure, write ``out`` (JSON) and the picture beside it.
 
     The simulated world and a workspace of its own are kept under ``home``.
@@ -126,7 +126,7 @@ def validation(home: Path, plan: Plan, out: Path, console: Console) -> Validatio
         run, history = _world(home, plan, console)
         asked = [sheet for sheet in inspect_day(run.dataset, run.date, history).sheets if sheet.checks]
         day_seconds, page_seconds = _whole_days(run, history, plan, console)
-    found = ValidationBench(
+    result = ValidationBench(
         plan=plan,
         machine=machine(),
         versions=library_versions(),
@@ -137,9 +137,9 @@ def validation(home: Path, plan: Plan, out: Path, console: Console) -> Validatio
         page_seconds=page_seconds,
         engines=compare(engines(), asked, plan.repeats, console),
     )
-    write_json(out, found.model_dump(mode="json"))
-    write_picture(found, out.with_suffix(".png"))
-    return found
+    write_json(out, result.model_dump(mode="json"))
+    write_picture(result, out.with_suffix(".png"))
+    return result
 
 
 def _import_seconds() -> float:
@@ -147,7 +147,7 @@ def _import_seconds() -> float:
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def _world(home: Path, plan: Plan, console: Console) -> tuple[Run, pl.DataFrame | None]:
+def _world(home: Path, plan: ValidationPlan, console: Console) -> tuple[Run, pl.DataFrame | None]:
     """The run after the last day of a world of ``plan``, with the snapshots its leak detector reads."""
     world = WorldConfig(
         days=plan.trailing_days + 1,
@@ -167,16 +167,16 @@ def _world(home: Path, plan: Plan, console: Console) -> tuple[Run, pl.DataFrame 
 
 
 def _whole_days(
-    run: Run, history: pl.DataFrame | None, plan: Plan, console: Console
+    run: Run, history: pl.DataFrame | None, plan: ValidationPlan, console: Console
 ) -> tuple[list[float], list[float]]:
     days, pages = [], []
     for _ in range(plan.repeats):
         started = time.perf_counter()
-        found = inspect_day(run.dataset, run.date, history)
+        outcome = inspect_day(run.dataset, run.date, history)
         days.append(time.perf_counter() - started)
         with tempfile.TemporaryDirectory() as directory:
             started = time.perf_counter()
-            write_pages(found, Path(directory))
+            write_pages(outcome, Path(directory))
             pages.append(time.perf_counter() - started)
         console.print(f"a whole day: {days[-1]:.1f} s")
     return days, pages
@@ -184,15 +184,15 @@ def _whole_days(
 
 def engines() -> dict[str, Engine]:
     """Those that can run here: pandas in each result format, SQLite, and Spark where pyspark imports."""
-    found: dict[str, Engine] = {
+    available: dict[str, Engine] = {
         f"pandas, {result_format}": partial(run_suites, result_format=result_format) for result_format in FORMATS
     }
-    found[f"SQLite, {RESULT_FORMAT}"] = _on_sqlite
+    available[f"SQLite, {RESULT_FORMAT}"] = _on_sqlite
     with suppress(ImportError):
         import pyspark  # noqa: F401
 
-        found[f"Spark, {RESULT_FORMAT}"] = _on_spark
-    return found
+        available[f"Spark, {RESULT_FORMAT}"] = _on_spark
+    return available
 
 
 def _on_sqlite(asked: Sequence[Sheet]) -> dict[str, Any]:
@@ -225,22 +225,22 @@ def _on_spark(asked: Sequence[Sheet]) -> dict[str, Any]:
     session.sparkContext.setLogLevel("ERROR")
     with tempfile.TemporaryDirectory() as directory:
         source = quiet_context().data_sources.add_spark("spark")
-        found: dict[str, Any] = {}
+        validated: dict[str, Any] = {}
         for sheet in asked:
-            path = f"{directory}/{len(found)}.parquet"
+            path = f"{directory}/{len(validated)}.parquet"
             sheet.frame.write_parquet(path)
             batch = (
                 source.add_dataframe_asset(sheet.table)
                 .add_batch_definition_whole_dataframe("whole")
                 .get_batch({"dataframe": session.read.parquet(path)})
             )
-            found[sheet.table] = batch.validate(suite_of(sheet), result_format=RESULT_FORMAT)
-    return found
+            validated[sheet.table] = batch.validate(suite_of(sheet), result_format=RESULT_FORMAT)
+    return validated
 
 
 def compare(
     running: dict[str, Engine], asked: Sequence[Sheet], repeats: int, console: Console
-) -> dict[str, EngineFound]:
+) -> dict[str, EngineResult]:
     """Every engine ``repeats`` times in turn on ``asked``, then once on the same tables with :data:`FAULTS`."""
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
@@ -254,7 +254,7 @@ def compare(
     ours = [bool(one.success) for one in verdicts[OURS]]
     checks = [check for sheet in faulty for check in sheet.checks]
     return {
-        name: EngineFound(
+        name: EngineResult(
             seconds=seconds[name],
             agreeing=sum(bool(one.success) == mine for one, mine in zip(answers, ours, strict=True)),
             errors=sum(_failed_to_run(one) for one in answers),
@@ -295,26 +295,26 @@ def _failed_to_run(outcome: Any) -> bool:
     return any(part.get("raised_exception") for part in parts)
 
 
-def write_picture(found: "ValidationBench", path: Path) -> None:
+def write_picture(result: "ValidationBench", path: Path) -> None:
     """A PNG at ``path``: a bar per engine to its median, a dot per run, ours first."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    names = sorted(found.engines, key=lambda name: (name != OURS, found.engines[name].median))
+    names = sorted(result.engines, key=lambda name: (name != OURS, result.engines[name].median))
     with rc_context(STYLE), atomic_write(path) as temporary:
         figure = Figure(figsize=(10, 1.6 + 0.55 * len(names)), layout="constrained")
         axes = figure.subplots()
         for place, name in enumerate(names):
-            one = found.engines[name]
+            one = result.engines[name]
             axes.barh(place, one.median, color=BLUE if name == OURS else GREY, height=0.6)
             axes.plot(one.seconds, [place] * len(one.seconds), "o", color=INK, markersize=3)
-            text = f"{one.median:.1f} s, {one.agreeing}/{found.expectations} verdicts as ours, {one.errors} errors"
+            text = f"{one.median:.1f} s, {one.agreeing}/{result.expectations} verdicts as ours, {one.errors} errors"
             axes.text(max(one.seconds) * 1.02, place, f"  {text}", va="center", fontsize=8)
         axes.axvline(TARGET_SECONDS, color=VERMILION, linestyle="--", linewidth=1, label=f"target {TARGET_SECONDS:g} s")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(right=1.7 * max(max(one.seconds) for one in found.engines.values()))
+        axes.set_xlim(right=1.7 * max(max(one.seconds) for one in result.engines.values()))
         axes.set_xlabel("seconds, loading included")
-        axes.set_title(f"{found.plan.rows:,} rows, {found.expectations} expectations of {len(found.tables)} tables")
+        axes.set_title(f"{result.plan.rows:,} rows, {result.expectations} expectations of {len(result.tables)} tables")
         axes.legend(loc="lower right")
         figure.savefig(temporary, format="png", dpi=130)

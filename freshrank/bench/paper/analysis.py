@@ -23,7 +23,7 @@ from freshrank.features.encoder import Catalog, Encoder
 from freshrank.features.frames import Frame
 from freshrank.features.vocabulary import MISSING, NEW
 from freshrank.models.ranker import Groups, Ranker
-from freshrank.schema import Entity, Feature, Group, Kind
+from freshrank.schema import Entity, Feature, FeatureGroup, Kind
 from freshrank.training.batches import Batch, TensorFrame
 from freshrank.training.objective import masked_bce
 from freshrank.training.trained import Trained
@@ -51,7 +51,7 @@ class Removal:
     """One feature as the encoder holds it: {block: cells}."""
 
     name: str
-    group: Group
+    group: FeatureGroup
     blocks: dict[str, Cells]
     entity: Entity | None = None
     """Whose dense vectors alone depend on it; None where sequences or ids do."""
@@ -64,11 +64,11 @@ def removals(encoder: Encoder) -> list[Removal]:
     crosses, so they are not listed. An item's id is never missing: it is replaced by the row of a new item.
     """
     single = [_of_feature(encoder, entity, kind) for entity in Entity for kind in _CELLS]
-    ids = Removal(ITEM_ID_FEATURE, Group.HISTORICAL, {"item_id": Cells(slice(None), NEW)})
+    ids = Removal(ITEM_ID_FEATURE, FeatureGroup.HISTORICAL, {"item_id": Cells(slice(None), NEW)})
     blank = Cells(slice(None), MISSING)
-    sequence = Removal(SEQUENCE, Group.HISTORICAL, {"places": blank, "sequence_actions": blank})
+    sequence = Removal(SEQUENCE, FeatureGroup.HISTORICAL, {"places": blank, "sequence_actions": blank})
     query = {"query_item_id": blank} | ({"query_categorical": blank} if encoder.categorical(Entity.ITEM) else {})
-    queries = [Removal(QUERY, Group.HISTORICAL, query)] if encoder.schema.has_query else []
+    queries = [Removal(QUERY, FeatureGroup.HISTORICAL, query)] if encoder.schema.has_query else []
     return [removal for group in single for removal in group] + [ids, sequence, *queries]
 
 
@@ -93,7 +93,7 @@ def _of_feature(encoder: Encoder, entity: Entity, kind: Kind) -> list[Removal]:
 
 
 def without(data: TensorFrame, removed: Iterable[Removal], how: How = "missing", seed: int = 0) -> TensorFrame:
-    """``data`` with features taken away; ``data`` itself is left as it was.
+    """``data`` with features removed; ``data`` itself is not changed.
 
     ``missing`` writes what the encoder gives for a missing value. ``permuted`` shuffles each feature among the
     user-days, item-days or impressions that carry it, which keeps its distribution but not its meaning.
@@ -117,7 +117,7 @@ def without(data: TensorFrame, removed: Iterable[Removal], how: How = "missing",
 
 
 class Probe:
-    """A trained ranker on fixed rows, asked again and again with features taken away.
+    """A trained ranker on fixed rows, scored repeatedly with features removed.
 
     Holds the dense vectors of all rows (a few hundred float32 per row), so that only what a feature feeds is computed
     anew; hand it a sample where the evaluation days hold tens of millions of rows.
@@ -138,8 +138,8 @@ class Probe:
     def logits(self, removed: Sequence[Removal] = (), how: How = "missing", seed: int = 0) -> Floats:
         """Uncalibrated logits [N, A] float32 without the features of ``removed``."""
         data = without(self.data, removed, how, seed)
-        found = [self._logits(self._regrouped(data, place, removed)) for place in range(len(self.rows))]
-        return self._in_order(found)
+        by_place = [self._logits(self._regrouped(data, place, removed)) for place in range(len(self.rows))]
+        return self._in_order(by_place)
 
     def z(self) -> Floats:
         """The interaction module's output [N, d_I] float32, before the residual."""
@@ -192,7 +192,7 @@ class Drop(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     removed: str
-    group: Group
+    group: FeatureGroup
     slice: str
     action: str
     full: float
@@ -212,7 +212,7 @@ def drops(
     A slice without both classes of an action has no row in the answer.
     """
     full = probe.logits()
-    found = []
+    drops_found = []
     for name, removed in tries.items():
         reduced = probe.logits(removed, how, seed)
         for slice_name, rows in slices.items():
@@ -220,7 +220,7 @@ def drops(
                 before = pr_auc(labels[rows, action], full[rows, action])
                 after = pr_auc(labels[rows, action], reduced[rows, action])
                 if before is not None and after is not None:
-                    found.append(
+                    drops_found.append(
                         Drop(
                             removed=name,
                             group=removed[0].group,
@@ -230,12 +230,12 @@ def drops(
                             delta=after - before,
                         )
                     )
-    return found
+    return drops_found
 
 
 def by_group(features: list[Removal]) -> dict[str, list[Removal]]:
     """The two tries of figure 2a: all historical features at once, all non-historical ones at once."""
-    return {group.value: [f for f in features if f.group is group] for group in Group}
+    return {group.value: [f for f in features if f.group is group] for group in FeatureGroup}
 
 
 def one_by_one(features: list[Removal]) -> dict[str, list[Removal]]:
@@ -333,14 +333,14 @@ class ScoreGroup(BaseModel):
 
 def score_groups(probabilities: Floats, labels: Floats, cold: Bools, actions: list[str]) -> list[ScoreGroup]:
     """Per action, label and side; arrays [N, A], [N, A] with NaN = not observed, [N]. Empty groups are left out."""
-    found = []
+    groups = []
     for action, name in enumerate(actions):
         for label in (1, 0):
             for side in (False, True):
                 scores = probabilities[(labels[:, action] == label) & (cold == side), action].astype(np.float64)
                 if len(scores):
                     quantiles = tuple(float(q) for q in np.quantile(scores, QUANTILES))
-                    found.append(
+                    groups.append(
                         ScoreGroup(
                             action=name,
                             label=label,
@@ -350,7 +350,7 @@ def score_groups(probabilities: Floats, labels: Floats, cold: Bools, actions: li
                             quantiles=quantiles,
                         )
                     )
-    return found
+    return groups
 
 
 def score_gaps(groups: Iterable[ScoreGroup]) -> dict[tuple[str, int], float]:

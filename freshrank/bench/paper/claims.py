@@ -21,7 +21,7 @@ class Outcome(StrEnum):
     OPEN = "inconclusive"
 
 
-class Estimate(BaseModel):
+class SeedMean(BaseModel):
     """Mean over seeds and its interval; all None without a single value, no interval with one seed."""
 
     model_config = ConfigDict(frozen=True)
@@ -32,8 +32,8 @@ class Estimate(BaseModel):
     seeds: int
 
     @classmethod
-    def over(cls, values: Sequence[float | None]) -> "Estimate":
-        """From one value per seed. A seed on which the quantity has no value (None) leaves none to the whole."""
+    def over(cls, values: Sequence[float | None]) -> "SeedMean":
+        """From one value per seed. The mean is None as soon as one seed has no value."""
         if not values or any(value is None for value in values):
             return cls(mean=None, low=None, high=None, seeds=len(values))
         known = np.asarray(values, np.float64)
@@ -56,7 +56,7 @@ class Expectation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    estimate: Estimate
+    estimate: SeedMean
     side: Literal["below", "above"]
     bound: float = 0.0
     form: Literal["number", "change", "percent", "points"] = "number"
@@ -81,13 +81,13 @@ class Expectation(BaseModel):
         return f"{self.name} {self._said(mean)}{' points' if self.form == 'points' else ''} ({interval})"
 
     def _said(self, value: float) -> str:
-        said = {
+        forms = {
             "number": f"{value:.3g}",
             "change": f"{value:+.2g}",
             "percent": f"{value:.1%}",
             "points": f"{100 * value:+.1f}",
         }
-        return said[self.form]
+        return forms[self.form]
 
 
 def _above(low: float, high: float, bound: float) -> Outcome:
@@ -112,5 +112,5 @@ class Claim(BaseModel):
         return Outcome.HOLDS if outcomes == {Outcome.HOLDS} else Outcome.OPEN
 
     def __str__(self) -> str:
-        found = "; ".join(str(expectation) for expectation in self.expectations) or "nothing could be measured"
-        return f"Paper: {self.paper} Here: {found}: **{self.outcome}**."
+        measured = "; ".join(str(expectation) for expectation in self.expectations) or "nothing could be measured"
+        return f"Paper: {self.paper} Here: {measured}: **{self.outcome}**."

@@ -1,4 +1,4 @@
-"""The rows everybody is trained and judged on: loaded once per process, encoded once per set of features."""
+"""The rows all models are trained and evaluated on: loaded once per process, encoded once per set of features."""
 
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -28,7 +28,7 @@ from freshrank.training.loop import model_schema
 
 
 @dataclass(frozen=True)
-class Source:
+class EvidenceSource:
     """Which days of which dataset; hashable, and all a worker process needs to find its rows."""
 
     path: Path
@@ -50,16 +50,18 @@ class Source:
             {"log": dataset.fingerprint(past), "windows": self.windows.model_dump(mode="json"), "date": self.run_date}
         )
 
-    def before_evaluation(self) -> "Source":
+    def before_evaluation(self) -> "EvidenceSource":
         """The tuning rows: as many evaluation days, all of them before this source's first one."""
         one = self.windows.evaluation_days
         shorter = max(1, self.windows.train_days - one)
-        return Source(self.path, self.split.evaluation[0], self.windows.model_copy(update={"train_days": shorter}))
+        return EvidenceSource(
+            self.path, self.split.evaluation[0], self.windows.model_copy(update={"train_days": shorter})
+        )
 
 
 @dataclass(frozen=True)
-class Judgeable:
-    """A frame as the judge sees it, [N] or [N, A] each."""
+class LabelledRows:
+    """A frame with its labels, lists and freshness, [N] or [N, A] each."""
 
     frame: Frame
     labels: Floats
@@ -67,14 +69,14 @@ class Judgeable:
     fresh: Bools
 
     @classmethod
-    def of(cls, frame: Frame, schema: Schema, lists: str) -> "Judgeable":
+    def of(cls, frame: Frame, schema: Schema, lists: str) -> "LabelledRows":
         key = USER_ID if lists == "user" else REQUEST_ID
         list_id = np.unique(frame.rows[key].to_numpy(), return_inverse=True)[1].astype(np.int64)
         fresh = (frame.rows[JUDGED_AGE] < schema.fresh_days).to_numpy()
         return cls(frame, labels_of(frame, schema), list_id, fresh)
 
     def fingerprint(self, actions: list[str]) -> str:
-        """Of which rows these are: models may be compared where it agrees."""
+        """Identifies the rows: only models evaluated on rows of the same fingerprint may be compared."""
         hashes = self.frame.rows.select(USER_ID, ITEM_ID, EVENT_TIMESTAMP, JUDGED_AGE, *actions).hash_rows(seed=0)
         return fingerprint([len(hashes), int(np.bitwise_xor.reduce(hashes.to_numpy())), _order(hashes)])
 
@@ -100,7 +102,9 @@ class Evidence:
         return {}
 
     def encoded(self, config: RunConfig) -> "EncodedEvidence":
-        """Tensors of all three frames under the encoder fitted on the training rows; kept for configs that share it."""
+        """Tensors of all three frames under the encoder fitted on the training rows; cached for configs that share
+        it.
+        """
         seen, min_count = model_schema(self.schema, config.techniques), config.model.min_count
         key = fingerprint([seen.model_dump(mode="json"), min_count])
         if key not in self._encoded:
@@ -124,7 +128,7 @@ class EncodedEvidence:
 
 
 @cache
-def load_evidence(source: Source) -> Evidence:
+def load_evidence(source: EvidenceSource) -> Evidence:
     """The frames of ``source``; historical features must have been built (:func:`prepare`)."""
     run = Run(source.path, source.run_date.isoformat())
     split = source.split
@@ -146,11 +150,11 @@ class Prepared:
     """What is measured on, and the oracle's rows where there are any."""
 
     protocol: str
-    source: Source
-    oracle: Source | None = None
+    source: EvidenceSource
+    oracle: EvidenceSource | None = None
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[EvidenceSource]:
         return [self.source, *([self.oracle] if self.oracle else [])]
 
     def before_evaluation(self) -> "Prepared":
@@ -176,13 +180,13 @@ def locate(
         run_date = dataset.days[-1] + timedelta(days=1)
     return Prepared(
         name,
-        Source(dataset.path.resolve(), run_date, windows),
-        Source(oracles.resolve(), run_date, windows) if oracles else None,
+        EvidenceSource(dataset.path.resolve(), run_date, windows),
+        EvidenceSource(oracles.resolve(), run_date, windows) if oracles else None,
     )
 
 
 def _imported(data: Path, protocol: Protocol) -> Dataset:
-    """The import under the workspace, made anew unless it is the one made of these very files."""
+    """The import under the workspace, repeated unless it was made from these very files."""
     if not data.is_dir():
         raise DataError(f"data: {data} is not a directory; expected KuaiRand's files or an imported dataset")
     out = settings().home / "data" / f"kuairand_{protocol}"
@@ -210,12 +214,12 @@ def prepare(prepared: Prepared) -> None:
 
 
 def _check_same_rows(prepared: Prepared) -> None:
-    found = [load_evidence(source) for source in prepared.sources]
-    prints = {Judgeable.of(e.evaluation, e.schema, "user").fingerprint(e.schema.actions) for e in found}
+    loaded = [load_evidence(source) for source in prepared.sources]
+    prints = {LabelledRows.of(e.evaluation, e.schema, "user").fingerprint(e.schema.actions) for e in loaded}
     if len(prints) > 1:
         counts = " and ".join(
             f"{source.path} with {len(evidence.evaluation.rows):,} evaluation rows"
-            for source, evidence in zip(prepared.sources, found, strict=True)
+            for source, evidence in zip(prepared.sources, loaded, strict=True)
         )
         raise DataError(
             f"oracle: {counts} differ in user, item, time, age or a label, or in the order; "

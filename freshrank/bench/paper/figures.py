@@ -25,7 +25,7 @@ from freshrank.bench.paper.findings import (
     RESIDUAL,
     SCORE_REG,
     FigureData,
-    Measured,
+    ModelMeasurements,
     Results,
     figures,
 )
@@ -77,7 +77,7 @@ _REMOVED: dict[How, str] = {
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FigureEvidence:
     """The rows of the evidence's windows: train, calibrate on the day after, judge the three days after that."""
 
     run: Run
@@ -101,7 +101,7 @@ class Evidence:
         return {ALL: np.ones(len(age), np.bool_), FRESH: age < self.run.dataset.schema.fresh_days}
 
 
-def load_evidence(data: Path, protocol: "Protocol", train_days: int = 10, evaluation_days: int = 3) -> Evidence:
+def load_evidence(data: Path, protocol: "Protocol", train_days: int = 10, evaluation_days: int = 3) -> FigureEvidence:
     """``data``: an imported dataset, or KuaiRand's files, which are imported into the workspace first.
 
     The last ``evaluation_days`` of the log are judged, the day before calibrates, ``train_days`` before that (fewer
@@ -122,17 +122,17 @@ def load_evidence(data: Path, protocol: "Protocol", train_days: int = 10, evalua
             (split.evaluation, "evaluation", IN_EVALUATION),
         )
     ]
-    return Evidence(run, split, *loaded)
+    return FigureEvidence(run, split, *loaded)
 
 
-def measure_all(evidence: Evidence, seeds: int, ablation: How = "missing") -> list[Measured]:
+def measure_all(evidence: FigureEvidence, seeds: int, ablation: How = "missing") -> list[ModelMeasurements]:
     """Every recipe with every seed 0 .. ``seeds`` - 1; a progress bar where a person watches."""
     jobs = [(recipe, seed) for seed in range(seeds) for recipe in RECIPES]
     shown = track(jobs, "models trained and analysed", disable=not sys.stderr.isatty())
     return [measured(evidence, recipe, seed, ablation) for recipe, seed in shown]
 
 
-def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missing") -> Measured:
+def measured(evidence: FigureEvidence, recipe: str, seed: int, ablation: How = "missing") -> ModelMeasurements:
     """From the workspace when it was measured before with this data, configuration and code."""
     base, technique = evidence.base(seed), RECIPES[recipe]
     model, fit = base.model, base.training
@@ -148,14 +148,19 @@ def measured(evidence: Evidence, recipe: str, seed: int, ablation: How = "missin
     key = fingerprint_of(inputs, frames.load_frame, _measure)
     path = evidence.run.workspace.steps / "figures" / f"{recipe}-{seed}-{key}.json"
     if not path.exists():
-        found = _measure(evidence, recipe, model, technique, fit, ablation)
-        write_json(path, found.model_dump(mode="json"))
-    return Measured.model_validate(read_json(path))
+        measurement = _measure(evidence, recipe, model, technique, fit, ablation)
+        write_json(path, measurement.model_dump(mode="json"))
+    return ModelMeasurements.model_validate(read_json(path))
 
 
 def _measure(
-    evidence: Evidence, recipe: str, model: ModelConfig, technique: TechniquesConfig, fit: TrainingConfig, how: How
-) -> Measured:
+    evidence: FigureEvidence,
+    recipe: str,
+    model: ModelConfig,
+    technique: TechniquesConfig,
+    fit: TrainingConfig,
+    how: How,
+) -> ModelMeasurements:
     schema, items = evidence.run.dataset.schema, evidence.run.dataset.items()
     watch = analysis.GradientWatch()
     trained = loop.train_ranker(evidence.train, items, schema, model, technique, fit, watch)
@@ -172,7 +177,7 @@ def _measure(
     by_group, by_feature = (analysis.drops(probe, each, labels, evidence.slices, how, fit.seed) for each in tries)
     z, probabilities = probe.z(), platt.probabilities(probe.logits())
     held = {name: rows for name, rows in evidence.slices.items() if rows.sum() > 1}
-    return Measured(
+    return ModelMeasurements(
         recipe=recipe,
         seed=fit.seed,
         gradients=watch.seen,
@@ -191,15 +196,15 @@ def run(
 ) -> tuple[Path, list[FigureData]]:
     """Measure what is missing, write everything into ``out``; the page's path and the figures."""
     evidence = load_evidence(data, protocol)
-    found = figures(Results(measure_all(evidence, seeds, ablation), evidence.actions))
-    return write(found, markdown(found, evidence, seeds, ablation), out), found
+    drawn = figures(Results(measure_all(evidence, seeds, ablation), evidence.actions))
+    return write(drawn, markdown(drawn, evidence, seeds, ablation), out), drawn
 
 
-def write(found: list[FigureData], page: str, out: Path) -> Path:
+def write(drawn: list[FigureData], page: str, out: Path) -> Path:
     """``figure-*.csv`` and ``.png`` and ``figures.md`` into ``out``; the path of the last."""
     from freshrank.bench.paper.figure_plots import png
 
-    for figure in found:
+    for figure in drawn:
         with atomic_write(out / f"figure-{figure.name}.csv") as path:
             figure.table.with_columns(pl.col(pl.Float64).round_sig_figs(6)).write_csv(path)
         with atomic_write(out / f"figure-{figure.name}.png") as path:
@@ -209,11 +214,11 @@ def write(found: list[FigureData], page: str, out: Path) -> Path:
     return out / "figures.md"
 
 
-def markdown(found: list[FigureData], evidence: Evidence, seeds: int, ablation: How = "missing") -> str:
+def markdown(drawn: list[FigureData], evidence: FigureEvidence, seeds: int, ablation: How = "missing") -> str:
     """The page: how it was measured, a table of outcomes, then every figure with its sentence."""
     split, schema = evidence.split, evidence.run.dataset.schema
-    outcomes = "\n".join(f"| [{f.name}](#figure-{f.name}) | {f.title} | {f.claim.outcome} |" for f in found)
-    sections = "\n\n".join(_section(figure) for figure in found)
+    outcomes = "\n".join(f"| [{f.name}](#figure-{f.name}) | {f.title} | {f.claim.outcome} |" for f in drawn)
+    sections = "\n\n".join(_section(figure) for figure in drawn)
     trained, judged = (f"{part[0]} .. {part[-1]}" for part in (split.train, split.evaluation))
     fresh = int(evidence.slices[FRESH].sum())
     return f"""# The paper's figures, measured here

@@ -10,19 +10,19 @@ from pydantic import BaseModel, ConfigDict
 
 from freshrank.bench.paper import analysis
 from freshrank.bench.paper.analysis import Drop, GradientNorms, ScoreGroup
-from freshrank.bench.paper.claims import Claim, Estimate, Expectation
+from freshrank.bench.paper.claims import Claim, Expectation, SeedMean
 from freshrank.evaluation.results import ALL, FRESH
-from freshrank.schema import Group
+from freshrank.schema import FeatureGroup
 
 BASELINE, RESIDUAL, SCORE_REG, MIXUP = "baseline", "residual", "score_reg", "mixup"
 ABLATED = (BASELINE, RESIDUAL)
 """Recipes whose features are removed (figures 2a and 6a)."""
 RATIO = "ratio"
 PARTS_OF_TRAINING = 10
-_GROUPS = {group.value: f"{group.value} removed" for group in Group}
+_GROUPS = {group.value: f"{group.value} removed" for group in FeatureGroup}
 
 
-class Measured(BaseModel):
+class ModelMeasurements(BaseModel):
     """All that the figures need of one trained model."""
 
     model_config = ConfigDict(frozen=True)
@@ -41,28 +41,28 @@ Value = tuple[dict[str, Any], float | None]
 """Key columns, and the value on one seed."""
 
 
-Quantity = Callable[[Measured], float | None]
+Quantity = Callable[[ModelMeasurements], float | None]
 
 
 @dataclass(frozen=True)
 class Results:
     """Measurements of all recipes and seeds."""
 
-    measured: list[Measured]
+    measured: list[ModelMeasurements]
     actions: list[str]
 
-    def of(self, recipe: str) -> list[Measured]:
+    def of(self, recipe: str) -> list[ModelMeasurements]:
         """In the order of seeds."""
         return sorted((m for m in self.measured if m.recipe == recipe), key=lambda m: m.seed)
 
-    def paired(self, recipe: str, quantity: Quantity) -> Estimate:
+    def paired(self, recipe: str, quantity: Quantity) -> SeedMean:
         """``recipe`` minus baseline, seed by seed."""
         pairs = zip(self.of(recipe), self.of(BASELINE), strict=True)
         values = [(quantity(ours), quantity(theirs)) for ours, theirs in pairs]
-        return Estimate.over([None if a is None or b is None else a - b for a, b in values])
+        return SeedMean.over([None if a is None or b is None else a - b for a, b in values])
 
-    def estimate(self, recipe: str, quantity: Quantity) -> Estimate:
-        return Estimate.over([quantity(m) for m in self.of(recipe)])
+    def estimate(self, recipe: str, quantity: Quantity) -> SeedMean:
+        return SeedMean.over([quantity(m) for m in self.of(recipe)])
 
     def change(
         self, recipe: str, name: str, quantity: Quantity, side: Literal["below", "above"], percent: bool = False
@@ -83,7 +83,7 @@ def tabled(values: Iterable[Value]) -> pl.DataFrame:
     keyed: dict[tuple[Any, ...], tuple[dict[str, Any], list[float | None]]] = {}
     for key, value in values:
         keyed.setdefault(tuple(key.values()), (key, []))[1].append(value)
-    rows = [key | Estimate.over(found).model_dump() for key, found in keyed.values()]
+    rows = [key | SeedMean.over(values_by_seed).model_dump() for key, values_by_seed in keyed.values()]
     numbers = {"mean": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     return pl.DataFrame(rows, schema_overrides=numbers, infer_schema_length=None)
 
@@ -107,13 +107,15 @@ def figures(results: Results) -> list[FigureData]:
     ]
 
 
-def _delta(found: Sequence[Drop], removed: str, slice: str, action: str) -> float | None:
-    return next((d.delta for d in found if (d.removed, d.slice, d.action) == (removed, slice, action)), None)
+def _delta(drops: Sequence[Drop], removed: str, slice: str, action: str) -> float | None:
+    return next((d.delta for d in drops if (d.removed, d.slice, d.action) == (removed, slice, action)), None)
 
 
-def ablation_ratio(found: Sequence[Drop], slice: str, action: str) -> float | None:
+def ablation_ratio(drops: Sequence[Drop], slice: str, action: str) -> float | None:
     """Delta PR-AUC without non-historical features / without historical ones; None where history is of no use."""
-    history, other = (_delta(found, g.value, slice, action) for g in (Group.HISTORICAL, Group.NON_HISTORICAL))
+    history, other = (
+        _delta(drops, g.value, slice, action) for g in (FeatureGroup.HISTORICAL, FeatureGroup.NON_HISTORICAL)
+    )
     return None if history is None or other is None or history >= 0 else other / history
 
 
@@ -156,18 +158,18 @@ def ratio_by_part(gradients: Sequence[GradientNorms]) -> list[float]:
     return [float(part.mean()) for part in parts]
 
 
-def extreme(per_seed: Sequence[Sequence[float]], pick: Callable[..., Estimate]) -> Estimate:
+def extreme(per_seed: Sequence[Sequence[float]], pick: Callable[..., SeedMean]) -> SeedMean:
     """The part of training whose mean over seeds is the ``max`` or ``min`` of all parts; [seeds, parts] given.
 
     Taking each seed's own extreme instead would let noise alone break every "all through training".
     """
-    estimates = [Estimate.over(part) for part in zip(*per_seed, strict=True)]
-    return pick(estimates, key=lambda estimate: estimate.mean) if estimates else Estimate.over([])
+    estimates = [SeedMean.over(part) for part in zip(*per_seed, strict=True)]
+    return pick(estimates, key=lambda estimate: estimate.mean) if estimates else SeedMean.over([])
 
 
-def _gradient_values(found: Iterable[Measured]) -> list[Value]:
+def _gradient_values(models: Iterable[ModelMeasurements]) -> list[Value]:
     values: list[Value] = []
-    for m in found:
+    for m in models:
         for norms in m.gradients:
             named = {
                 RATIO: norms.ratio,
@@ -182,7 +184,7 @@ def _gradient_values(found: Iterable[Measured]) -> list[Value]:
     return values
 
 
-def _mean_ratio(m: Measured) -> float:
+def _mean_ratio(m: ModelMeasurements) -> float:
     return float(np.mean([norms.ratio for norms in m.gradients]))
 
 
@@ -212,7 +214,7 @@ def _gap(action: str, label: int) -> Quantity:
 
 
 def _size_of_gap(action: str, label: int) -> Quantity:
-    def size(m: Measured) -> float | None:
+    def size(m: ModelMeasurements) -> float | None:
         gap = _gap(action, label)(m)
         return None if gap is None else abs(gap)
 
@@ -259,10 +261,10 @@ def observed_rates(scores: Sequence[ScoreGroup], actions: Sequence[str]) -> str:
     return f"Observed rates of the same rows: {each}."
 
 
-def mean_delta(m: Measured, group: Group, action: str) -> float | None:
+def mean_delta(m: ModelMeasurements, group: FeatureGroup, action: str) -> float | None:
     """Mean over the single features of a group of Delta PR-AUC on all rows."""
-    found = [d.delta for d in m.by_feature if (d.group, d.slice, d.action) == (group, ALL, action)]
-    return float(np.mean(found)) if found else None
+    deltas = [d.delta for d in m.by_feature if (d.group, d.slice, d.action) == (group, ALL, action)]
+    return float(np.mean(deltas)) if deltas else None
 
 
 def _figure_6a(results: Results) -> FigureData:
@@ -279,7 +281,7 @@ def _figure_6a(results: Results) -> FigureData:
     expectation = results.change(
         RESIDUAL,
         f"mean Delta PR-AUC ({action}) over the non-historical features",
-        lambda m: mean_delta(m, Group.NON_HISTORICAL, action),
+        lambda m: mean_delta(m, FeatureGroup.NON_HISTORICAL, action),
         "below",
     )
     paper = (
@@ -294,7 +296,7 @@ def _figure_6a(results: Results) -> FigureData:
     )
 
 
-def _gains(ours: Measured, theirs: Measured) -> list[float]:
+def _gains(ours: ModelMeasurements, theirs: ModelMeasurements) -> list[float]:
     parts = zip(ratio_by_part(ours.gradients), ratio_by_part(theirs.gradients), strict=True)
     return [a - b for a, b in parts]
 
@@ -370,7 +372,7 @@ def _figure_7a(results: Results) -> FigureData:
     )
 
 
-def _effective_rank(m: Measured) -> float:
+def _effective_rank(m: ModelMeasurements) -> float:
     return analysis.effective_rank(np.asarray(m.variance[ALL]))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from freshrank.bench.paper.lifts import Estimate
 from freshrank.bench.paper.rows import BASELINE, BOOST, BOOSTED, ORACLE
-from freshrank.bench.paper.table import GAPS, RowOfTable, Table
+from freshrank.bench.paper.table import GAPS, PaperTable, TableRow
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.reports.style import BLUE, GREY, INK, STYLE, VERMILION
 from freshrank.storage.files import atomic_write
@@ -26,7 +26,7 @@ _MARKS = (("o", BLUE), ("s", VERMILION), ("^", "#009e73"), ("D", "#cc79a7"))
 """Okabe and Ito's colours by action, with a marker of its own each."""
 
 
-def write_picture(table: Table, path: Path) -> None:
+def write_picture(table: PaperTable, path: Path) -> None:
     """A PNG of two bands: lifts in %, and where there is an oracle the cold gap closed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def write_picture(table: Table, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=140, metadata={"Software": None})
 
 
-def _panel(axes: "Axes", table: Table, shown: list[RowOfTable], kind: str, measure: str) -> None:
+def _panel(axes: "Axes", table: PaperTable, shown: list[TableRow], kind: str, measure: str) -> None:
     title = TITLES[measure]
     axes.set_title(title)
     axes.axvline(0, color=INK, linewidth=1)
@@ -136,7 +136,7 @@ def _within_reach(axes: "Axes", estimates: list[Estimate]) -> None:
     axes.set_xlim(low - margin, high + margin)
 
 
-def _separate(axes: "Axes", shown: list[RowOfTable]) -> None:
+def _separate(axes: "Axes", shown: list[TableRow]) -> None:
     """A line under the row that learns nothing."""
     if shown[0].name == BOOST and len(shown) > 1:
         axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")

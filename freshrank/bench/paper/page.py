@@ -5,7 +5,7 @@ from pathlib import Path
 
 from freshrank.bench.paper.lifts import Estimate
 from freshrank.bench.paper.rows import BASELINE, BOOST, BOOSTED, ORACLE
-from freshrank.bench.paper.table import GAPS, RowOfTable, Table, better
+from freshrank.bench.paper.table import GAPS, PaperTable, TableRow, better
 from freshrank.datasets.kuairand import PROTOCOLS
 from freshrank.evaluation.results import ALL, FRESH, WARM, MetricName
 from freshrank.storage.files import read_json, write_text
@@ -56,9 +56,9 @@ _DEFINITIONS = """## What the numbers mean
 
 def write_page(folder: Path) -> Path:
     """``<folder>.md`` from every ``table1-PROTOCOL.json`` in ``folder``; findings.md follows as it is."""
-    found = {path.stem.removeprefix("table1-"): path for path in folder.glob("table1-*.json")}
-    ordered = sorted(found, key=lambda name: (_order(name), name))
-    tables = [Table.model_validate(read_json(found[name])) for name in ordered]
+    paths = {path.stem.removeprefix("table1-"): path for path in folder.glob("table1-*.json")}
+    ordered = sorted(paths, key=lambda name: (_order(name), name))
+    tables = [PaperTable.model_validate(read_json(paths[name])) for name in ordered]
     parts = [_HEAD.format(folder=folder.name)]
     if (folder / FIGURES).exists():
         parts.append(f"The paper's figures on the same ranker: [figures]({folder.name}/{FIGURES}).\n")
@@ -78,7 +78,7 @@ def _order(protocol: str) -> int:
     return names.index(protocol) if protocol in names else len(names)
 
 
-def _section(table: Table, folder: str) -> str:
+def _section(table: PaperTable, folder: str) -> str:
     tuned = f"settings tuned under `{table.tuned}` (`freshrank bench tune`)"
     settings = tuned if table.tuned else "the papers' settings"
     days = table.days
@@ -104,7 +104,7 @@ def _section(table: Table, folder: str) -> str:
     )
 
 
-def _failures(table: Table) -> list[str]:
+def _failures(table: PaperTable) -> list[str]:
     return [f"**Missing**: {name}, {why}.\n" for name, why in table.failed.items()]
 
 
@@ -127,11 +127,11 @@ def shown(estimate: Estimate | None, form: Callable[[float], str]) -> str:
     return f"{value} ({form(estimate.low)} to {form(estimate.high)})"
 
 
-def _compared(table: Table) -> list[RowOfTable]:
+def _compared(table: PaperTable) -> list[TableRow]:
     return [row for row in table.rows if row.name != BASELINE]
 
 
-def _lifts(table: Table, action: str) -> str:
+def _lifts(table: PaperTable, action: str) -> str:
     head = ["model", *(f"{NAMES[key]}, %" for key in _LIFTS)]
     lines = [
         [row.label, *(shown(row.lift.get(f"{key}/{action}"), percent) for key in _LIFTS)] for row in _compared(table)
@@ -139,7 +139,7 @@ def _lifts(table: Table, action: str) -> str:
     return _table(f"Lift over the baseline, {action}", head, lines)
 
 
-def _gaps(table: Table) -> str:
+def _gaps(table: PaperTable) -> str:
     columns = [(key, action) for action in table.actions for key in GAPS]
     head = ["model", *(f"{action}: {NAMES[key]}" for key, action in columns)]
     lines = [
@@ -150,7 +150,7 @@ def _gaps(table: Table) -> str:
     return _table("Cold gap closed (1 = as if the items were old)", head, lines)
 
 
-def _costs(table: Table) -> str:
+def _costs(table: PaperTable) -> str:
     lines = [
         [
             row.label,
@@ -170,7 +170,7 @@ def _costs(table: Table) -> str:
     )
 
 
-def _levels(table: Table) -> str:
+def _levels(table: PaperTable) -> str:
     columns = [(key, action) for action in table.actions for key in NAMES]
     head = ["model", "fresh share of top 3", *(f"{action}: {NAMES[key]}" for key, action in columns)]
     lines = [
@@ -187,7 +187,7 @@ def _level(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _others(table: Table, action: str) -> str:
+def _others(table: PaperTable, action: str) -> str:
     columns = {
         f"{MetricName.PR_AUC}/{FRESH}": "PR-AUC fresh",
         f"{MetricName.PR_AUC}/{WARM}": "PR-AUC warm",
@@ -211,7 +211,7 @@ def _other(estimate: Estimate | None) -> str:
 # ---------------------------------------------------------------- sentences
 
 
-def reading(table: Table) -> list[str]:
+def reading(table: PaperTable) -> list[str]:
     """What the table says, by significance after correction; nothing that is not in it."""
     tested = [row for row in table.rows if row.name not in (BASELINE, ORACLE)]
     if table.seeds < 2:
@@ -219,7 +219,7 @@ def reading(table: Table) -> list[str]:
     return [*_by_measure(table, tested), *_on_the_gap(table, tested), *_on_the_boost(table)]
 
 
-def _by_measure(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
+def _by_measure(table: PaperTable, tested: list[TableRow]) -> Iterable[str]:
     for key in _LIFTS:
         for action in table.actions:
             good, bad = _significant(tested, f"{key}/{action}")
@@ -233,17 +233,17 @@ def _by_measure(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
             yield f"{NAMES[key]}, {action}: {'; '.join([*parts, rest])}."
 
 
-def _significant(tested: list[RowOfTable], key: str) -> tuple[list[str], list[str]]:
-    found = [(row, row.lift.get(key)) for row in tested]
-    sure = [(row, better(key) * e.value > 0) for row, e in found if e is not None and e.significant]
+def _significant(tested: list[TableRow], key: str) -> tuple[list[str], list[str]]:
+    lifts = [(row, row.lift.get(key)) for row in tested]
+    sure = [(row, better(key) * e.value > 0) for row, e in lifts if e is not None and e.significant]
     return [row.label for row, good in sure if good], [row.label for row, good in sure if not good]
 
 
-def _on_the_gap(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
+def _on_the_gap(table: PaperTable, tested: list[TableRow]) -> Iterable[str]:
     for key in GAPS:
         for action in table.actions:
-            found = [(row, row.gap.get(f"{key}/{action}")) for row in tested]
-            known = [(row, e) for row, e in found if e is not None]
+            gaps = [(row, row.gap.get(f"{key}/{action}")) for row in tested]
+            known = [(row, e) for row, e in gaps if e is not None]
             if known:
                 best, e = max(known, key=lambda pair: pair[1].value)
                 yield (
@@ -252,7 +252,7 @@ def _on_the_gap(table: Table, tested: list[RowOfTable]) -> Iterable[str]:
                 )
 
 
-def _on_the_boost(table: Table) -> Iterable[str]:
+def _on_the_boost(table: PaperTable) -> Iterable[str]:
     row = table.row(BOOST)
     if row is None:
         return

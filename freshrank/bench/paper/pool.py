@@ -1,4 +1,4 @@
-"""Tasks over processes, one thread each: progress, clean Ctrl-C, and a failure stops nothing but itself."""
+"""Run tasks in processes of one thread each: progress, clean Ctrl-C, and a failed task does not stop the others."""
 
 import logging
 import multiprocessing
@@ -19,7 +19,7 @@ from freshrank.bench.paper.task import Task, is_done, perform
 
 log = logging.getLogger(__name__)
 _RESTARTS = 2
-"""How often a pool that lost a worker (killed, out of memory) is started again."""
+"""How often a pool that lost a worker (killed, out of memory) is restarted."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Failure:
 
 
 def run_all(tasks: list[Task], jobs: int, console: Console, what: str) -> list[Failure]:
-    """Perform those of ``tasks`` that are not done; what failed comes back.
+    """Run those of ``tasks`` that are not done; returns the failures.
 
     With one job they run in this process, else in ``jobs`` spawned ones that die with it.
     """
@@ -136,7 +136,7 @@ def _spread(tasks: list[Task], jobs: int, watch: _Watch) -> tuple[list[Failure],
 
 
 def _start_worker(parent: int, level: int) -> None:
-    """One thread, deaf to Ctrl-C (the parent stops it), and gone when the parent is."""
+    """One thread; ignores SIGINT, because the parent stops it, and ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=level)
     torch.set_num_threads(1)

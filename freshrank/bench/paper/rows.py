@@ -61,9 +61,9 @@ def techniques(**settings: dict[str, Any]) -> Overrides:
 
 def _grid(**values: dict[str, list[Any]]) -> list[Overrides]:
     """All combinations of the named fields of the named techniques."""
-    fields = [(technique, field, found) for technique, by_field in values.items() for field, found in by_field.items()]
+    fields = [(technique, field, tried) for technique, by_field in values.items() for field, tried in by_field.items()]
     combined = []
-    for chosen in product(*(found for _, _, found in fields)):
+    for chosen in product(*(tried for _, _, tried in fields)):
         settings: dict[str, dict[str, Any]] = {}
         for (technique, field, _), value in zip(fields, chosen, strict=True):
             settings.setdefault(technique, {})[field] = value
@@ -114,7 +114,7 @@ _ALL = [
 
 
 _CAPPED: Overrides = {"model": {"item_age": "capped"}}
-"""For rows that show young items on purpose: their age is then a number the ranker has seen."""
+"""For rows that deliberately show fresh items, so that their age is a number the ranker has seen in training."""
 _PARITY: Overrides = {"calibration": {"exposure": "parity"}}
 _MASKING = _grid(history_masking={"share": [0.3, 0.5], "unseen": [0.2, 0.6]})
 _MASKING.append(techniques(history_masking={"share": 0.7}))
@@ -220,8 +220,8 @@ def laid_over(tree: Any, layer: Any) -> Any:
 
 def tuned(protocol: str, path: Path = TUNED) -> dict[str, Overrides]:
     """Winners of `freshrank bench tune` by row, under ``protocol`` or what stands for it; empty without any."""
-    found: dict[str, dict[str, Overrides]] = read_json(path) if path.exists() else {}
-    return found.get(tuned_under(protocol, path), {})
+    winners: dict[str, dict[str, Overrides]] = read_json(path) if path.exists() else {}
+    return winners.get(tuned_under(protocol, path), {})
 
 
 def tuned_under(protocol: str, path: Path = TUNED) -> str:

@@ -20,7 +20,7 @@ OTHERS = (
 )
 
 
-class RowOfTable(BaseModel):
+class TableRow(BaseModel):
     """One line of the table. Estimates are keyed ``metric/slice/action``."""
 
     name: str
@@ -41,7 +41,7 @@ class RowOfTable(BaseModel):
     """PR-AUC, ECE and score gap."""
 
 
-class Table(BaseModel):
+class PaperTable(BaseModel):
     """All a page and a picture need; kept beside them as JSON."""
 
     protocol: str
@@ -56,11 +56,11 @@ class Table(BaseModel):
     confidence: float = lifts.CONFIDENCE
     noise: Cost | None = None
     """The baseline timed against itself."""
-    rows: list[RowOfTable]
+    rows: list[TableRow]
     failed: dict[str, str] = {}
     """Rows that are missing, and why."""
 
-    def row(self, name: str) -> RowOfTable | None:
+    def row(self, name: str) -> TableRow | None:
         return next((row for row in self.rows if row.name == name), None)
 
 

@@ -26,15 +26,15 @@ from freshrank.bench.paper.rows import (
     tuned,
     tuned_under,
 )
-from freshrank.bench.paper.table import COLUMNS, GAPS, LIFTED, OTHERS, RowOfTable, Table, better
-from freshrank.bench.paper.task import Result, Task, boosted, is_done, predictions_of
+from freshrank.bench.paper.table import COLUMNS, GAPS, LIFTED, OTHERS, PaperTable, TableRow, better
+from freshrank.bench.paper.task import Task, TaskResult, boosted, is_done, predictions_of
 from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.storage.files import atomic_write, write_json
 
 
 @dataclass(frozen=True)
-class Options:
+class Table1Options:
     seeds: int
     rows: list[str] | None
     jobs: int
@@ -44,7 +44,7 @@ class Options:
     lists: str = "user"
 
 
-def table1(prepared: Prepared, options: Options, console: Console) -> list[Failure]:
+def table1(prepared: Prepared, options: Table1Options, console: Console) -> list[Failure]:
     """Train and judge what is missing, then write CSV, JSON, picture and page; what failed comes back.
 
     Raises:
@@ -62,7 +62,7 @@ def table1(prepared: Prepared, options: Options, console: Console) -> list[Failu
     failures = run_all(trained, options.jobs, console, "table 1")
     boosts = [task for by_seed in tasks.values() for task in by_seed if task.boosted and predictions_of(task).is_dir()]
     failures += run_all(boosts, options.jobs, console, "constant boost")
-    results = {name: [Result.read(task) for task in by_seed if is_done(task)] for name, by_seed in tasks.items()}
+    results = {name: [TaskResult.read(task) for task in by_seed if is_done(task)] for name, by_seed in tasks.items()}
     write_csv(options.out / f"table1-{prepared.protocol}.csv", results)
     spent = _costs(tasks, options.timing_repeats, console)
     settings = tuned_under(prepared.protocol) if winners else None
@@ -74,7 +74,7 @@ def table1(prepared: Prepared, options: Options, console: Console) -> list[Failu
 
 
 def tasks_of(
-    prepared: Prepared, rows: Sequence[Row], winners: dict[str, Any], options: Options
+    prepared: Prepared, rows: Sequence[Row], winners: dict[str, Any], options: Table1Options
 ) -> dict[str, list[Task]]:
     """Row name -> its tasks by seed: the rows, the boosted baseline, and the baseline on the oracle's rows."""
 
@@ -102,7 +102,7 @@ def _costs(tasks: dict[str, list[Task]], repeats: int, console: Console) -> dict
     return costs(timed, tasks[BASELINE][0], repeats, console) if BASELINE in timed else {}
 
 
-def write_csv(path: Path, results: dict[str, list[Result]]) -> None:
+def write_csv(path: Path, results: dict[str, list[TaskResult]]) -> None:
     """One line per row, seed, metric, slice and action; an action of '' is the average weighted by utility."""
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -110,7 +110,7 @@ def write_csv(path: Path, results: dict[str, list[Result]]) -> None:
         writer.writerows(_lines(results))
 
 
-def _lines(results: dict[str, list[Result]]) -> Iterator[tuple[str, int, str, str, str, float]]:
+def _lines(results: dict[str, list[TaskResult]]) -> Iterator[tuple[str, int, str, str, str, float]]:
     for name, by_seed in results.items():
         for result in by_seed:
             for entry in result.metrics:
@@ -124,25 +124,25 @@ def assembled(
     prepared: Prepared,
     rows: Sequence[Row],
     tasks: dict[str, list[Task]],
-    results: dict[str, list[Result]],
+    results: dict[str, list[TaskResult]],
     failures: Sequence[Failure],
     spent: dict[str, Cost],
     tuned: str | None,
-) -> Table:
+) -> PaperTable:
     """The table of the rows that have all their seeds."""
-    whole = {name: found for name, found in results.items() if len(found) == len(tasks[name])}
+    whole = {name: by_seed for name, by_seed in results.items() if len(by_seed) == len(tasks[name])}
     if BASELINE not in whole:
         reasons = "; ".join(f"seed {f.task.seed}: {f.reason}" for f in failures if f.task.row == BASELINE)
         raise DataError(f"table 1: the baseline failed ({reasons}), so no row can be compared; see the log (-v)")
     evidence = load_evidence(prepared.source)
-    sums, counts = lifts.stacked([[(r.rows, r.sums, r.counts) for r in found] for found in whole.values()])
+    sums, counts = lifts.stacked([[(r.rows, r.sums, r.counts) for r in by_seed] for by_seed in whole.values()])
     rates = lifts.rates(list(whole), sums, counts)
     actions = evidence.schema.actions
     labels = {row.name: row.label for row in rows} | LABELS
     lines = [_line(name, labels[name], tasks[name][0], whole, rates, actions, spent) for name in _ordered(whole, rows)]
     split = prepared.source.split
     parts = {part: getattr(split, part) for part in ("train", "calibration", "evaluation")}
-    return Table(
+    return PaperTable(
         protocol=prepared.protocol,
         seeds=rates.seeds,
         actions=actions,
@@ -158,25 +158,25 @@ def assembled(
     )
 
 
-def _ordered(whole: dict[str, list[Result]], rows: Sequence[Row]) -> list[str]:
+def _ordered(whole: dict[str, list[TaskResult]], rows: Sequence[Row]) -> list[str]:
     order = [name for row in rows for name in (row.name, BOOSTED.get(row.name)) if name] + [ORACLE]
     return [name for name in order if name in whole]
 
 
 def _why(name: str, failures: Sequence[Failure]) -> str:
-    found = [f.reason for f in failures if f.task.name == name]
-    return found[0] if found else "the row it rests on failed"
+    reasons = [f.reason for f in failures if f.task.name == name]
+    return reasons[0] if reasons else "the row it rests on failed"
 
 
 def _line(
     name: str,
     label: str,
     task: Task,
-    whole: dict[str, list[Result]],
+    whole: dict[str, list[TaskResult]],
     rates: lifts.Rates,
     actions: list[str],
     spent: dict[str, Cost],
-) -> RowOfTable:
+) -> TableRow:
     ours, base = whole[name], whole[BASELINE]
     columns = {
         f"{measure}/{action}": number * len(actions) + place
@@ -190,13 +190,13 @@ def _line(
     lift = {key: rates.lift(name, BASELINE, column) for key, column in columns.items() if name != BASELINE}
     gap = {}
     if ORACLE in whole and name not in (BASELINE, ORACLE):
-        found = {
+        gaps = {
             key: rates.gap_closed(name, BASELINE, ORACLE, column, better(key))
             for key, column in columns.items()
             if key.rpartition("/")[0] in GAPS
         }
-        gap = {key: estimate for key, estimate in found.items() if estimate}
-    return RowOfTable(
+        gap = {key: estimate for key, estimate in gaps.items() if estimate}
+    return TableRow(
         name=name,
         label=label,
         settings=task.config.model_dump(mode="json", include={"techniques", "training", "model"}),
@@ -213,24 +213,24 @@ def _line(
     )
 
 
-def _others(ours: list[Result], base: list[Result], actions: list[str]) -> dict[str, Estimate]:
-    found = {
+def _others(ours: list[TaskResult], base: list[TaskResult], actions: list[str]) -> dict[str, Estimate]:
+    estimates = {
         f"{metric}/{name}/{action}": lifts.paired(
             [r.value(metric, name, action) for r in ours], [r.value(metric, name, action) for r in base]
         )
         for metric, name in OTHERS
         for action in actions
     }
-    return {key: estimate for key, estimate in found.items() if estimate}
+    return {key: estimate for key, estimate in estimates.items() if estimate}
 
 
-def _with_corrections(lines: list[RowOfTable]) -> list[RowOfTable]:
+def _with_corrections(lines: list[TableRow]) -> list[TableRow]:
     """Holm over the rows, column by column; the baseline and the oracle are not among the tested."""
     tested = [line for line in lines if line.name not in (BASELINE, ORACLE)]
     for kind in ("lift", "others"):
         for key in dict.fromkeys(key for line in tested for key in getattr(line, kind)):
-            found = lifts.corrected([getattr(line, kind).get(key) for line in tested])
-            for line, estimate in zip(tested, found, strict=True):
+            corrected = lifts.corrected([getattr(line, kind).get(key) for line in tested])
+            for line, estimate in zip(tested, corrected, strict=True):
                 if estimate:
                     getattr(line, kind)[key] = estimate
     return lines

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from freshrank.bench.paper.evidence_data import Evidence, Judgeable, Source, load_evidence
+from freshrank.bench.paper.evidence_data import Evidence, EvidenceSource, LabelledRows, load_evidence
 from freshrank.bench.paper.rows import BOOSTED
 from freshrank.config import EvaluationConfig, RunConfig
 from freshrank.evaluation import evaluate
 from freshrank.evaluation import metrics as statistics
-from freshrank.evaluation.judged_rows import Judged
+from freshrank.evaluation.judged_rows import JudgedRows
 from freshrank.evaluation.results import ALL, FRESH, WARM, Evaluation, MetricName, Weighting
 from freshrank.export import exposure_parity
 from freshrank.export.calibration import fit_platt
@@ -39,7 +39,7 @@ MEASURES = (
     (MetricName.LOG_LOSS, FRESH),
     (MetricName.LOG_LOSS, WARM),
 )
-"""What is kept list by list, once per action: measure m of action a is column m * A + a."""
+"""What is stored per list, once per action: measure m of action a is column m * A + a."""
 BOOSTS = tuple(round(0.05 * step, 2) for step in range(61))
 BOOST_GUARD = 0.005
 
@@ -51,7 +51,7 @@ class Task:
     row: str
     seed: int
     config: RunConfig
-    source: Source
+    source: EvidenceSource
     boosted: bool = False
     """Judge the predictions with one constant added to all fresh logits."""
     note: str = ""
@@ -90,17 +90,17 @@ def is_done(task: Task) -> bool:
 
 
 @cache
-def _folder(source: Source) -> Path:
+def _folder(source: EvidenceSource) -> Path:
     return Workspace.of(source.dataset().schema.name).bench
 
 
 @cache
-def _data_fingerprint(source: Source) -> str:
+def _data_fingerprint(source: EvidenceSource) -> str:
     return source.fingerprint()
 
 
 def perform(task: Task) -> None:
-    """Do what of ``task`` is not there yet: training and predicting, then judging."""
+    """Complete ``task``: train and predict, then evaluate, each unless it is done already."""
     if is_done(task):
         return
     build_unless_current(predictions_of(task), partial(_predict, task))
@@ -140,14 +140,14 @@ def _judge(task: Task, directory: Path) -> None:
     logits, trained = load_file(predictions / "predictions.safetensors"), read_json(predictions / "facts.json")
     schema, config = evidence.schema, task.config.evaluation
     lists = config.lists
-    calibrated, rows = (Judgeable.of(frame, schema, lists) for frame in (evidence.calibration, evidence.evaluation))
+    calibrated, rows = (LabelledRows.of(frame, schema, lists) for frame in (evidence.calibration, evidence.evaluation))
     platt = fit_platt(logits["calibration"], calibrated.labels, schema.actions, task.config.calibration)
     utilities = np.asarray(schema.utilities, np.float64)
     boost = float(trained.get("fresh_shift", 0.0))
     if task.boosted:
         boost = chosen_boost(calibrated, platt.scaled(logits["calibration"]), utilities, schema, config)
     judged = judged_of(rows, platt.scaled(logits["evaluation"]), utilities, boost)
-    found = evaluate.evaluate(judged, schema, config)
+    metrics = evaluate.evaluate(judged, schema, config)
     by_list = list_sums(judged, schema, config)
     save_file(by_list, directory / "lists.safetensors")
     facts = {
@@ -156,15 +156,15 @@ def _judge(task: Task, directory: Path) -> None:
         "boost": boost,
         "parameters": trained["parameters"],
     }
-    write_json(directory / "metrics.json", facts | {"metrics": _flat(found)})
+    write_json(directory / "metrics.json", facts | {"metrics": _flat(metrics)})
 
 
-def judged_of(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, boost: float = 0.0) -> Judged:
+def judged_of(rows: LabelledRows, logits: np.ndarray, utilities: np.ndarray, boost: float = 0.0) -> JudgedRows:
     """Calibrated ``logits`` [N, A] as predictions, those of fresh rows moved by ``boost`` towards a higher score."""
     moved = logits + boost * rows.fresh[:, None] * np.sign(utilities)
     probabilities = 1 / (1 + np.exp(-moved))
     table = rows.frame.rows
-    return Judged(
+    return JudgedRows(
         probabilities=probabilities,
         score=probabilities @ utilities,
         labels=rows.labels,
@@ -176,9 +176,9 @@ def judged_of(rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, boost:
 
 
 def chosen_boost(
-    rows: Judgeable, logits: np.ndarray, utilities: np.ndarray, schema: Schema, config: EvaluationConfig
+    rows: LabelledRows, logits: np.ndarray, utilities: np.ndarray, schema: Schema, config: EvaluationConfig
 ) -> float:
-    """The constant that anybody could add: highest fresh Hits@k on the calibration rows, the smallest such one.
+    """The constant boost: the smallest constant with the highest fresh Hits@k on the calibration rows.
 
     Only constants that cost overall Hits@k at most ``BOOST_GUARD`` (relative, same rows) are allowed; without a
     fresh row with an action there is nothing to choose by, and the constant is 0.
@@ -189,27 +189,27 @@ def chosen_boost(
     return BOOSTS[int(np.argmax(np.where(allowed, fresh, -1.0)))]
 
 
-def _hit_rates(judged: Judged, schema: Schema, config: EvaluationConfig) -> tuple[float, float]:
+def _hit_rates(judged: JudgedRows, schema: Schema, config: EvaluationConfig) -> tuple[float, float]:
     """Mean over the actions of fresh and of overall Hits@k; 0 where nothing supports it."""
-    found = evaluate.indicators(judged, schema, config).hits
+    hits = evaluate.indicators(judged, schema, config).hits
     fresh, overall = (
         hit.sum(0) / np.maximum(holds.sum(0), 1)
-        for holds, hit in (found[name, MetricName.HITS] for name in (FRESH, ALL))
+        for holds, hit in (hits[name, MetricName.HITS] for name in (FRESH, ALL))
     )
     return float(fresh.mean()), float(overall.mean())
 
 
-def _flat(found: Evaluation) -> list[dict[str, Any]]:
+def _flat(metrics: Evaluation) -> list[dict[str, Any]]:
     """Every metric on all, fresh and warm rows; ``..._per_item`` where each item counts the same."""
-    kept, suffix = (ALL, FRESH, WARM), {Weighting.IMPRESSION: "", Weighting.ITEM: "_per_item"}
+    slices, suffix = (ALL, FRESH, WARM), {Weighting.IMPRESSION: "", Weighting.ITEM: "_per_item"}
     return [
         {"metric": m.metric.value + suffix[m.weighting], "slice": m.slice, "action": m.action or "", "value": m.value}
-        for m in found.metrics
-        if m.slice in kept and m.value is not None
+        for m in metrics.metrics
+        if m.slice in slices and m.value is not None
     ]
 
 
-def list_sums(judged: Judged, schema: Schema, config: EvaluationConfig) -> dict[str, np.ndarray]:
+def list_sums(judged: JudgedRows, schema: Schema, config: EvaluationConfig) -> dict[str, np.ndarray]:
     """``sums`` and ``counts`` float32 [U, M * A]: each list's share of every measure of :data:`MEASURES`.
 
     A measure over a set of lists is the sum of its sums divided by that of its counts, so lists can be resampled.
@@ -217,30 +217,30 @@ def list_sums(judged: Judged, schema: Schema, config: EvaluationConfig) -> dict[
     """
     width, lists = len(schema.actions), int(judged.list_id.max()) + 1
     sums, counts = (np.zeros((lists, len(MEASURES) * width), np.float32) for _ in range(2))
-    found = evaluate.indicators(judged, schema, config)
+    indicators = evaluate.indicators(judged, schema, config)
     for number, (metric, name) in enumerate(MEASURES):
         block = slice(number * width, (number + 1) * width)
         if metric is MetricName.LOG_LOSS:
             counts[:, block], sums[:, block] = _losses(judged, schema.fresh_days, name, lists)
-        elif (name, metric) in found.hits:
-            counts[found.list_id, block], sums[found.list_id, block] = found.hits[name, metric]
+        elif (name, metric) in indicators.hits:
+            counts[indicators.list_id, block], sums[indicators.list_id, block] = indicators.hits[name, metric]
     return {"sums": sums, "counts": counts}
 
 
-def _losses(judged: Judged, fresh_days: float, name: str, lists: int) -> tuple[np.ndarray, np.ndarray]:
+def _losses(judged: JudgedRows, fresh_days: float, name: str, lists: int) -> tuple[np.ndarray, np.ndarray]:
     """Observed labels and summed log loss [U, A] per list on fresh or warm rows."""
     fresh = judged.age_days < fresh_days
-    kept = (fresh if name == FRESH else ~fresh)[:, None] & ~np.isnan(judged.labels)
-    losses = np.where(kept, statistics.row_losses(judged.probabilities, np.nan_to_num(judged.labels)), 0.0)
+    observed = (fresh if name == FRESH else ~fresh)[:, None] & ~np.isnan(judged.labels)
+    losses = np.where(observed, statistics.row_losses(judged.probabilities, np.nan_to_num(judged.labels)), 0.0)
 
     def per_list(values: np.ndarray) -> np.ndarray:
         return np.stack([np.bincount(judged.list_id, column, lists) for column in values.T], axis=1)
 
-    return per_list(kept.astype(np.float64)), per_list(losses)
+    return per_list(observed.astype(np.float64)), per_list(losses)
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """What one finished task found."""
 
     row: str
@@ -253,7 +253,7 @@ class Result:
     counts: np.ndarray
 
     @classmethod
-    def read(cls, task: Task) -> "Result":
+    def read(cls, task: Task) -> "TaskResult":
         directory = measures_of(task)
         facts, arrays = read_json(directory / "metrics.json"), load_file(directory / "lists.safetensors")
         return cls(

@@ -16,7 +16,7 @@ from rich.console import Console
 from freshrank.bench.paper.evidence_data import Prepared, prepare
 from freshrank.bench.paper.pool import Failure, run_all
 from freshrank.bench.paper.rows import BASELINE, ORACLE, TUNED, Overrides, Row, chosen, config_of
-from freshrank.bench.paper.task import Result, Task, is_done
+from freshrank.bench.paper.task import Task, TaskResult, is_done
 from freshrank.errors import DataError
 from freshrank.evaluation.results import ALL, FRESH, MetricName
 from freshrank.storage.files import atomic_write, read_json, write_json
@@ -37,33 +37,33 @@ class Trial:
     row: str
     number: int
     overrides: Overrides
-    results: list[Result]
+    results: list[TaskResult]
 
 
 @dataclass(frozen=True)
 class Reference:
     """The untuned baseline, and the untuned oracle where there is one: what candidates are measured from and to."""
 
-    baseline: list[Result]
-    oracle: list[Result] | None
+    baseline: list[TaskResult]
+    oracle: list[TaskResult] | None
     actions: list[str]
 
-    def criterion(self, results: list[Result]) -> float:
+    def criterion(self, results: list[TaskResult]) -> float:
         """Mean over actions of the gap closed on exposure-matched fresh Hits@3 and on fresh log loss, less the penalty.
 
         Without an oracle, or where it is no better than the baseline, the relative improvement takes the place of
         the gap closed. Raw fresh Hits@3 has no part in it: a constant would raise it.
         """
         parts = [self._gained(results, metric, name, action) for metric, name in _JUDGED_ON for action in self.actions]
-        ours, base = (self._overall(found) for found in (results, self.baseline))
+        ours, base = (self._overall(given) for given in (results, self.baseline))
         return float(np.mean(parts)) - PENALTY * max(0.0, 1 - ours / base - GUARD)
 
-    def _overall(self, results: list[Result]) -> float:
+    def _overall(self, results: list[TaskResult]) -> float:
         return float(np.mean([mean_of(results, MetricName.HITS, ALL, action) for action in self.actions]))
 
-    def _gained(self, results: list[Result], metric: MetricName, name: str, action: str) -> float:
+    def _gained(self, results: list[TaskResult], metric: MetricName, name: str, action: str) -> float:
         sign = -1 if metric is MetricName.LOG_LOSS else 1
-        ours, base = (mean_of(found, metric, name, action) for found in (results, self.baseline))
+        ours, base = (mean_of(given, metric, name, action) for given in (results, self.baseline))
         distance = abs(base)
         if self.oracle:
             gap = sign * (mean_of(self.oracle, metric, name, action) - base)
@@ -71,7 +71,7 @@ class Reference:
         return sign * (ours - base) / distance
 
 
-def mean_of(results: list[Result], metric: str, name: str, action: str) -> float:
+def mean_of(results: list[TaskResult], metric: str, name: str, action: str) -> float:
     """Mean over seeds; a :class:`DataError` where a seed has no such value: nothing could be compared."""
     values = [result.value(metric, name, action) for result in results]
     known = [value for value in values if value is not None]
@@ -83,7 +83,7 @@ def mean_of(results: list[Result], metric: str, name: str, action: str) -> float
 
 
 @dataclass(frozen=True)
-class Options:
+class TuneOptions:
     seeds: int
     rows: list[str] | None
     jobs: int
@@ -92,7 +92,7 @@ class Options:
     lists: str = "user"
 
 
-def tune(evidence: Prepared, options: Options, console: Console) -> list[Failure]:
+def tune(evidence: Prepared, options: TuneOptions, console: Console) -> list[Failure]:
     """Try every candidate before the evaluation days of ``evidence``; write the trials and the winners."""
     prepared = evidence.before_evaluation()
     prepare(prepared)
@@ -117,7 +117,7 @@ def tune(evidence: Prepared, options: Options, console: Console) -> list[Failure
 
 
 def _tasks(
-    prepared: Prepared, row: Row, layer: Overrides, options: Options, base: Overrides | None = None
+    prepared: Prepared, row: Row, layer: Overrides, options: TuneOptions, base: Overrides | None = None
 ) -> list[Task]:
     source = prepared.source
     configs = (
@@ -143,15 +143,15 @@ def _reference(baseline: list[Task], oracle: list[Task]) -> Reference:
         raise DataError(
             "tune: the untuned baseline (or oracle) failed, so no candidate can be scored; see the log (-v)"
         )
-    results = [Result.read(task) for task in baseline]
+    results = [TaskResult.read(task) for task in baseline]
     actions = [entry["action"] for entry in results[0].metrics if (entry["metric"], entry["slice"]) == ("pr_auc", ALL)]
-    return Reference(results, [Result.read(task) for task in oracle] or None, actions)
+    return Reference(results, [TaskResult.read(task) for task in oracle] or None, actions)
 
 
 def _read(tasks: dict[tuple[str, int], list[Task]], rows: dict[str, Row]) -> list[Trial]:
     """The trials all of whose seeds are done."""
     return [
-        Trial(name, number, rows[name].candidates[number], [Result.read(task) for task in by_seed])
+        Trial(name, number, rows[name].candidates[number], [TaskResult.read(task) for task in by_seed])
         for (name, number), by_seed in tasks.items()
         if all(is_done(task) for task in by_seed)
     ]
@@ -179,5 +179,5 @@ def write_trials(path: Path, trials: Sequence[Trial], reference: Reference) -> N
 def _write_winners(path: Path, protocol: str, trials: Sequence[Trial], reference: Reference) -> None:
     known: dict[str, dict[str, Overrides]] = read_json(path) if path.exists() else {}
     by_row = {name: [trial for trial in trials if trial.row == name] for name in dict.fromkeys(t.row for t in trials)}
-    winners = {name: best(found, reference).overrides for name, found in by_row.items()}
+    winners = {name: best(trials_of_row, reference).overrides for name, trials_of_row in by_row.items()}
     write_json(path, known | {protocol: known.get(protocol, {}) | winners})

@@ -1,4 +1,4 @@
-"""What a competent team would write without freshrank's serving: FastAPI, Feast's own client, onnxruntime in process.
+"""The baseline a team would write without freshrank's serving: FastAPI, Feast's client, onnxruntime in process.
 
 ``python -m freshrank.bench.serving.fastapi_server --bundle DIR --home DIR --port N``. Same bundle, store and encoder;
 JSON in and out; one worker process per core.
@@ -27,7 +27,7 @@ from freshrank.storage.workspace import Workspace
 BUNDLE, HOME = "FRESHRANK_BENCH_BUNDLE", "FRESHRANK_BENCH_HOME"
 
 
-class Request(BaseModel):
+class RankingRequest(BaseModel):
     """One user and candidates."""
 
     user_id: int
@@ -43,7 +43,7 @@ class Service:
         schema = self.ranker.encoder.schema
         self.store = FeatureStore(Dataset(Path(), schema, {}), Workspace.of(schema.name, home))
 
-    def rank(self, request: Request) -> dict[str, Any]:
+    def rank(self, request: RankingRequest) -> dict[str, Any]:
         at = datetime.fromtimestamp(request.at_us / 1e6, UTC)
         frame = serving_frame(self.store, request.user_id, request.item_ids, at)
         sequence = frame.users[SEQUENCE_ITEMS].explode().drop_nulls().unique().to_list()
@@ -66,7 +66,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.post("/rank")
-def rank(request: Request) -> dict[str, Any]:
+def rank(request: RankingRequest) -> dict[str, Any]:
     """In FastAPI's thread pool, as a blocking client of a store has to be."""
     return services["ranking"].rank(request)
 

@@ -55,7 +55,7 @@ PROCESSES = 2
 """Processes that call, where at least two callers do."""
 
 
-class Plan(BaseModel):
+class ServingPlan(BaseModel):
     """What is measured."""
 
     sizes: tuple[int, ...] = (50, 100, SIZE, 2000)
@@ -92,7 +92,7 @@ class ServingBench(BaseModel):
     dataset: str
     items: int
     parameters: dict[str, int]
-    plan: Plan
+    plan: ServingPlan
     machine: dict[str, str]
     versions: dict[str, str]
     wrong: int
@@ -114,7 +114,7 @@ class Round(BaseModel):
 Rounds = dict[tuple[str, int, int], list[Round]]
 
 
-def serving(data: Path, home: Path, plan: Plan, out: Path, config: RunConfig, console: Console) -> ServingBench:
+def serving(data: Path, home: Path, plan: ServingPlan, out: Path, config: RunConfig, console: Console) -> ServingBench:
     """Measure every system and write ``out`` (JSON) and the picture beside it.
 
     Raises:
@@ -123,7 +123,7 @@ def serving(data: Path, home: Path, plan: Plan, out: Path, config: RunConfig, co
     with deployed(data, home, config, console) as place, Callers(place, list(plan.sizes), PROCESSES) as callers:
         rounds, wrong = _measured(callers, plan, console)
     dataset = Dataset.open(data)
-    found = ServingBench(
+    result = ServingBench(
         dataset=dataset.schema.name,
         items=len(dataset.items()),
         parameters={"ranking_instances": settings().ranking_instances or max(1, (os.cpu_count() or 1) // 2)},
@@ -134,14 +134,14 @@ def serving(data: Path, home: Path, plan: Plan, out: Path, config: RunConfig, co
         ratios=ratios(rounds, plan),
         cells=[_cell(*key, each) for key, each in rounds.items()],
     )
-    write_json(out, found.model_dump())
-    write_picture(found, out.with_suffix(".png"))
+    write_json(out, result.model_dump())
+    write_picture(result, out.with_suffix(".png"))
     if wrong:
         raise ServingError(f"bench serving: {wrong} answers were wrong or missing; {out} says how many were asked for")
-    return found
+    return result
 
 
-def _measured(callers: Callers, plan: Plan, console: Console) -> tuple[Rounds, int]:
+def _measured(callers: Callers, plan: ServingPlan, console: Console) -> tuple[Rounds, int]:
     rounds: Rounds = {}
     wrong = 0
     work = [(system, *cell) for _ in range(plan.rounds) for cell in plan.cells() for system in SYSTEMS]
@@ -169,10 +169,10 @@ def _cell(system: str, size: int, callers: int, rounds: list[Round]) -> Cell:
     return Cell(system=system, candidates=size, callers=callers, requests=requests, **medians)
 
 
-def ratios(rounds: Rounds, plan: Plan) -> list[Ratio]:
+def ratios(rounds: Rounds, plan: ServingPlan) -> list[Ratio]:
     """What is held against a target, and what is only compared."""
     alone = {system: rounds[system, plan.size, 1] for system in SYSTEMS}
-    p99 = {system: [each.p99_ms for each in found] for system, found in alone.items()}
+    p99 = {system: [each.p99_ms for each in cells] for system, cells in alone.items()}
     busiest = {system: _saturation(rounds, plan, system) for system in SYSTEMS}
     # The floor is whichever of its two ways is better, round by round.
     floor_p99 = [min(pair) for pair in zip(*(p99[name] for name in FLOORS), strict=True)]
@@ -189,14 +189,14 @@ def ratios(rounds: Rounds, plan: Plan) -> list[Ratio]:
     ]
 
 
-def _saturation(rounds: Rounds, plan: Plan, system: str) -> list[float]:
+def _saturation(rounds: Rounds, plan: ServingPlan, system: str) -> list[float]:
     """Per round the highest throughput over all numbers of callers."""
-    found = [
+    throughput = [
         [each.per_second for each in rounds[system, plan.size, count]]
         for size, count in plan.cells()
         if size == plan.size
     ]
-    return [max(each) for each in zip(*found, strict=True)]
+    return [max(each) for each in zip(*throughput, strict=True)]
 
 
 @contextmanager
@@ -291,19 +291,19 @@ STYLES = {
 }
 
 
-def write_picture(found: "ServingBench", path: Path) -> None:
+def write_picture(result: "ServingBench", path: Path) -> None:
     """A PNG at ``path``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    alone = [cell for cell in found.cells if cell.callers == 1]
-    busy = [cell for cell in found.cells if cell.candidates == found.plan.size]
+    alone = [cell for cell in result.cells if cell.callers == 1]
+    busy = [cell for cell in result.cells if cell.candidates == result.plan.size]
     for system, (colour, marker) in STYLES.items():
         _draw_latency(left, [cell for cell in alone if cell.system == system], colour, marker, system)
         _throughput(right, [cell for cell in busy if cell.system == system], colour, marker)
-    _label(left, "candidates", "milliseconds", "One caller: p50 (line) to p99 (band)", found.plan.sizes)
-    _label(right, "callers", "requests per second", f"{found.plan.size} candidates: throughput", found.plan.callers)
+    _label(left, "candidates", "milliseconds", "One caller: p50 (line) to p99 (band)", result.plan.sizes)
+    _label(right, "callers", "requests per second", f"{result.plan.size} candidates: throughput", result.plan.callers)
     left.set_yscale("log")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     with atomic_write(path) as temporary:

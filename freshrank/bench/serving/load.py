@@ -23,9 +23,9 @@ from freshrank.features.encoder import Blocks
 from freshrank.schema import ITEM_ID, SEQUENCE_ITEMS, USER_ID, Entity
 from freshrank.serving.protocol import OUTPUTS
 from freshrank.serving.ranking.feast_import import import_feast
-from freshrank.serving.ranking.online_store import RedisRows
+from freshrank.serving.ranking.online_store import RedisReader
 from freshrank.serving.ranking.query import Query
-from freshrank.serving.ranking.service import Batch, online_features
+from freshrank.serving.ranking.service import RequestBatch, online_features
 from freshrank.serving.repository import RANKER, RANKING
 from freshrank.serving.triton import TritonClient, on_wire
 from freshrank.settings import settings
@@ -44,7 +44,7 @@ Ask = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything is, for a process that calls it."""
+    """Addresses and paths of all systems, for a process that calls them."""
 
     data: Path
     bundle: Path
@@ -85,7 +85,7 @@ class Caller:
             self.pools[size] = draw(self.dataset, size, POOL, self.seed + size, self.place.at_us)
             known = [self.features.read(*_ids(query)) for query in self.pools[size]]
             self.ready[size] = [
-                Batch([query]).blocks(k, self.ranker.encoder)[0]
+                RequestBatch([query]).blocks(k, self.ranker.encoder)[0]
                 for query, k in zip(self.pools[size], known, strict=True)
             ]
             sequences = [k.users.values(SEQUENCE_ITEMS)[k.users.present(SEQUENCE_ITEMS)] for k in known]
@@ -100,7 +100,7 @@ class Caller:
             Entity.USER: self.rows.keys(Entity.USER, np.array([query.user_id])),
             Entity.ITEM: self.rows.keys(Entity.ITEM, items),
         }
-        return [(entity, key) for entity, found in keys.items() for key in found]
+        return [(entity, key) for entity, entity_keys in keys.items() for key in entity_keys]
 
     @cached_property
     def schema(self) -> Any:
@@ -119,8 +119,8 @@ class Caller:
         return online_features(self.schema, Workspace.of(self.schema.name))
 
     @cached_property
-    def rows(self) -> RedisRows:
-        return RedisRows(self.schema, settings().redis_url.get_secret_value(), seconds=10)
+    def rows(self) -> RedisReader:
+        return RedisReader(self.schema, settings().redis_url.get_secret_value(), seconds=10)
 
     @contextmanager
     def system(self, name: str, size: int) -> Iterator[Ask]:
@@ -182,8 +182,8 @@ class Caller:
         stop = time.perf_counter() + seconds
         with ThreadPoolExecutor(callers) as threads:
             loops = [threads.submit(self._loop, name, size, k * POOL // callers, stop) for k in range(callers)]
-            found = [loop.result() for loop in loops]
-        return [taken for part, _ in found for taken in part], sum(wrong for _, wrong in found)
+            answered = [loop.result() for loop in loops]
+        return [taken for part, _ in answered for taken in part], sum(wrong for _, wrong in answered)
 
     def _loop(self, name: str, size: int, number: int, stop: float) -> tuple[list[float], int]:
         taken, wrong = [], 0
@@ -254,12 +254,12 @@ class Callers:
         busy = [(ours, share) for (ours, _), share in zip(self._pipes, shares, strict=True) if share]
         for ours, share in busy:
             ours.send((name, size, share, seconds))
-        found = [received(ours) for ours, _ in busy]
+        slices = [received(ours) for ours, _ in busy]
         return Slice(
-            seconds=[taken for part in found for taken in part.seconds],
-            took=max(part.took for part in found),
-            cpu=sum(part.cpu for part in found),
-            wrong=sum(part.wrong for part in found),
+            seconds=[taken for part in slices for taken in part.seconds],
+            took=max(part.took for part in slices),
+            cpu=sum(part.cpu for part in slices),
+            wrong=sum(part.wrong for part in slices),
         )
 
 

@@ -1,4 +1,4 @@
-"""A redis-server of one's own: loopback, a free port, nothing kept on disk."""
+"""A private redis-server: loopback, a free port, no persistence."""
 
 import shutil
 import signal
@@ -18,7 +18,7 @@ START_SECONDS = 10.0
 
 
 class RedisServer:
-    """Starts in a ``with``; may be killed, started anew (empty), paused and resumed."""
+    """A context manager; the server can be killed, restarted (empty), paused and resumed."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

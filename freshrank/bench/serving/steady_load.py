@@ -1,4 +1,4 @@
-"""A constant rate of requests from a process of its own, whatever the server does meanwhile.
+"""Requests at a constant rate from a separate process, however the server behaves (open loop).
 
 The loop is open: request i is due at start + i / rate and its latency counts from then, so that a server that stands
 still is charged for every request that would have come, not for the one that happened to wait.
@@ -32,7 +32,7 @@ _STARTS_IN = 0.5
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """Ids of an imported dataset; some of the items are known to nobody."""
 
     user_id: int
@@ -40,18 +40,18 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """Where the load goes, and ``expected``: the right scores [requests, candidates] by name of the model."""
 
     url: str
     data: Path
     at: datetime
-    requests: list[Request]
+    requests: list[LoadRequest]
     expected: dict[str, Any]
     rate: float
 
 
-def draw(dataset: Dataset, candidates: int, count: int, seed: int = 0) -> list[Request]:
+def draw(dataset: Dataset, candidates: int, count: int, seed: int = 0) -> list[LoadRequest]:
     """``count`` different requests of users of the log's last day."""
     generator = np.random.default_rng(seed)
     users = dataset.impressions(dataset.days[-1:]).select(pl.col(USER_ID).unique().sort()).collect()[USER_ID].to_numpy()
@@ -59,14 +59,14 @@ def draw(dataset: Dataset, candidates: int, count: int, seed: int = 0) -> list[R
     unknown = int(candidates * SHARE_UNKNOWN)
     fresh = int(items.max()) + 1 + np.arange(unknown)
     return [
-        Request(
+        LoadRequest(
             int(generator.choice(users)), [*generator.choice(items, candidates - unknown).tolist(), *fresh.tolist()]
         )
         for _ in range(count)
     ]
 
 
-def scores(url: str, data: Path, at: datetime, requests: list[Request]) -> Any:
+def scores(url: str, data: Path, at: datetime, requests: list[LoadRequest]) -> Any:
     """What the served version says to each request, [requests, candidates]."""
     dataset = Dataset.open(data)
     with Client(url, dataset.schema, data / MAPPINGS) as client:
@@ -74,7 +74,7 @@ def scores(url: str, data: Path, at: datetime, requests: list[Request]) -> Any:
 
 
 @contextmanager
-def steady_load(target: Target) -> Iterator[Callable[[], pl.DataFrame]]:
+def steady_load(target: LoadTarget) -> Iterator[Callable[[], pl.DataFrame]]:
     """Ask at ``target.rate`` until the yielded function is called, which returns one row per request.
 
     ``due`` (seconds on the clock of time.perf_counter), ``latency`` (seconds since then), ``version`` (0 where there
@@ -99,24 +99,24 @@ def _stopped(pipe: Connection) -> pl.DataFrame:
 
 
 def received(pipe: Connection) -> Any:
-    """What the asking process sends; its errors are raised here, its death is a FreshrankError."""
+    """What the load process sends; its errors are raised here, and its death is a FreshrankError."""
     try:
-        found = pipe.recv()
+        message = pipe.recv()
     except EOFError:
-        raise FreshrankError("bench: the process that asks has died") from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+        raise FreshrankError("bench: the process that sends requests has died") from None
+    if isinstance(message, Exception):
+        raise message
+    return message
 
 
-def _run(pipe: Connection, target: Target) -> None:
+def _run(pipe: Connection, target: LoadTarget) -> None:
     try:
         pipe.send(asyncio.run(_ask_until_told(pipe, target)))
     except Exception as error:
         pipe.send(error)
 
 
-async def _ask_until_told(pipe: Connection, target: Target) -> list[tuple[Any, ...]]:
+async def _ask_until_told(pipe: Connection, target: LoadTarget) -> list[tuple[Any, ...]]:
     told = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe.fileno(), told.set)
     async with AsyncClient(target.url, Dataset.open(target.data).schema, target.data / MAPPINGS) as client:
@@ -133,7 +133,7 @@ async def _ask_until_told(pipe: Connection, target: Target) -> list[tuple[Any, .
         return await asyncio.gather(*tasks)
 
 
-async def _row(client: AsyncClient, target: Target, number: int, due: float) -> tuple[Any, ...]:
+async def _row(client: AsyncClient, target: LoadTarget, number: int, due: float) -> tuple[Any, ...]:
     place = number % len(target.requests)
     request = target.requests[place]
     try:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from freshrank.bench.measure import machine
-from freshrank.bench.serving.steady_load import Target, draw, scores, steady_load
+from freshrank.bench.serving.steady_load import LoadTarget, draw, scores, steady_load
 from freshrank.reports.style import BLUE, GREY, INK, STYLE, VERMILION
 from freshrank.storage.files import atomic_write
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 from freshrank.bench.serving.swap_world import SwapWorld, swap_world
 from freshrank.reports.report import library_versions
-from freshrank.serving.cpu import give_way
+from freshrank.serving.cpu import lower_priority
 from freshrank.serving.deploy.local_server import SHARED_MEMORY
 from freshrank.serving.deploy.publish import publish, rollback
 from freshrank.serving.repository import RANKING, Pointer
@@ -50,7 +50,7 @@ Kind = Literal["swap", "roll-back"]
 MOMENTS = ("steady", "swap", "roll-back", "settling", "between")
 
 
-class Plan(BaseModel):
+class SwapPlan(BaseModel):
     """What is done, while ``rate`` requests of ``candidates`` arrive each second."""
 
     swaps: int = Field(default=100, ge=1)
@@ -68,7 +68,7 @@ class Plan(BaseModel):
         return kinds
 
 
-class Usage(BaseModel):
+class ResourceUsage(BaseModel):
     """Of tritonserver and its Python processes; shared memory counts in every process that maps it."""
 
     seconds: float
@@ -124,7 +124,7 @@ class Latency(BaseModel):
     highest_ms: float
 
 
-class Part(BaseModel):
+class RunSegment(BaseModel):
     """One part of the run: the p99s whose ratio is judged."""
 
     steady_p99_ms: float
@@ -136,7 +136,7 @@ class SwapBench(BaseModel):
     """The JSON file of a run, e.g. ``docs/bench/swap.json``."""
 
     dataset: str
-    plan: Plan
+    plan: SwapPlan
     machine: dict[str, str]
     versions: dict[str, str]
     sent: int
@@ -150,20 +150,20 @@ class SwapBench(BaseModel):
     the bench itself writes a bundle or counts memory."""
     ratios: dict[str, float]
     """p99 of swap and of roll-back by that of steady."""
-    parts: list[Part]
+    parts: list[RunSegment]
     """The swaps of each fifth of the run."""
     seconds: dict[str, dict[str, float]]
     """Median and highest of a swap and of a roll-back."""
-    before: Usage
+    before: ResourceUsage
     """After the first two swaps: from then on two versions are loaded."""
-    after: Usage
+    after: ResourceUsage
     growth_kib_per_swap: float
     """Of tritonserver's own process, over the second half of the run."""
     bare_loop: BareLoop
     answered_by: dict[int, int]
     """Requests by version."""
     changes: list[Change]
-    usage: list[Usage]
+    usage: list[ResourceUsage]
 
     @property
     def passed(self) -> bool:
@@ -188,27 +188,27 @@ class SwapBench(BaseModel):
         ]
 
 
-def swap(data: Path, plan: Plan, out: Path, console: Console) -> SwapBench:
+def swap(data: Path, plan: SwapPlan, out: Path, console: Console) -> SwapBench:
     """Measure, write ``out`` (JSON) and the picture beside it."""
     with swap_world(data, console) as world:
         bench = _Bench(world, plan)
         rows = bench.run(console)
         bare = bench.bare_loop()
-    found = bench.result(rows, bare)
-    write_json(out, found.model_dump(mode="json"))
-    write_picture(found, rows, out.with_suffix(".png"))
-    return found
+    result = bench.result(rows, bare)
+    write_json(out, result.model_dump(mode="json"))
+    write_picture(result, rows, out.with_suffix(".png"))
+    return result
 
 
 class _Bench:
     """One run; times are seconds since ``began``."""
 
-    def __init__(self, world: SwapWorld, plan: Plan) -> None:
+    def __init__(self, world: SwapWorld, plan: SwapPlan) -> None:
         self.world = world
         self.plan = plan
         self.models: dict[int, str] = {}
         self.changes: list[Change] = []
-        self.usage: list[Usage] = []
+        self.usage: list[ResourceUsage] = []
         self.began = 0.0
 
     def run(self, console: Console) -> pl.DataFrame:
@@ -216,7 +216,7 @@ class _Bench:
         target = self._target(console)
         with steady_load(target) as stop:
             # As `freshrank publish` does.
-            give_way()
+            lower_priority()
             self.began = time.perf_counter()
             time.sleep(SETTLING_SECONDS)
             for kind in track(self.plan.changes(), "swaps", console=console, disable=not console.is_terminal):
@@ -227,7 +227,7 @@ class _Bench:
         rows = rows.with_columns(pl.col("due") - self.began).filter(pl.col("due") >= 0)
         return rows.with_columns(moment=moments(self.changes))
 
-    def _target(self, console: Console) -> Target:
+    def _target(self, console: Console) -> LoadTarget:
         """Both rankers have served once when the load begins, and what they answer is known."""
         console.print("the two rankers' own answers ...")
         world, expected = self.world, {}
@@ -235,7 +235,7 @@ class _Bench:
         for name in world.bundles:
             self._publish(name)
             expected[name] = scores(world.url, world.dataset.path, world.at, requests)
-        return Target(world.url, world.dataset.path, world.at, requests, expected, self.plan.rate)
+        return LoadTarget(world.url, world.dataset.path, world.at, requests, expected, self.plan.rate)
 
     def _publish(self, name: str) -> Pointer:
         pointer = publish(self.world.unseen(name), self.world.url, self.world.server.repository)
@@ -255,13 +255,13 @@ class _Bench:
         self.changes.append(Change(kind=kind, start=start - self.began, end=end - self.began, version=pointer.version))
         return self.changes[-1]
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> ResourceUsage:
         pid = self.world.server.status().pid
         assert pid
         server = psutil.Process(pid)
-        own = [found for each in [server, *server.children(recursive=True)] if (found := _Process.of(each))]
+        own = [process for each in [server, *server.children(recursive=True)] if (process := _Process.of(each))]
         shared = list(SHARED_MEMORY.glob(f"{self.world.server.shared_memory_prefix}*"))
-        return Usage(
+        return ResourceUsage(
             seconds=time.perf_counter() - self.began,
             processes=len(own),
             threads=sum(each.threads for each in own),
@@ -365,19 +365,19 @@ def moments(changes: list[Change]) -> pl.Expr:
 
 
 def _latency(rows: pl.DataFrame) -> Latency:
-    found = rows["latency"] * 1e3
-    if found.is_empty():
+    milliseconds = rows["latency"] * 1e3
+    if milliseconds.is_empty():
         return Latency(requests=0, p50_ms=0, p99_ms=0, highest_ms=0)
-    p50, p99, highest = (float(found.quantile(q, "linear") or 0) for q in (0.5, 0.99, 1))
-    return Latency(requests=len(found), p50_ms=p50, p99_ms=p99, highest_ms=highest)
+    p50, p99, highest = (float(milliseconds.quantile(q, "linear") or 0) for q in (0.5, 0.99, 1))
+    return Latency(requests=len(milliseconds), p50_ms=p50, p99_ms=p99, highest_ms=highest)
 
 
-def _parts(rows: pl.DataFrame) -> list[Part]:
+def _parts(rows: pl.DataFrame) -> list[RunSegment]:
     parts = []
     for part in rows.with_columns(part=pl.int_range(pl.len()) * PARTS // pl.len()).partition_by("part"):
         steady, changing = (_latency(part.filter(pl.col("moment") == moment)).p99_ms for moment in ("steady", "swap"))
         if steady and changing:
-            parts.append(Part(steady_p99_ms=steady, changing_p99_ms=changing, ratio=changing / steady))
+            parts.append(RunSegment(steady_p99_ms=steady, changing_p99_ms=changing, ratio=changing / steady))
     return parts
 
 
@@ -387,14 +387,14 @@ def wrong_answers(rows: pl.DataFrame, models: dict[int, str]) -> int:
     return int((answered["model"] != right).sum())
 
 
-def _seconds(found: list[float]) -> dict[str, float]:
-    return {"median": median(found), "highest": max(found)}
+def _seconds(durations: list[float]) -> dict[str, float]:
+    return {"median": median(durations), "highest": max(durations)}
 
 
 COLOURS = {"swap": VERMILION, "roll-back": "#009e73"}
 
 
-def write_picture(found: "SwapBench", rows: pl.DataFrame, path: Path) -> None:
+def write_picture(result: "SwapBench", rows: pl.DataFrame, path: Path) -> None:
     """A PNG at ``path``; ``rows`` as steady_load gives them, ``due`` since the start, with their ``moment``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -402,14 +402,14 @@ def write_picture(found: "SwapBench", rows: pl.DataFrame, path: Path) -> None:
     with rc_context(STYLE), atomic_write(path) as temporary:
         figure = Figure(figsize=(11, 6.4), layout="constrained")
         latency, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _draw_latency(latency, found, rows)
-        _draw_memory(memory, found)
+        _draw_latency(latency, result, rows)
+        _draw_memory(memory, result)
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _draw_latency(axes: "Axes", found: "SwapBench", rows: pl.DataFrame) -> None:
+def _draw_latency(axes: "Axes", result: "SwapBench", rows: pl.DataFrame) -> None:
     for kind, colour in COLOURS.items():
-        spans = [(change.start, change.end) for change in found.changes if change.kind == kind]
+        spans = [(change.start, change.end) for change in result.changes if change.kind == kind]
         for number, (start, end) in enumerate(spans):
             axes.axvspan(start, end, color=colour, alpha=0.25, linewidth=0, label=None if number else kind)
     answered, failed = rows.filter(pl.col("error") == ""), rows.filter(pl.col("error") != "")
@@ -417,21 +417,21 @@ def _draw_latency(axes: "Axes", found: "SwapBench", rows: pl.DataFrame) -> None:
     if len(failed):
         axes.plot(failed["due"], failed["latency"] * 1e3, "x", color=VERMILION, label="failed request")
     for name, style in (("steady", "-"), ("swap", "--")):
-        p99 = found.latency[name].p99_ms
+        p99 = result.latency[name].p99_ms
         axes.axhline(p99, color=BLUE, linestyle=style, linewidth=1, label=f"p99 {name}: {p99:.1f} ms")
     axes.set(
         yscale="log",
         ylabel="milliseconds since it was due",
-        title=f"{found.sent:,} requests, {found.failed} failed, {found.wrong} wrong",
+        title=f"{result.sent:,} requests, {result.failed} failed, {result.wrong} wrong",
     )
     axes.legend(loc="upper right", ncols=5)
 
 
-def _draw_memory(axes: "Axes", found: "SwapBench") -> None:
-    seconds = [each.seconds for each in found.usage]
-    axes.plot(seconds, [each.rss_mib for each in found.usage], color=BLUE, label="tritonserver and its models")
-    axes.plot(seconds, [each.ranking_rss_mib for each in found.usage], color=VERMILION, label="ranking alone")
-    axes.plot(seconds, [each.server_rss_mib for each in found.usage], color=GREY, label="tritonserver alone")
+def _draw_memory(axes: "Axes", result: "SwapBench") -> None:
+    seconds = [each.seconds for each in result.usage]
+    axes.plot(seconds, [each.rss_mib for each in result.usage], color=BLUE, label="tritonserver and its models")
+    axes.plot(seconds, [each.ranking_rss_mib for each in result.usage], color=VERMILION, label="ranking alone")
+    axes.plot(seconds, [each.server_rss_mib for each in result.usage], color=GREY, label="tritonserver alone")
     axes.set(xlabel="seconds", ylabel="resident MiB", title="Memory, two versions loaded")
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right")

@@ -27,7 +27,7 @@ from freshrank.training.device import Device
 from freshrank.training.loop import fit
 
 
-class Epoch(BaseModel):
+class EpochBench(BaseModel):
     """Ratios of one run, side by side; absolute times are of no use elsewhere."""
 
     rows: int
@@ -72,7 +72,7 @@ class _Padded(Ranker):
         return self._padded_sequence(inputs)
 
 
-def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Console) -> Epoch:
+def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Console) -> EpochBench:
     """Time both ways ``repeats`` times in turn over ``steps`` batches; write ``out`` as JSON."""
     prepare(prepared)
     config = config_of(
@@ -80,13 +80,13 @@ def epoch(prepared: Prepared, steps: int, repeats: int, out: Path, console: Cons
     )
     whole = load_evidence(prepared.source).encoded(config).train
     ways = [(Ranker, _First(whole.data, steps)), (_Padded, _PerImpression(whole.data, steps))]
-    found = [
+    timings = [
         [_timed(ranker, Encoded(whole.encoder, data, whole.newest_items), config) for ranker, data in ways]
         for _ in track(range(repeats), "epochs", console=console, disable=not console.is_terminal)
     ]
-    ratios = [naive / ours for (ours, _), (naive, _) in found]
-    (_, losses), (_, others) = found[0]
-    result = Epoch(
+    ratios = [naive / ours for (ours, _), (naive, _) in timings]
+    (_, losses), (_, others) = timings[0]
+    result = EpochBench(
         rows=min(len(whole.data), steps * config.training.batch_size),
         threads=torch.get_num_threads(),
         speed_up=median(ratios),

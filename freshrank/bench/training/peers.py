@@ -28,12 +28,12 @@ from freshrank.schema import ITEM_ID, Entity
 from freshrank.training.batches import Batch
 
 ENTITIES = (Entity.USER, Entity.ITEM, Entity.ROW)
-Rows = dict[str, Tensor]
+PeerRows = dict[str, Tensor]
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Columns:
+class Fields:
     """Names of a row's columns by kind, with (vocabulary, width of the embedding) of the categorical ones."""
 
     single: dict[str, tuple[int, int]]
@@ -45,7 +45,7 @@ class Columns:
     length: int
 
     @classmethod
-    def of(cls, encoder: Encoder, config: ModelConfig, dense: int) -> "Columns":
+    def of(cls, encoder: Encoder, config: ModelConfig, dense: int) -> "Fields":
         sizes = {name: len(vocabulary) for name, vocabulary in encoder.vocabularies.items()}
         dim = config.categorical_dim
         single = {"id": (sizes[ITEM_ID], config.item_id_dim)}
@@ -58,15 +58,15 @@ class Columns:
         )
 
 
-def rows_of(batch: Batch, encoder: Encoder, ranker: Ranker) -> tuple[Rows, Tensor]:
-    """Columns of :class:`Columns`, [B, ..] each, ``action`` [B, L] of the sequence, and labels [B, A], 0 = missing."""
+def rows_of(batch: Batch, encoder: Encoder, ranker: Ranker) -> tuple[PeerRows, Tensor]:
+    """Columns of :class:`Fields`, [B, ..] each, ``action`` [B, L] of the sequence, and labels [B, A], 0 = missing."""
     index = batch.inputs["user_index"]
     inputs = {
         name: block[index] if name.startswith(("user_", "sequence_")) else block
         for name, block in batch.inputs.items()
         if name != "user_index"
     }
-    rows: Rows = {"id": inputs["item_id"]}
+    rows: PeerRows = {"id": inputs["item_id"]}
     dense: list[Tensor] = []
     for entity in ENTITIES:
         for place, feature in enumerate(encoder.categorical(entity)):
@@ -82,7 +82,7 @@ def rows_of(batch: Batch, encoder: Encoder, ranker: Ranker) -> tuple[Rows, Tenso
     return {name: block.contiguous() for name, block in rows.items()}, batch.labels.nan_to_num(0)
 
 
-def _dense(entity: Entity, inputs: Rows, module: Any) -> list[Tensor]:
+def _dense(entity: Entity, inputs: PeerRows, module: Any) -> list[Tensor]:
     with torch.no_grad():
         return [
             module._dense(name, block, inputs)
@@ -92,7 +92,7 @@ def _dense(entity: Entity, inputs: Rows, module: Any) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BuildingBlocks:
     """A library's own building blocks: from a width to a module."""
 
     cross: Callable[[int], nn.Module]
@@ -104,7 +104,7 @@ class Blocks:
 class PeerRanker(nn.Module):
     """Probabilities [B, A] of rows; ``embed`` is the library's embedding of them."""
 
-    def __init__(self, embed: nn.Module, columns: Columns, blocks: Blocks, config: ModelConfig) -> None:
+    def __init__(self, embed: nn.Module, columns: Fields, blocks: BuildingBlocks, config: ModelConfig) -> None:
         super().__init__()
         self.embed, self.actions = embed, len(columns.actions)
         dim = config.sequence_dim
@@ -121,7 +121,7 @@ class PeerRanker(nn.Module):
         self.gates = nn.ModuleList(nn.Linear(z, config.experts) for _ in range(self.actions))
         self.towers = nn.ModuleList(blocks.tower(config.expert_dim) for _ in range(self.actions))
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: PeerRows) -> Tensor:
         flat, tokens = self.embed(rows)
         z = self.mlp(self.cross(torch.cat([flat, self._interest(tokens, rows["action"])], dim=1)))
         experts = torch.stack([expert(z) for expert in self.experts], dim=1)
@@ -141,7 +141,7 @@ class PeerRanker(nn.Module):
 class _RechubEmbedding(nn.Module):
     """Their EmbeddingLayer, once per width: it cannot join embeddings of different ones."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Fields) -> None:
         from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
         from torch_rechub.basic.layers import EmbeddingLayer
 
@@ -160,7 +160,7 @@ class _RechubEmbedding(nn.Module):
         self.sequence = [[feature for feature in sequence if feature.embed_dim == width] for width in widths]
         self.layer = EmbeddingLayer([feature for group in self.flat for feature in group])
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: PeerRows) -> tuple[Tensor, Tensor]:
         flat = [self.layer(rows, group, squeeze_dim=True) for group in self.flat]
         tokens = [self.layer(rows, group).transpose(1, 2).flatten(2) for group in self.sequence if group]
         return torch.cat(flat, dim=1), torch.cat(tokens, dim=2)
@@ -169,11 +169,11 @@ class _RechubEmbedding(nn.Module):
 class Rechub:
     """torch-rechub's trainer, optimiser and loss around a ranker of its blocks."""
 
-    def __init__(self, columns: Columns, config: ModelConfig, learning_rate: float) -> None:
+    def __init__(self, columns: Fields, config: ModelConfig, learning_rate: float) -> None:
         from torch_rechub.basic.layers import MLP, CrossNetMix
         from torch_rechub.trainers import MTLTrainer
 
-        blocks = Blocks(
+        blocks = BuildingBlocks(
             cross=lambda width: CrossNetMix(width, config.cross_layers, config.cross_rank, num_experts=1),
             mlp=lambda width: MLP(width, output_layer=False, dims=list(config.mlp)),
             expert=lambda width: MLP(width, output_layer=False, dims=[config.expert_dim]),
@@ -185,17 +185,17 @@ class Rechub:
             model, ["classification"] * len(columns.actions), optimizer_params={"lr": learning_rate}
         )
 
-    def train(self, batches: Iterable[tuple[Rows, Tensor]]) -> list[float]:
+    def train(self, batches: Iterable[tuple[PeerRows, Tensor]]) -> list[float]:
         """One epoch over ``batches``; mean loss by action."""
         losses: list[float] = self.trainer.train_one_epoch(batches)
         return losses
 
-    def loader(self, rows: Rows, labels: Tensor, size: int) -> Iterable[tuple[Rows, Tensor]]:
+    def loader(self, rows: PeerRows, labels: Tensor, size: int) -> Iterable[tuple[PeerRows, Tensor]]:
         """What feeds its users' trainings."""
         from torch_rechub.utils.data import DataGenerator
 
         few = ({name: block[:2] for name, block in rows.items()}, labels[:2])
-        loader: Iterable[tuple[Rows, Tensor]] = DataGenerator(rows, labels).generate_dataloader(
+        loader: Iterable[tuple[PeerRows, Tensor]] = DataGenerator(rows, labels).generate_dataloader(
             *few, *few, batch_size=size
         )[0]
         return loader
@@ -204,10 +204,10 @@ class Rechub:
 class Fuxi:
     """FuxiCTR's multi-task model, optimiser and train_step around a ranker of its blocks."""
 
-    def __init__(self, columns: Columns, config: ModelConfig, learning_rate: float) -> None:
+    def __init__(self, columns: Fields, config: ModelConfig, learning_rate: float) -> None:
         from fuxictr.pytorch.layers import CrossNetMix, MLP_Block
 
-        blocks = Blocks(
+        blocks = BuildingBlocks(
             cross=lambda width: CrossNetMix(width, config.cross_layers, config.cross_rank, num_experts=1),
             mlp=lambda width: MLP_Block(width, hidden_units=list(config.mlp)),
             expert=lambda width: MLP_Block(width, hidden_units=[config.expert_dim]),
@@ -217,7 +217,7 @@ class Fuxi:
         self.model = _fuxi_model(columns, blocks, config, learning_rate)
         self.parameters = count_parameters(self.model)
 
-    def train(self, batches: Iterable[tuple[Rows, Tensor]]) -> list[float]:
+    def train(self, batches: Iterable[tuple[PeerRows, Tensor]]) -> list[float]:
         """One epoch over ``batches``; mean loss."""
         self.model.train()
         losses = []
@@ -227,15 +227,15 @@ class Fuxi:
         return [sum(losses) / len(losses)]
 
 
-def _feature_map(columns: Columns) -> Any:
+def _feature_map(columns: Fields) -> Any:
     from fuxictr.features import FeatureMap
 
-    found = FeatureMap("bench", tempfile.gettempdir())
-    found.labels = columns.actions
+    feature_map = FeatureMap("bench", tempfile.gettempdir())
+    feature_map.labels = columns.actions
     for name, (size, dim) in columns.single.items():
-        found.features[name] = {"type": "categorical", "vocab_size": size, "embedding_dim": dim}
+        feature_map.features[name] = {"type": "categorical", "vocab_size": size, "embedding_dim": dim}
     for name, (size, dim) in columns.several.items():
-        found.features[name] = {
+        feature_map.features[name] = {
             "type": "sequence",
             "vocab_size": size,
             "embedding_dim": dim,
@@ -243,12 +243,17 @@ def _feature_map(columns: Columns) -> Any:
             "feature_encoder": "layers.MaskedAveragePooling()",
         }
     for name, (size, dim, shared) in columns.sequence.items():
-        found.features[name] = {"type": "sequence", "vocab_size": size, "embedding_dim": dim, "share_embedding": shared}
-    found.features[DENSE] = {"type": "embedding", "feature_encoder": "nn.Identity()"}
-    return found
+        feature_map.features[name] = {
+            "type": "sequence",
+            "vocab_size": size,
+            "embedding_dim": dim,
+            "share_embedding": shared,
+        }
+    feature_map.features[DENSE] = {"type": "embedding", "feature_encoder": "nn.Identity()"}
+    return feature_map
 
 
-def _fuxi_model(columns: Columns, blocks: Blocks, config: ModelConfig, learning_rate: float) -> Any:
+def _fuxi_model(columns: Fields, blocks: BuildingBlocks, config: ModelConfig, learning_rate: float) -> Any:
     from fuxictr.pytorch.layers import FeatureEmbeddingDict
     from fuxictr.pytorch.models import MultiTaskModel
 
@@ -257,7 +262,7 @@ def _fuxi_model(columns: Columns, blocks: Blocks, config: ModelConfig, learning_
             super().__init__()
             self.tables = FeatureEmbeddingDict(_feature_map(columns), config.categorical_dim)
 
-        def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        def forward(self, rows: PeerRows) -> tuple[Tensor, Tensor]:
             embedded = self.tables({name: block for name, block in rows.items() if name != "action"})
             flat = [embedded[name] for name in (*columns.single, *columns.several, DENSE)]
             return torch.cat(flat, dim=1), torch.cat([embedded[name] for name in columns.sequence], dim=2)
@@ -276,7 +281,7 @@ def _fuxi_model(columns: Columns, blocks: Blocks, config: ModelConfig, learning_
             self._max_gradient_norm = 10.0  # their default, which fit() would set
             self.compile("adam", "binary_crossentropy", learning_rate)
 
-        def forward(self, inputs: Rows) -> dict[str, Tensor]:
+        def forward(self, inputs: PeerRows) -> dict[str, Tensor]:
             rows = {name: block for name, block in inputs.items() if name not in columns.actions}
             answers = self.ranker(rows).split(1, dim=1)
             return {f"{name}_pred": answer for name, answer in zip(columns.actions, answers, strict=True)}
@@ -284,7 +289,7 @@ def _fuxi_model(columns: Columns, blocks: Blocks, config: ModelConfig, learning_
     return Model()
 
 
-PEERS: dict[str, Callable[[Columns, ModelConfig, float], Rechub | Fuxi]] = {"torch-rechub": Rechub, "FuxiCTR": Fuxi}
+PEERS: dict[str, Callable[[Fields, ModelConfig, float], Rechub | Fuxi]] = {"torch-rechub": Rechub, "FuxiCTR": Fuxi}
 
 
 def require(names: Iterable[str]) -> None:

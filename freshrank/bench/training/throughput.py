@@ -33,10 +33,10 @@ from freshrank.reports.report import library_versions
 from freshrank.reports.style import BLUE, GREY, STYLE, VERMILION
 from freshrank.schema import IN_TRAINING
 from freshrank.storage.files import atomic_write, write_json
-from freshrank.training.batches import Encoded, Fed, Source, TensorFrame
+from freshrank.training.batches import BatchSource, Encoded, TensorFrame, Weighted
 from freshrank.training.device import Device
-from freshrank.training.distributed import ALONE, Group
-from freshrank.training.loop import Watch, fit, model_schema
+from freshrank.training.distributed import ALONE, ProcessGroup
+from freshrank.training.loop import StepWatch, fit, model_schema
 from freshrank.training.shards import training_rows
 from freshrank.training.stream import encoded_days
 
@@ -57,7 +57,7 @@ NUMERICS: tuple[Numerics, ...] = (("float32", False), ("float32", True), ("bfloa
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainPlan:
     """How much is measured."""
 
     days: int = 10
@@ -78,7 +78,7 @@ class Work:
 
     data: Path
     run_date: date
-    plan: Plan
+    plan: TrainPlan
 
     @property
     def windows(self) -> WindowConfig:
@@ -104,12 +104,12 @@ class Work:
         """The last of the days, a part of ``share``."""
         return replace(self, plan=replace(self.plan, days=self.plan.days // share))
 
-    def encoded(self) -> Encoded[Source]:
+    def encoded(self) -> Encoded[BatchSource]:
         run, schema = self.run, model_schema(self.run.dataset.schema, TechniquesConfig())
         return encoded_days(run.dataset, run.workspace, self.wanted, schema, ModelConfig().min_count, self.training)
 
 
-class Measured(BaseModel):
+class Measurement(BaseModel):
     """One process."""
 
     rows: int
@@ -182,45 +182,53 @@ class TrainBench(BaseModel):
     differs: str
 
 
-class First:
+class FirstBatches:
     """The first ``count`` batches of a source; length and schedule are the whole source's."""
 
-    def __init__(self, whole: Source, count: int) -> None:
+    def __init__(self, whole: BatchSource, count: int) -> None:
         self.whole, self.count = whole, count
         self.user_days, self.cold_rows = whole.user_days, whole.cold_rows
 
     def __len__(self) -> int:
         return len(self.whole)
 
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+    def feed(
+        self, size: int, epochs: int, seed: int, start: int = 0, group: ProcessGroup = ALONE
+    ) -> Iterator[Weighted]:
         return islice(self.whole.feed(size, epochs, seed, start, group), self.count)
 
 
-class Ready(First):
+class PreparedBatches(FirstBatches):
     """The same batches, made before anybody asks."""
 
-    def __init__(self, whole: Source, count: int, training: TrainingConfig) -> None:
+    def __init__(self, whole: BatchSource, count: int, training: TrainingConfig) -> None:
         super().__init__(whole, count)
         self.batches = list(super().feed(training.batch_size, 1, training.seed))
 
-    def feed(self, size: int, epochs: int, seed: int, start: int = 0, group: Group = ALONE) -> Iterator[Fed]:
+    def feed(
+        self, size: int, epochs: int, seed: int, start: int = 0, group: ProcessGroup = ALONE
+    ) -> Iterator[Weighted]:
         return islice(iter(self.batches), start, None)
 
 
-def _ours(work: Work, ready: bool) -> Measured:
+def _ours(work: Work, ready: bool) -> Measurement:
     _set_threads(work)
     encoded, plan = work.encoded(), work.plan
-    _fitted(First(encoded.data, WARM_UP), encoded, work.training)
-    source = Ready(encoded.data, plan.steps, work.training) if ready else First(encoded.data, plan.steps)
+    _fitted(FirstBatches(encoded.data, WARM_UP), encoded, work.training)
+    source = (
+        PreparedBatches(encoded.data, plan.steps, work.training) if ready else FirstBatches(encoded.data, plan.steps)
+    )
     cpu = time.process_time()
     seconds, loss, parameters = _fitted(source, encoded, work.training)
     cpu = time.process_time() - cpu
     rows = min(len(encoded.data), plan.steps * plan.batch_size)
-    return Measured(rows=rows, seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(), parameters=parameters, loss=loss)
+    return Measurement(
+        rows=rows, seconds=seconds, cpu_seconds=cpu, peak_mib=peak_mib(), parameters=parameters, loss=loss
+    )
 
 
 def _fitted(
-    source: Source, encoded: Encoded[Source], training: TrainingConfig, watch: Watch | None = None
+    source: BatchSource, encoded: Encoded[BatchSource], training: TrainingConfig, watch: StepWatch | None = None
 ) -> tuple[float, float, int]:
     torch.manual_seed(0)
     device = Device.choose(training)
@@ -243,25 +251,25 @@ def _step_seconds(work: Work, numerics: Numerics) -> float | str:
         began.append(time.perf_counter())
 
     try:
-        _fitted(Ready(encoded.data, STEPS_TIMED + 1, training), encoded, training, watch)
+        _fitted(PreparedBatches(encoded.data, STEPS_TIMED + 1, training), encoded, training, watch)
     except RuntimeError as error:  # no compiler, say
         return str(error).partition("\n")[0]
     seconds = [end - start for start, end in pairwise(began)]
     return median(seconds[len(seconds) // 3 :])  # the first ones compile
 
 
-def _export(work: Work, path: Path) -> peers.Columns:
+def _export(work: Work, path: Path) -> peers.Fields:
     """Write the rows of the first batches to ``path`` as the peers take them."""
     encoded = work.encoded()
     ranker = Ranker(encoded.encoder, ModelConfig())
     batches = islice(encoded.data.feed(work.plan.batch_size, 1, 0), work.plan.peer_steps)
-    found = [peers.rows_of(fed.batch, encoded.encoder, ranker) for fed in batches]
-    rows = {name: torch.cat([part[name] for part, _ in found]) for name in found[0][0]}
-    save_file(rows | {"labels": torch.cat([labels for _, labels in found])}, path)
-    return peers.Columns.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
+    parts = [peers.rows_of(fed.batch, encoded.encoder, ranker) for fed in batches]
+    rows = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+    save_file(rows | {"labels": torch.cat([labels for _, labels in parts])}, path)
+    return peers.Fields.of(encoded.encoder, ModelConfig(), rows[peers.DENSE].shape[1])
 
 
-def _peer(name: str, work: Work, columns: peers.Columns, path: Path, own_loader: bool = False) -> Measured:
+def _peer(name: str, work: Work, columns: peers.Fields, path: Path, own_loader: bool = False) -> Measurement:
     _set_threads(work)
     rows = load_file(path)
     labels, size = rows.pop("labels"), work.plan.batch_size
@@ -277,7 +285,7 @@ def _peer(name: str, work: Work, columns: peers.Columns, path: Path, own_loader:
         started, cpu = time.perf_counter(), time.process_time()
         losses = peer.train(fed)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return Measured(
+    return Measurement(
         rows=len(labels),
         seconds=seconds,
         cpu_seconds=cpu,
@@ -287,7 +295,7 @@ def _peer(name: str, work: Work, columns: peers.Columns, path: Path, own_loader:
     )
 
 
-def _batches(rows: peers.Rows, labels: torch.Tensor, size: int) -> list[tuple[peers.Rows, torch.Tensor]]:
+def _batches(rows: peers.PeerRows, labels: torch.Tensor, size: int) -> list[tuple[peers.PeerRows, torch.Tensor]]:
     parts = {name: block.split(size) for name, block in rows.items()}
     return [
         ({name: part[number].clone() for name, part in parts.items()}, part_labels)
@@ -295,7 +303,7 @@ def _batches(rows: peers.Rows, labels: torch.Tensor, size: int) -> list[tuple[pe
     ]
 
 
-def _read(work: Work, whole: bool) -> Measured:
+def _read(work: Work, whole: bool) -> Measurement:
     """Every batch of an epoch, nothing learned from it."""
     _set_threads(work)
     if whole:
@@ -303,7 +311,7 @@ def _read(work: Work, whole: bool) -> Measured:
     started, encoded = time.perf_counter(), work.encoded()
     assert isinstance(encoded.data, TensorFrame) == whole
     rows = sum(len(fed.batch.labels) for fed in encoded.data.feed(work.plan.batch_size, 1, 0))
-    return Measured(rows=rows, seconds=time.perf_counter() - started, peak_mib=peak_mib())
+    return Measurement(rows=rows, seconds=time.perf_counter() - started, peak_mib=peak_mib())
 
 
 def _set_threads(work: Work) -> None:
@@ -311,7 +319,7 @@ def _set_threads(work: Work) -> None:
         torch.set_num_threads(work.plan.threads)
 
 
-def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -> TrainBench:
+def train(data: Path, run_date: date, plan: TrainPlan, out: Path, console: Console) -> TrainBench:
     """Measure as ``plan`` says; write ``out`` as JSON and a picture beside it.
 
     Raises:
@@ -330,7 +338,7 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
         path = Path(folder) / "rows.safetensors"
         columns = alone(_export, work, path)
         turns = _turns(work, columns, path)
-        found = [
+        runs = [
             {name: alone(*call) for name, call in (turns if number % 2 else dict(reversed(turns.items()))).items()}
             for number in track(range(plan.rounds), "training", console=console, disable=not console.is_terminal)
         ]
@@ -338,18 +346,18 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
     parts = [work.fewer(share) for share in (4, 2, 1) if plan.days // share]
     memory = [_memory(part) for part in parts if part.rows > plan.window_rows]
     numerics = _numerics(work, console)
-    systems = {name: _speed([each[name] for each in found]) for name in turns}
+    systems = {name: _speed([each[name] for each in runs]) for name in turns}
     result = TrainBench(
         rows=memory[-1].rows,
         batch_size=plan.batch_size,
         window_rows=plan.window_rows,
         threads=plan.threads or torch.get_num_threads(),
         systems=systems,
-        ratios=_ratios(found, plan.peers),
+        ratios=_ratios(runs, plan.peers),
         numerics=numerics,
         advice=advice(str(Device.choose(work.training)).partition(",")[0], numerics),
         memory=memory,
-        same_losses=all(each[STREAMED].loss == each[READY].loss for each in found),
+        same_losses=all(each[STREAMED].loss == each[READY].loss for each in runs),
         machine=machine(),
         versions=library_versions() | {name: peers.version(name) for name in plan.peers},
         differs=" ".join(str(peers.__doc__).split()),
@@ -359,7 +367,7 @@ def train(data: Path, run_date: date, plan: Plan, out: Path, console: Console) -
     return result
 
 
-def _turns(work: Work, columns: peers.Columns, path: Path) -> dict[str, tuple[Any, ...]]:
+def _turns(work: Work, columns: peers.Fields, path: Path) -> dict[str, tuple[Any, ...]]:
     ours: dict[str, tuple[Any, ...]] = {STREAMED: (_ours, work, False), READY: (_ours, work, True)}
     theirs: dict[str, tuple[Any, ...]] = {name: (_peer, name, work, columns, path) for name in work.plan.peers}
     if "torch-rechub" in theirs:
@@ -367,22 +375,22 @@ def _turns(work: Work, columns: peers.Columns, path: Path) -> dict[str, tuple[An
     return ours | theirs
 
 
-def _speed(found: Sequence[Measured]) -> Speed:
-    speeds = [each.rows / each.seconds for each in found]
+def _speed(runs: Sequence[Measurement]) -> Speed:
+    speeds = [each.rows / each.seconds for each in runs]
     return Speed(
         examples_per_second=median(speeds),
         lowest=min(speeds),
         highest=max(speeds),
-        examples_per_cpu_second=median(each.rows / each.cpu_seconds for each in found),
-        peak_mib=max(each.peak_mib for each in found),
-        parameters=found[0].parameters,
-        rows=found[0].rows,
-        loss=found[0].loss,
+        examples_per_cpu_second=median(each.rows / each.cpu_seconds for each in runs),
+        peak_mib=max(each.peak_mib for each in runs),
+        parameters=runs[0].parameters,
+        rows=runs[0].rows,
+        loss=runs[0].loss,
     )
 
 
-def _ratios(found: Sequence[dict[str, Measured]], names: Sequence[str]) -> list[Ratio]:
-    speeds = [{name: each.rows / each.seconds for name, each in turn.items()} for turn in found]
+def _ratios(rounds: Sequence[dict[str, Measurement]], names: Sequence[str]) -> list[Ratio]:
+    speeds = [{name: each.rows / each.seconds for name, each in turn.items()} for turn in rounds]
     ours, ready = ([each[name] for each in speeds] for name in (STREAMED, READY))
     ratios = [ratio("streamed / batches in memory", ours, ready, at_least=0.9)]
     if names:
@@ -429,7 +437,7 @@ def _memory(work: Work) -> Memory:
     return Memory(days=work.plan.days, rows=streamed.rows, streamed_mib=streamed.peak_mib, whole_mib=whole.peak_mib)
 
 
-def write_picture(found: "TrainBench", path: Path) -> None:
+def write_picture(result: "TrainBench", path: Path) -> None:
     """A PNG at ``path``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -437,14 +445,14 @@ def write_picture(found: "TrainBench", path: Path) -> None:
     with rc_context(STYLE), atomic_write(path) as temporary:
         figure = Figure(figsize=(11, 4), layout="constrained")
         speed, memory = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_speed(speed, found)
-        _draw_memory(memory, found)
+        _draw_speed(speed, result)
+        _draw_memory(memory, result)
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _draw_speed(axes: "Axes", found: "TrainBench") -> None:
-    names = list(reversed(found.systems))
-    systems = [found.systems[name] for name in names]
+def _draw_speed(axes: "Axes", result: "TrainBench") -> None:
+    names = list(reversed(result.systems))
+    systems = [result.systems[name] for name in names]
     middle = [each.examples_per_second for each in systems]
     spread = [
         [each.examples_per_second - each.lowest for each in systems],
@@ -456,19 +464,19 @@ def _draw_speed(axes: "Axes", found: "TrainBench") -> None:
         axes.text(each.highest, place, f"  {each.examples_per_second:,.0f}/s, {each.peak_mib:,.0f} MiB", va="center")
     axes.set_xlim(right=1.35 * max(each.highest for each in systems))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="examples per second", title=f"Batches of {found.batch_size:,}, {found.threads} threads")
+    axes.set(xlabel="examples per second", title=f"Batches of {result.batch_size:,}, {result.threads} threads")
 
 
-def _draw_memory(axes: "Axes", found: "TrainBench") -> None:
-    rows = [each.rows for each in found.memory]
+def _draw_memory(axes: "Axes", result: "TrainBench") -> None:
+    rows = [each.rows for each in result.memory]
     axes.plot(
         rows,
-        [each.streamed_mib for each in found.memory],
+        [each.streamed_mib for each in result.memory],
         "o-",
         color=BLUE,
-        label=f"streamed, windows of {found.window_rows:,}",
+        label=f"streamed, windows of {result.window_rows:,}",
     )
-    axes.plot(rows, [each.whole_mib for each in found.memory], "s--", color=GREY, label="in memory")
+    axes.plot(rows, [each.whole_mib for each in result.memory], "s--", color=GREY, label="in memory")
     axes.set(xlabel="training rows", ylabel="peak resident MiB", title="Reading an epoch")
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=5)

@@ -1,4 +1,4 @@
-"""The Kubeflow pipeline as an Airflow operator, and which errors a retry can mend.
+"""The Kubeflow pipeline as an Airflow operator, and which errors are worth a retry.
 
 Importable without kfp and without the libraries of the steps: Airflow's triggerer and DAG processor load it.
 """
@@ -43,7 +43,7 @@ _REDIS_STAYS = ("AuthenticationError", "AuthorizationError")
 
 @contextmanager
 def final_errors() -> Iterator[None]:
-    """Fail a task at once, without retries, on what only a person can mend: all but a server or file that is away."""
+    """Fail a task without retries on errors only a person can fix: all but an unreachable server or file."""
     try:
         yield
     except Exception as error:
@@ -53,7 +53,7 @@ def final_errors() -> Iterator[None]:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether the same task may succeed later: a server or file is away, also as Feast's libraries report it."""
+    """Whether a retry may succeed: a server or file is unreachable, also as reported by Feast's libraries."""
     if error is None:
         return False
     if isinstance(error, (ServingError, StorageError, ClusterUnreachable, OSError)):

@@ -1,4 +1,4 @@
-"""The Kubeflow Pipelines API with bounded patience: time limits, retries, credentials, errors that say what to do.
+"""Client of the Kubeflow Pipelines API: timeouts, retries, credentials, and errors that say what to do.
 
 Importing this module loads neither kfp nor Airflow and contacts nothing: Airflow's triggerer and DAG processor read it.
 """
@@ -26,7 +26,7 @@ from freshrank.retry import retrying
 from freshrank.settings import from_environment, settings
 
 FINISHED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
-"""States of a run that nothing follows."""
+"""Final states of a run."""
 TAIL_LINES = 30
 
 _NOT_TO_BE_JOINED = {"FAILED", "CANCELED", "CANCELING", "SKIPPED"}
@@ -63,13 +63,13 @@ class PipelinesApi:
         """Ids of ``pipeline`` and its version ``name``; what does not exist is created, from ``package``."""
 
         def ensure(client: Any) -> tuple[str, str]:
-            owner = _found_or_made(
+            owner = _get_or_create(
                 lambda: _first(client.list_pipelines(filter=_named(pipeline), namespace=self._namespace).pipelines),
                 lambda: client.pipelines.pipeline_service_create_pipeline(
                     pipeline=client.api_models.V2beta1Pipeline(display_name=pipeline, namespace=self._namespace)
                 ),
             ).pipeline_id
-            version = _found_or_made(
+            version = _get_or_create(
                 lambda: _first(client.list_pipeline_versions(owner, filter=_named(name)).pipeline_versions),
                 lambda: client.pipeline_uploads.upload_pipeline_version(str(package), name=name, pipelineid=owner),
             )
@@ -83,11 +83,11 @@ class PipelinesApi:
         def ensure(client: Any) -> str:
             where = {"namespace": self._namespace} if self._namespace else {}
             body = client.api_models.V2beta1Experiment(display_name=name, **where)
-            found = _found_or_made(
+            existing = _get_or_create(
                 lambda: _first(client.list_experiments(filter=_named(name), **where).experiments),
                 lambda: client.experiments.experiment_service_create_experiment(experiment=body),
             )
-            return _given(found.experiment_id)
+            return _given(existing.experiment_id)
 
         return self._call(f"looking for experiment {name}", ensure)
 
@@ -284,18 +284,18 @@ def _given(identity: Any) -> str:
     return str(identity)
 
 
-def _first(found: list[Any] | None) -> Any:
-    return found[0] if found else None
+def _first(items: list[Any] | None) -> Any:
+    return items[0] if items else None
 
 
-def _found_or_made(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
-    if (found := find()) is not None:
-        return found
+def _get_or_create(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
+    if (existing := find()) is not None:
+        return existing
     try:
         return make()
     except api_exception() as error:
-        if error.status in _MADE_MEANWHILE and (found := find()) is not None:
-            return found
+        if error.status in _MADE_MEANWHILE and (existing := find()) is not None:
+            return existing
         raise
 
 
@@ -328,8 +328,8 @@ def _reason(run: Any) -> str:
     messages = [task.error.message for task in _failed(run) if task.error and task.error.message]
     message = messages[0] if messages else (run.error.message if run.error else "") or ""
     step = failed_step(run)
-    said = f"step '{step}' failed" if step else "no step reported a failure"
-    return f"{said}: {message}" if message else said
+    summary = f"step '{step}' failed" if step else "no step reported a failure"
+    return f"{summary}: {message}" if message else summary
 
 
 def _failed_pods(run: Any) -> list[str]:

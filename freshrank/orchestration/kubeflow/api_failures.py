@@ -1,4 +1,4 @@
-"""What failures of the Kubeflow Pipelines API mean: which pass by themselves, and how each is told in a line.
+"""What failures of the Kubeflow Pipelines API mean: which are transient, and a one-line message for each.
 
 Importing this module loads neither kfp nor urllib3.
 """
@@ -74,17 +74,17 @@ def in_words(error: BaseException) -> str:
 
 
 def explained(what: str, error: Exception, how: "ApiSettings") -> Exception:
-    """``error`` in freshrank's words: what failed, what the host did, how to mend it."""
+    """``error`` as a freshrank error: what failed, what the host did, how to fix it."""
     if isinstance(error, FreshrankError):
         return error
     if isinstance(error, api_exception()) and error.status:  # type: ignore[attr-defined]
         return _refusal(what, error, how)
-    told = f"FRESHRANK_KFP_HOST: {settings().kfp_host} {in_words(error)}"
+    sentence = f"FRESHRANK_KFP_HOST: {settings().kfp_host} {in_words(error)}"
     if is_unknown_name(error):
-        return ClusterUnreachable(f"{told}; expected a name that this machine can look up")
+        return ClusterUnreachable(f"{sentence}; expected a name that this machine can look up")
     if _is_of_tls(error):
         return PipelineFailed(
-            f"{told}; expected a certificate of a known authority: name your own in "
+            f"{sentence}; expected a certificate of a known authority: name your own in "
             "FRESHRANK_KFP_CA_CERT, or write http:// for a host without TLS"
         )
     if is_transient(error):
@@ -100,21 +100,21 @@ def explained(what: str, error: Exception, how: "ApiSettings") -> Exception:
 
 
 def _refusal(what: str, error: Any, how: "ApiSettings") -> Exception:
-    told = f"{what}: {settings().kfp_host} {in_words(error)}"
+    text = f"{what}: {settings().kfp_host} {in_words(error)}"
     if error.status in (401, 403):
         source = how.token_file() or ("FRESHRANK_KFP_TOKEN" if how.token.get_secret_value() else "none was sent")
         return ConfigError(
-            f"{told}; the token ({source}) is expired or may not do this: renew it, give its account "
+            f"{text}; the token ({source}) is expired or may not do this: renew it, give its account "
             "the rights, or set FRESHRANK_KFP_TOKEN_PATH"
         )
     if error.status == 404:
-        return PipelineFailed(f"{told}; it was deleted, or FRESHRANK_KFP_HOST is not the URL of this API")
+        return PipelineFailed(f"{text}; it was deleted, or FRESHRANK_KFP_HOST is not the URL of this API")
     if 300 <= error.status < 400:
         where = (error.headers or {}).get("Location", "elsewhere")
         return PipelineFailed(
-            f"{told} and points to {where}; expected the Kubeflow Pipelines API itself at FRESHRANK_KFP_HOST"
+            f"{text} and points to {where}; expected the Kubeflow Pipelines API itself at FRESHRANK_KFP_HOST"
         )
-    return (ClusterUnreachable if is_transient(error) else PipelineFailed)(told)
+    return (ClusterUnreachable if is_transient(error) else PipelineFailed)(text)
 
 
 def _bare(error: BaseException) -> BaseException:

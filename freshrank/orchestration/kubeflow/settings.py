@@ -134,5 +134,5 @@ def _of_the_store() -> dict[str, str]:
     """What an object store's client reads beside credentials, which travel as ``secret_env``."""
     if not settings().storage_url:
         return {}
-    found = {"AWS_ENDPOINT_URL": store_endpoint(), "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION")}
-    return {name: value for name, value in found.items() if value}
+    values = {"AWS_ENDPOINT_URL": store_endpoint(), "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION")}
+    return {name: value for name, value in values.items() if value}

@@ -92,20 +92,20 @@ def prepare(build: PipelineBuilder, data: Path, run_date: date, config: RunConfi
     return Submission(name, version, parameters, package, cluster.namespace, cluster.service_account)
 
 
-def doubts(submission: Submission) -> list[str]:
-    """What would keep the steps from running as sent, and can be seen from here."""
+def preflight_warnings(submission: Submission) -> list[str]:
+    """Preflight check: what would keep the steps from running on the cluster, as far as can be seen from here."""
     cluster, here = from_environment(ClusterSettings), settings()
-    found = [] if cluster.image else ["FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it"]
-    found += _doubts_of_home(here.home, cluster.home_claim, Path(submission.arguments["data"]))
+    warnings = [] if cluster.image else ["FRESHRANK_CLUSTER_IMAGE: not set; a submission is refused without it"]
+    warnings += _home_warnings(here.home, cluster.home_claim, Path(submission.arguments["data"]))
     if here.triton_host == "127.0.0.1" and not here.triton_replicas and not here.triton_replicas_host:
-        found.append(
+        warnings.append(
             "FRESHRANK_TRITON_HOST: 127.0.0.1 is each step's own pod, where no Triton is; expected the "
             "service of the one to deploy to, or FRESHRANK_TRITON_REPLICAS_HOST"
         )
-    return found + _doubts_of_secrets(here, cluster) + unknown_variables(*ALL_SETTINGS)
+    return warnings + _secret_warnings(here, cluster) + unknown_variables(*ALL_SETTINGS)
 
 
-def _doubts_of_secrets(here: Settings, cluster: ClusterSettings) -> list[str]:
+def _secret_warnings(here: Settings, cluster: ClusterSettings) -> list[str]:
     names = ["redis_url"] if here.online_store == "redis" else []
     names += ["triton_control_token"] if here.triton_control_token.get_secret_value() else []
     variables = [f"FRESHRANK_{name.upper()}" for name in names]
@@ -117,7 +117,7 @@ def _doubts_of_secrets(here: Settings, cluster: ClusterSettings) -> list[str]:
     ]
 
 
-def _doubts_of_home(home: Path, claim: str, data: Path) -> list[str]:
+def _home_warnings(home: Path, claim: str, data: Path) -> list[str]:
     outside = (
         []
         if data.is_relative_to(home)

@@ -248,14 +248,14 @@ class TrainJobs:
 
     def _get(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = self._call(
+            job: dict[str, Any] = self._call(
                 self._jobs.get_namespaced_custom_object, GROUP, VERSION, self.namespace, PLURAL, name
             )
         except _Refused as refused:
             if refused.status == 404:
                 return None
             raise
-        return found
+        return job
 
     def _remove(self, name: str) -> None:
         """Its pods go with it. That it cannot be removed must not hide how it ended."""
@@ -305,7 +305,7 @@ class TrainJobs:
 
 
 class _Refused(PipelineFailed):
-    """What the API said no to."""
+    """The error for a request that the API refused."""
 
     def __init__(self, status: int, namespace: str, reason: str | None, body: Any) -> None:
         sentence = f"the Kubernetes API answered {status} {reason}: {_message(body)}"

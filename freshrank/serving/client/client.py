@@ -83,8 +83,8 @@ class Answer:
         )
 
 
-class _Speaker:
-    """What both clients share: the log's own ids, times and values on one side, tensors on the other."""
+class _RequestCodec:
+    """Shared by both clients: converts ids, times and values as in the log to tensors, and answers back."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
         """``mappings`` holds ``<column>.parquet`` for every column whose values were text at the import."""
@@ -117,7 +117,7 @@ class _Speaker:
         return _request(self._codes.id(USER_ID, user), ids, at, version) | tensors
 
 
-class Client(_Speaker):
+class Client(_RequestCodec):
     """Ranks candidates for users of one dataset; close it, or use it in a ``with``."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:
@@ -182,7 +182,7 @@ class Client(_Speaker):
         return Answer.of(items, self.schema, off_wire(answer))
 
 
-class AsyncClient(_Speaker):
+class AsyncClient(_RequestCodec):
     """The asyncio twin of :class:`Client`, for services that hold many requests at once; ``async with``."""
 
     def __init__(self, url: str, schema: Schema, mappings: Path, timeout: float = 30.0) -> None:

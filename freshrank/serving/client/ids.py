@@ -11,7 +11,7 @@ from freshrank.datasets.mappings import mapping_of
 from freshrank.errors import ConfigError
 
 UNKNOWN_ID = -1
-"""What an id that no import has seen is sent as: it is ranked as a new item, or for a new user."""
+"""Sent for an id that is in no import: it is ranked as an unknown item, or for an unknown user."""
 
 Id = str | int
 T = TypeVar("T")

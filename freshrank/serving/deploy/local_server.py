@@ -249,7 +249,9 @@ class TritonServer:
         return ServingError(f"tritonserver {fate}; the end of {self.log_path}:\n{self._log_tail()}")
 
     def _clear_leftovers(self) -> None:
-        """Kill what a dead or deaf server left: itself, its stubs, its shared memory and its pid file."""
+        """Clean up after a dead or unresponsive server: kill it and its stubs, remove its shared memory and pid
+        file.
+        """
         for process in self._own_processes():
             with suppress(psutil.Error):
                 process.kill()

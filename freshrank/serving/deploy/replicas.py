@@ -87,16 +87,16 @@ class Replicas:
 
 
 def _addresses(listed: str) -> list[str]:
-    found = [entry.strip() for entry in listed.split(",")]
-    for address in found:
+    addresses = [entry.strip() for entry in listed.split(",")]
+    for address in addresses:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise ConfigError(f"FRESHRANK_TRITON_REPLICAS: received {address!r}, expected host:port,host:port,...")
-    if repeated := sorted({address for address in found if found.count(address) > 1}):
+    if repeated := sorted({address for address in addresses if addresses.count(address) > 1}):
         raise ConfigError(
             f"FRESHRANK_TRITON_REPLICAS: received {', '.join(repeated)} more than once, expected each replica once"
         )
-    return found
+    return addresses
 
 
 def resolved(host: str, port: int) -> list[str]:
@@ -105,14 +105,14 @@ def resolved(host: str, port: int) -> list[str]:
     A pod with addresses of both kinds is one replica: where there are IPv4 addresses, IPv6 ones are left out.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ServerUnreachable(
             f"FRESHRANK_TRITON_REPLICAS_HOST: {host!r} does not resolve to a replica: {error}; "
             "expected a headless service with at least one pod"
         ) from error
-    older = {f"{where[0]}:{port}" for family, *_, where in found if family == socket.AF_INET}
-    newer = {f"[{where[0]}]:{port}" for family, *_, where in found if family == socket.AF_INET6}
+    older = {f"{where[0]}:{port}" for family, *_, where in answers if family == socket.AF_INET}
+    newer = {f"[{where[0]}]:{port}" for family, *_, where in answers if family == socket.AF_INET6}
     return sorted(older or newer)
 
 
@@ -135,8 +135,8 @@ class Replica:
 
     def line(self) -> str:
         """For the report: address, step, seconds, and what was wrong."""
-        said = f": {self.error}" if self.error else ""
-        return f"  {self.client.url}  {self.step}  {self.seconds:.1f} s{said}"
+        problem = f": {self.error}" if self.error else ""
+        return f"  {self.client.url}  {self.step}  {self.seconds:.1f} s{problem}"
 
 
 Action = Callable[[Replica], None]

@@ -23,8 +23,8 @@ def planned(name: str, salt: str, challengers: list[str], shadows: list[str]) ->
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        said = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"experiment: {where + ': ' if where else ''}{said}") from None
+        problem_text = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"experiment: {where + ': ' if where else ''}{problem_text}") from None
 
 
 def _arms(texts: list[str]) -> tuple[Arm, ...]:

@@ -1,4 +1,4 @@
-"""What the server knows of users and items: users read at every request, items kept for a short time.
+"""Features of users and items for serving: users are read at every request, items are cached for a short time.
 
 Whatever the online store does not know, or does not say in time, is a missing feature; items that are kept are
 answered from memory while the store is down.
@@ -16,10 +16,10 @@ import numpy.typing as npt
 from freshrank.features.columns import Arrays, Columns, Int, Layout
 from freshrank.schema import SEQUENCE_ITEMS, Entity, Kind
 from freshrank.serving.ranking.latest import Latest
-from freshrank.serving.ranking.online_store import Found, Held, Online
+from freshrank.serving.ranking.online_store import Held, Online, StoredFeatures
 
 CAPACITY = 200_000
-"""Items kept, more or less; a full memory is emptied, which costs each of the next requests a longer read."""
+"""Approximate capacity of the item cache; a full cache is cleared, which makes the next requests read more."""
 UNKNOWN_SECONDS = 5.0
 """An item that the store did not hold is asked for again after this long, or sooner where items are kept shorter."""
 PAUSE_SECONDS = 1.0
@@ -71,17 +71,17 @@ class ItemCache:
         get = self._slots.get
         return np.array([get(number, _NOTHING) for number in ids.tolist()], np.int64)
 
-    def put(self, ids: Int, found: Found, now: float) -> None:
-        """Keep what was ``found`` of distinct ``ids``."""
+    def put(self, ids: Int, stored: StoredFeatures, now: float) -> None:
+        """Keep what was ``stored`` of distinct ``ids``."""
         if not len(ids):
             return
         slots = self._reserved(ids)
-        others = {name: getattr(found, name) for name in _OF_ITEMS}
-        for name, rows in (found.columns.arrays | others).items():
+        others = {name: getattr(stored, name) for name in _OF_ITEMS}
+        for name, rows in (stored.columns.arrays | others).items():
             self._arrays[name][slots] = rows
         # Not all at once: what was read together would otherwise be read together for ever.
-        kept = np.where(found.known, self._seconds, min(self._seconds, UNKNOWN_SECONDS))
-        self._expires[slots] = now + kept * self._random.uniform(0.5, 1.0, len(ids))
+        seconds = np.where(stored.known, self._seconds, min(self._seconds, UNKNOWN_SECONDS))
+        self._expires[slots] = now + seconds * self._random.uniform(0.5, 1.0, len(ids))
 
     def _reserved(self, ids: Int) -> Int:
         for number in ids.tolist():
@@ -92,10 +92,10 @@ class ItemCache:
             self._expires = _longer(self._expires, size)
         return self.slots(ids)
 
-    def take(self, slots: Int) -> Found:
+    def take(self, slots: Int) -> StoredFeatures:
         """What is held in ``slots``."""
         columns = {name: array[slots] for name, array in self._arrays.items() if name not in _OF_ITEMS}
-        return Found(Columns(self.layout, columns), *(self._arrays[name][slots] for name in _OF_ITEMS))
+        return StoredFeatures(Columns(self.layout, columns), *(self._arrays[name][slots] for name in _OF_ITEMS))
 
 
 def _longer(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
@@ -110,9 +110,9 @@ class Known:
 
     users: Columns
     """One row per user asked for."""
-    items: Found
+    items: StoredFeatures
     """One row per item asked for."""
-    looked_up: Found
+    looked_up: StoredFeatures
     """The known items among those of the users' sequences and those asked to be looked up; ascending ids."""
     looked_up_ids: Int
     problem: Exception | None
@@ -165,11 +165,11 @@ class OnlineFeatures:
         wanted = self._cache.stale(item_ids, now)
         if not len(wanted) and not len(user_ids):
             return Columns.missing(self._online.layouts[Entity.USER], 0)
-        found = self._asked({Entity.USER: user_ids, Entity.ITEM: wanted}, held, now)
-        self._cache.put(wanted, found[Entity.ITEM], now)
-        return found[Entity.USER].columns
+        stored = self._asked({Entity.USER: user_ids, Entity.ITEM: wanted}, held, now)
+        self._cache.put(wanted, stored[Entity.ITEM], now)
+        return stored[Entity.USER].columns
 
-    def _asked(self, wanted: dict[Entity, Int], held: Held, now: float) -> dict[Entity, Found]:
+    def _asked(self, wanted: dict[Entity, Int], held: Held, now: float) -> dict[Entity, StoredFeatures]:
         if now < self._paused_until:
             raise TimeoutError("the online store did not answer in time a moment ago and is left alone")
         try:
@@ -181,8 +181,10 @@ class OnlineFeatures:
             self._online = self._connect()
             raise
 
-    def _known(self, ids: Int) -> tuple[Found, Int]:
+    def _known(self, ids: Int) -> tuple[StoredFeatures, Int]:
         ids = np.unique(ids)
-        found = self._cache.take(self._cache.slots(ids))
-        rows = found.known.nonzero()[0]
-        return Found(found.columns.take(rows), *(getattr(found, name)[rows] for name in _OF_ITEMS)), ids[rows]
+        cached = self._cache.take(self._cache.slots(ids))
+        rows = cached.known.nonzero()[0]
+        return StoredFeatures(cached.columns.take(rows), *(getattr(cached, name)[rows] for name in _OF_ITEMS)), ids[
+            rows
+        ]

@@ -107,7 +107,7 @@ class Latest(Generic[Value]):
             self._answers.put(_Answer(value, error, time.monotonic() - started))
 
     def _note(self, error: Exception | None) -> None:
-        """Log when it breaks and when it is mended, not at every request between."""
+        """Log when it fails and when it recovers, not at every request in between."""
         if error and not self._failing:
             log.warning(
                 "%s cannot be read, what it said last stands: %s: %s",

@@ -135,7 +135,7 @@ class RankingMetrics:
 
 def counted(encoder: Encoder) -> list[_Counted]:
     """The features whose missing values can be told from the ranker's inputs: those without a declared number."""
-    found = []
+    families = []
     for entity in (Entity.USER, Entity.ITEM, Entity.ROW):
         blocks = {
             "categorical": (encoder.categorical(entity), False),
@@ -143,10 +143,12 @@ def counted(encoder: Encoder) -> list[_Counted]:
             "multi": (encoder.multi_valued(entity), True),
             "embedding": (encoder.embedding(entity), True),
         }
-        found += [_Counted(f"{entity}_{name}", _columns(features, wide)) for name, (features, wide) in blocks.items()]
+        families += [
+            _Counted(f"{entity}_{name}", _columns(features, wide)) for name, (features, wide) in blocks.items()
+        ]
     length = encoder.schema.history.sequence_length
-    found.append(_Counted("sequence_actions", [(SEQUENCE_ITEMS, slice(0, length))]))
-    return [each for each in found if each.columns]
+    families.append(_Counted("sequence_actions", [(SEQUENCE_ITEMS, slice(0, length))]))
+    return [each for each in families if each.columns]
 
 
 def _columns(features: list[Feature], wide: bool) -> list[tuple[str, slice]]:

@@ -47,7 +47,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredFeatures:
     """What the store holds of some users or items, in the order they were asked for."""
 
     columns: Columns
@@ -60,7 +60,7 @@ class Found:
     still stand is for the user to see (``hourly.only_standing``)."""
 
 
-class Rows(Protocol):
+class StoreReader(Protocol):
     """Where stored bytes come from."""
 
     def read(self, wanted: Mapping[Entity, Int]) -> dict[Entity, dict[str, Read]]:
@@ -73,21 +73,21 @@ class Rows(Protocol):
 class Online:
     """Decoded reads of one dataset's online store; not for use by several threads."""
 
-    def __init__(self, schema: Schema, rows: Rows) -> None:
+    def __init__(self, schema: Schema, rows: StoreReader) -> None:
         self._rows = rows
         self.layouts = layouts(schema)
         self._views = views(schema)
 
-    def read(self, wanted: Mapping[Entity, Int], held: Held) -> dict[Entity, Found]:
+    def read(self, wanted: Mapping[Entity, Int], held: Held) -> dict[Entity, StoredFeatures]:
         """Features of ids by entity, in one round trip; raises whatever the store's client raises."""
         asked = {entity: ids for entity, ids in wanted.items() if len(ids)}
         raw = self._rows.read(asked) if asked else {}
-        return {e: self._found(e, len(ids), raw.get(e, {}), held) for e, ids in wanted.items()}
+        return {e: self._decoded(e, len(ids), raw.get(e, {}), held) for e, ids in wanted.items()}
 
     def close(self) -> None:
         self._rows.close()
 
-    def _found(self, entity: Entity, count: int, raw: Mapping[str, Read], held: Held) -> Found:
+    def _decoded(self, entity: Entity, count: int, raw: Mapping[str, Read], held: Held) -> StoredFeatures:
         columns: dict[str, Values] = {}
         counted = np.zeros(count, np.int64)
         for view in self._views[entity]:
@@ -97,7 +97,7 @@ class Online:
                     counted = np.array([int((at or 0) * 1e6) for at in times], np.int64)
                 columns |= zip(view.columns, _current(view, times, values, held), strict=True)
         created = columns.pop(CREATED_AT_US, [None] * count)
-        return Found(
+        return StoredFeatures(
             decoded(self.layouts[entity], columns, count),
             np.array([0 if value in _NULLS else _message(value).int64_val for value in created], np.int64),
             np.array([value not in _NULLS for value in created], np.bool_),
@@ -107,11 +107,11 @@ class Online:
 
 def views(schema: Schema) -> dict[Entity, list[View]]:
     """The views of each entity, as ``feature_store.definitions`` declares them."""
-    found: dict[Entity, list[View]] = {entity: [] for entity in KEYS}
+    by_entity: dict[Entity, list[View]] = {entity: [] for entity in KEYS}
     for (entity, origin), name in VIEWS.items():
         if columns := view_columns(schema, entity, origin):
-            found[entity].append(View(name, tuple(columns), origin))
-    return found
+            by_entity[entity].append(View(name, tuple(columns), origin))
+    return by_entity
 
 
 def _current(view: View, times: Sequence[float | None], values: list[Values], held: Held) -> list[Values]:
@@ -160,9 +160,9 @@ def _lists(arrays: dict[str, Any], place: slice, feature: Feature, column: Value
     for row, value in enumerate(column):
         if value not in _NULLS:
             numbers = _message(value).int64_list_val.val
-            kept = numbers[: feature.dim] if feature.kind is Kind.MULTI_VALUED else numbers[-feature.dim :]
-            filled = slice(place.start, place.start + len(kept))
-            arrays[feature.kind][row, filled] = kept
+            retained = numbers[: feature.dim] if feature.kind is Kind.MULTI_VALUED else numbers[-feature.dim :]
+            filled = slice(place.start, place.start + len(retained))
+            arrays[feature.kind][row, filled] = retained
             arrays[PRESENT + feature.kind][row, filled] = True
 
 
@@ -219,7 +219,7 @@ def _entity_keys(prefix: bytes, ids: Int) -> list[bytes]:
     return [prefix + number.tobytes() for number in ids.astype("<i8")]
 
 
-class RedisRows:
+class RedisReader:
     """One HMGET per entity, all in one pipeline."""
 
     def __init__(self, schema: Schema, url: str, seconds: float) -> None:
@@ -227,7 +227,7 @@ class RedisRows:
         self._project = schema.name.encode()
         self._prefixes = {entity: key_prefix(entity) for entity in KEYS}
         self._views = views(schema)
-        self._fields = {entity: _fields(found) for entity, found in self._views.items()}
+        self._fields = {entity: _fields(views_of_entity) for entity, views_of_entity in self._views.items()}
 
     def read(self, wanted: Mapping[Entity, Int]) -> dict[Entity, dict[str, Read]]:
         with self.client.pipeline(transaction=False) as pipeline:
@@ -248,22 +248,22 @@ class RedisRows:
         self.client.close()
 
     def _by_view(self, entity: Entity, columns: list[Values]) -> dict[str, Read]:
-        found: dict[str, Read] = {}
+        by_view: dict[str, Read] = {}
         start = 0
         for view in self._views[entity]:
             end = start + 1 + len(view.columns)
             times = [None if at is None else _seconds(at) for at in columns[start]]
-            found[view.name] = (times, columns[start + 1 : end])
+            by_view[view.name] = (times, columns[start + 1 : end])
             start = end
-        return found
+        return by_view
 
 
-def _fields(found: Iterable[View]) -> list[bytes]:
+def _fields(views: Iterable[View]) -> list[bytes]:
     from feast.infra.online_stores.helpers import _mmh3
 
     return [
         field
-        for view in found
+        for view in views
         for field in (f"_ts:{view.name}".encode(), *(_mmh3(f"{view.name}:{c}") for c in view.columns))
     ]
 
@@ -281,7 +281,7 @@ def _redis(url: str, seconds: float) -> Any:
     return Redis(host=node["host"], port=int(node["port"]), **limits | options)
 
 
-class SqliteRows:
+class SqliteReader:
     """One query per view; a file that is replaced or mended is opened anew after the error it causes."""
 
     def __init__(self, schema: Schema, path: Path, seconds: float) -> None:
@@ -315,8 +315,8 @@ class SqliteRows:
             f'SELECT entity_key, feature_name, value, event_ts FROM "{self._project}_{view.name}" '  # noqa: S608
             f"WHERE entity_key IN ({marks}) ORDER BY entity_key"
         )
-        rows = {key: list(found) for key, found in groupby(self._connection.execute(query, keys), itemgetter(0))}
-        values = {key: {name: value for _, name, value, _ in found} for key, found in rows.items()}
+        rows = {key: list(stored) for key, stored in groupby(self._connection.execute(query, keys), itemgetter(0))}
+        values = {key: {name: value for _, name, value, _ in stored} for key, stored in rows.items()}
         times = [_local_seconds(rows[key][0][3]) if key in rows else None for key in keys]
         return times, [[values[key].get(name) if key in values else None for key in keys] for name in view.columns]
 
@@ -327,9 +327,9 @@ def _local_seconds(stored: int) -> float:
     return datetime.fromtimestamp(stored).replace(tzinfo=UTC).timestamp()
 
 
-def online_rows(schema: Schema, workspace: Workspace) -> Rows:
+def online_rows(schema: Schema, workspace: Workspace) -> StoreReader:
     """The store that the settings name."""
     where = settings()
     if where.online_store == "redis":
-        return RedisRows(schema, where.redis_url.get_secret_value(), where.online_timeout_seconds)
-    return SqliteRows(schema, workspace.feast / "online.db", where.online_timeout_seconds)
+        return RedisReader(schema, where.redis_url.get_secret_value(), where.online_timeout_seconds)
+    return SqliteReader(schema, workspace.feast / "online.db", where.online_timeout_seconds)

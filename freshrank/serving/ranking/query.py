@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class BadRequest(ValueError):
-    """The request is the client's to mend; the text says what was received and what was expected."""
+    """The request is invalid; the text says what was received and what was expected."""
 
 
 @dataclass(frozen=True)

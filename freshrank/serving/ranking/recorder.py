@@ -22,7 +22,7 @@ class Recorder:
     def __init__(self, folder: Path, sample_seconds: float = SAMPLE_SECONDS) -> None:
         self._folder = folder
         self._sample_seconds = sample_seconds
-        self._kept: list[Tensors] = []
+        self._recorded: list[Tensors] = []
         self._next_sample = self._next_write = float("-inf")
 
     def offer(self, request: Tensors) -> None:
@@ -32,11 +32,11 @@ class Recorder:
             return
         self._next_sample = now + self._sample_seconds
         # Not the context: what a request may carry changes with the schema, and must not refuse a version of another.
-        kept = {name: request[name][0].copy() for name in REQUIRED}
-        self._kept = [*self._kept, kept][-MOST_RECORDED:]
-        if len(self._kept) == MOST_RECORDED and now >= self._next_write:
+        recorded = {name: request[name][0].copy() for name in REQUIRED}
+        self._recorded = [*self._recorded, recorded][-MOST_RECORDED:]
+        if len(self._recorded) == MOST_RECORDED and now >= self._next_write:
             self._next_write = now + WRITE_SECONDS
-            threading.Thread(target=self._write, args=(self._kept,), name="recorder", daemon=True).start()
+            threading.Thread(target=self._write, args=(self._recorded,), name="recorder", daemon=True).start()
 
     def _write(self, requests: list[Tensors]) -> None:
         try:

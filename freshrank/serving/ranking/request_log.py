@@ -32,7 +32,7 @@ _TENSOR = pl.Struct({"dtype": pl.String, "shape": pl.List(pl.Int64), "data": pl.
 
 log = logging.getLogger(__name__)
 
-_Kept = tuple[Ranked, datetime]
+_Entry = tuple[Ranked, datetime]
 
 
 class RequestLog:
@@ -53,7 +53,7 @@ class RequestLog:
         self._random = np.random.default_rng(seed or None)
         self._process = uuid.uuid4().hex[:12]
         self._files = 0
-        self._queue: queue.Queue[_Kept | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[_Entry | None] = queue.Queue(WAITING)
         self._writer = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._writer.start()
 
@@ -74,35 +74,35 @@ class RequestLog:
 
     def _write_all(self) -> None:
         while (first := self._queue.get()) is not None:
-            kept, goes_on = self._following(first, time.monotonic() + self._seconds)
-            self._write(kept)
+            entries, goes_on = self._following(first, time.monotonic() + self._seconds)
+            self._write(entries)
             if not goes_on:
                 return
 
-    def _following(self, first: _Kept, due: float) -> tuple[list[_Kept], bool]:
+    def _following(self, first: _Entry, due: float) -> tuple[list[_Entry], bool]:
         """``first`` and what comes before the file is full or ``due``, and whether more may come."""
-        kept = [first]
-        while len(kept) < self._rows and (left := due - time.monotonic()) > 0:
+        entries = [first]
+        while len(entries) < self._rows and (left := due - time.monotonic()) > 0:
             try:
                 taken = self._queue.get(timeout=left)
             except queue.Empty:
                 break
             if taken is None:
-                return kept, False
-            kept.append(taken)
-        return kept, True
+                return entries, False
+            entries.append(taken)
+        return entries, True
 
-    def _write(self, kept: list[_Kept]) -> None:
+    def _write(self, entries: list[_Entry]) -> None:
         self._files += 1
-        path = self._directory / f"{kept[0][1]:%Y-%m-%d}" / f"{self._process}-{self._files:06d}.parquet"
+        path = self._directory / f"{entries[0][1]:%Y-%m-%d}" / f"{self._process}-{self._files:06d}.parquet"
         try:
             with atomic_write(path) as temporary:
-                pl.DataFrame([_row(*each) for each in kept], schema=_schema(kept)).write_parquet(
+                pl.DataFrame([_row(*each) for each in entries], schema=_schema(entries)).write_parquet(
                     temporary, compression="zstd"
                 )
         except Exception as error:
             # A full disk, or a row that cannot be written, costs these rows and not the ones to come.
-            log.warning("request log: %d requests are lost, %s cannot be written: %s", len(kept), path, error)
+            log.warning("request log: %d requests are lost, %s cannot be written: %s", len(entries), path, error)
 
 
 def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
         "cold": answer["cold"].tolist(),
         "known": answer["known"].tolist(),
         "shadows": [
-            {"version": version} | {name: said[name].tolist() for name in ("score", "probabilities")}
-            for version, said in ranked.shadows.items()
+            {"version": version} | {name: answer_of[name].tolist() for name in ("score", "probabilities")}
+            for version, answer_of in ranked.shadows.items()
         ],
     } | {
         _BLOCK + name: {"dtype": block.dtype.str, "shape": list(block.shape), "data": block.tobytes()}
@@ -135,8 +135,8 @@ def _row(ranked: Ranked, served_at: datetime) -> dict[str, Any]:
     }
 
 
-def _schema(kept: list[_Kept]) -> dict[str, Any]:
-    blocks = sorted({name for ranked, _ in kept for name in ranked.inputs})
+def _schema(entries: list[_Entry]) -> dict[str, Any]:
+    blocks = sorted({name for ranked, _ in entries for name in ranked.inputs})
     utc, floats = pl.Datetime("us", "UTC"), pl.List(pl.Float32)
     return {
         "request_id": pl.String,

@@ -20,7 +20,7 @@ from freshrank.bundle.golden import Tensors
 from freshrank.datasets.dataset import Dataset
 from freshrank.errors import ServingError
 from freshrank.features.columns import Columns, Int
-from freshrank.features.encoder import Blocks, Catalog, Encoder, Rows
+from freshrank.features.encoder import Blocks, CandidatePairs, Catalog, Encoder
 from freshrank.features.hourly import only_standing
 from freshrank.features.store import FeatureStore
 from freshrank.schema import ITEM_AGE, QUERY_ITEM_ID, Entity, Schema
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batch:
+class RequestBatch:
     """Requests that one version answers together."""
 
     queries: Sequence[Query]
@@ -80,7 +80,7 @@ class Batch:
         # To the platform an item that is not known is brand new.
         days = (at_us - known.items.created_us) / _DAY_SECONDS / _MICROSECONDS
         ages = np.where(known.items.known, days.clip(min=0), 0).astype(np.float32)
-        rows = Rows(
+        rows = CandidatePairs(
             users=known.users,
             items=only_standing(known.items.columns, known.items.counted_us, at_us, encoder.schema),
             rows=self._rows(encoder, ages),
@@ -111,8 +111,8 @@ class Batch:
         return values, present
 
 
-class Watch:
-    """Hears what happens to requests beyond their answers; this one only logs what went wrong."""
+class ServiceObserver:
+    """Observer of what happens to requests beside their answers; this base class only logs failures."""
 
     def stages(self, version: int, seconds: dict[str, float]) -> None:
         """How long the stages of a batch took."""
@@ -158,12 +158,12 @@ class RankingService:
         repository: ModelRepository,
         home: Path,
         call_ranker: CallRanker,
-        watch: Watch | None = None,
+        watch: ServiceObserver | None = None,
     ) -> None:
         self._repository = repository
         self._home = home
         self._call_ranker = call_ranker
-        self._watch = watch or Watch()
+        self._watch = watch or ServiceObserver()
         self._look = PointerWatch(repository, self._known)
         self._latest = Latest(self._look, f"the pointer in {repository.root}")
         self._served_now: ServedModels | Exception = NothingPublished()
@@ -190,12 +190,12 @@ class RankingService:
         """
         self._look_again()
         names = request_ids or [""] * len(requests)
-        found = [self._assigned(*request) for request in zip(requests, names, strict=True)]
-        answers: dict[int, Ranked | Exception] = {i: a for i, a in enumerate(found) if isinstance(a, Exception)}
-        for group in _groups([(i, a) for i, a in enumerate(found) if isinstance(a, _Assigned)]):
+        assignments = [self._assigned(*request) for request in zip(requests, names, strict=True)]
+        answers: dict[int, Ranked | Exception] = {i: a for i, a in enumerate(assignments) if isinstance(a, Exception)}
+        for group in _groups([(i, a) for i, a in enumerate(assignments) if isinstance(a, _Assigned)]):
             places, assigned = zip(*group, strict=True)
             answers |= zip(places, self._together(assigned), strict=True)
-        return [answers[place] for place in range(len(found))]
+        return [answers[place] for place in range(len(assignments))]
 
     def _assigned(self, tensors: Tensors, request_id: str) -> _Assigned | Exception:
         try:
@@ -210,11 +210,11 @@ class RankingService:
         """The version the request names, else the one of the user's arm, else the served one."""
         if "version" in request and (named := int(request["version"][0])):
             return self._named(named), Assignment()
-        found = self._served()
-        served = found.pointer.version
-        if found.experiment is None:
+        state = self._served()
+        served = state.pointer.version
+        if state.experiment is None:
             return self._version(served), Assignment()
-        assignment = found.experiment.assign(int(request["user_id"][0]))
+        assignment = state.experiment.assign(int(request["user_id"][0]))
         try:
             return self._version(assignment.version or served), assignment
         except Exception as error:
@@ -245,7 +245,7 @@ class RankingService:
             )
 
     def _answered(self, version: _Version, assigned: Sequence[_Assigned]) -> list[Ranked]:
-        batch = Batch([each.query for each in assigned])
+        batch = RequestBatch([each.query for each in assigned])
         clock = [time.perf_counter()]
         known = version.features.read(batch.user_ids, batch.item_ids, batch.lookups)
         self._note(known.problem)
@@ -278,7 +278,7 @@ class RankingService:
             for number, (query, place) in enumerate(zip(batch.queries, batch.slices, strict=True))
         ]
 
-    def _shadowed(self, assigned: Sequence[_Assigned], batch: Batch, known: Known) -> dict[int, Tensors]:
+    def _shadowed(self, assigned: Sequence[_Assigned], batch: RequestBatch, known: Known) -> dict[int, Tensors]:
         """What the shadows of these users say; one that fails is counted and harms nobody."""
         answers = {}
         for number in sorted({version for each in assigned for version in each.assignment.shadows}):
@@ -332,13 +332,13 @@ class RankingService:
         return self._versions[number]
 
     def _known(self, number: int) -> Encoder | None:
-        found = self._versions.get(number)
-        return found.encoder if found else None
+        version = self._versions.get(number)
+        return version.encoder if version else None
 
     def _live(self) -> list[int]:
-        if isinstance(found := self._served_now, Exception):
+        if isinstance(state := self._served_now, Exception):
             return []
-        return [*found.pointer.live, *(found.experiment.versions if found.experiment else [])]
+        return [*state.pointer.live, *(state.experiment.versions if state.experiment else [])]
 
     def encoder(self, number: int) -> Encoder:
         """That of a version that has answered."""

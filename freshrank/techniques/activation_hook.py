@@ -1,4 +1,4 @@
-"""Where the interaction module I hands over to the prediction module F (eq. 1), in a model that is not ours."""
+"""A hook on the activations between the interaction module I and the prediction module F (eq. 1), for any model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from freshrank.errors import ConfigError
 
 
-class Seam:
+class ActivationHook:
     """What enters, or leaves, the module the caller names: read as ``z`` after every pass, changed within ``through``.
 
     In another training loop, where F is the model's last layer::
 
-        seam = Seam(model.head)
+        hook = ActivationHook(model.head)
         loss = bce(model(x), y)
-        z_mix, y_mix = mixup(seam.z, y, 0.2)
-        with seam.through(lambda z: z_mix):
+        z_mix, y_mix = mixup(hook.z, y, 0.2)
+        with hook.through(lambda z: z_mix):
             loss = loss + 0.2 * bce(model(x), y_mix)
 
-    Outside ``through`` every value passes unchanged: the model is bit-identical to one without a seam. Whatever reaches
+    Outside ``through`` every value passes unchanged: the model is bit-identical to one without a hook. Whatever reaches
     the prediction on another way (a wide part, say) is neither read nor changed.
     """
 
@@ -48,7 +48,7 @@ class Seam:
             self._function = _identity
         if self.passes != 1:
             raise ConfigError(
-                f"seam: {type(self.module).__name__} ran {self.passes} times, expected once; name a module that every "
+                f"hook: {type(self.module).__name__} ran {self.passes} times, expected once; name a module that every "
                 "pass of the model runs exactly once, and call the model once within `through`"
             )
 
