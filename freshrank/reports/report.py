@@ -234,13 +234,13 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
     decision = summary.verdict.verdict
     console.print()
     console.print(Text(HEADLINES[decision], style=f"bold {_COLOURS[decision]}"))
-    console.print(_obstacles(summary.verdict))
+    console.print(_unmet_checks(summary.verdict))
     console.print(_table(summary))
     for label, value in _facts(summary):
         console.print(Text(f"{label:<11} {value}"), soft_wrap=True)
 
 
-def _obstacles(verdict: Verdict) -> Table:
+def _unmet_checks(verdict: Verdict) -> Table:
     grid = Table.grid(padding=(0, 1))
     for reason in verdict.unmet_checks:
         mark, word = MARKS[reason.passed]

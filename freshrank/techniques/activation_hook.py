@@ -14,7 +14,7 @@ class ActivationHook:
 
     In another training loop, where F is the model's last layer::
 
-        hook = Seam(model.head)
+        hook = ActivationHook(model.head)
         loss = bce(model(x), y)
         z_mix, y_mix = mixup(hook.z, y, 0.2)
         with hook.through(lambda z: z_mix):

@@ -48,8 +48,8 @@ def downsample_counters(
 ) -> tuple[Tensor, Tensor]:
     """Counters of the same items had they been of the drawn age and rarely shown.
 
-    In another training loop: downsample the counters of ``age_mask.masked`` rows with this, give them
-    ``age_mask.age_days`` as their age, and replace their item ids by the one that unknown items share.
+    In another training loop: thin the counters of ``age_mask.masked`` rows with this, give them ``age_mask.age_days``
+    as their age, and replace their item ids by the one that unknown items share.
 
     Args:
         impressions: of the longest window, [B]; whole numbers.

@@ -153,7 +153,7 @@ def test_what_the_last_step_would_lack_is_told_before_the_first(
     assert bool(submit.preflight_warnings(in_a_pod)) == ("a secret" not in warning)
 
 
-def test_doubts_come_before_the_run(
+def test_preflight_warnings_come_before_the_run(
     kfp: KfpServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A submission that does not arrive had told them."""

@@ -1,8 +1,8 @@
 """A web server that loads its application and then forks its workers, as gunicorn does with --preload.
 
-python preloading_server.py DATA MAPPINGS TIME (quiet | threads | asyncio): the parent asks first; then every worker maps
-ids that nobody has mapped yet and asks as well, and at last the parent once more. Prints what it and its workers were
-answered, and which libraries that a web server should not carry are loaded.
+python preloading_server.py DATA MAPPINGS TIME (quiet | threads | asyncio): the parent asks first; then every worker
+maps ids that nobody has mapped yet and asks as well, and at last the parent once more. Prints what it and its workers
+were answered, and which libraries that a web server should not carry are loaded.
 """
 
 import asyncio

@@ -116,7 +116,7 @@ def test_killed_server_starts_again_and_serves_the_pointed_version(new_server: N
 
 
 def test_a_server_that_dies_while_a_start_waits_for_it_is_started_anew(new_server: NewServer) -> None:
-    """Stopped, it is alive and deaf: as one is between its kill and its end."""
+    """Stopped, it is alive and ignores requests: as one is between its kill and its end."""
     served = new_server()
     first = served.server.start().pid
     assert first

@@ -78,7 +78,7 @@ class Subject:
         raise NotImplementedError
 
     def young(self, example: Example, masking: HistoryMaskingConfig, generator: torch.Generator) -> Example:
-        """Masked rows show their item as a new one: the unknown id, thinned counters; they count as cold."""
+        """Masked rows show their item as a new one: the unknown id, downsampled counters; they count as cold."""
         raise NotImplementedError
 
     def other_history(self, example: Example) -> Example:

@@ -291,7 +291,7 @@ def test_an_item_shown_as_just_born_predicts_the_same_whatever_its_history_was(s
 
 
 @every_ranker
-def test_thinned_counters_reach_the_prediction(subject: str) -> None:
+def test_downsampled_counters_reach_the_prediction(subject: str) -> None:
     """The same rows masked, with and without what is left of their counters: a young item is not an unseen one."""
     trial = Trial(subject, "history_masking")
     trial.subject.model.eval()
