@@ -356,7 +356,8 @@ class _RunningStatistics:
 
     def add(self, block: Float) -> None:
         if block.size:
-            self._scaler.partial_fit(np.where(np.isfinite(block), block, np.nan).astype(np.float64))
+            with np.errstate(invalid="ignore"):  # scikit-learn divides 0 by 0 where a column has no value yet
+                self._scaler.partial_fit(np.where(np.isfinite(block), block, np.nan).astype(np.float64))
 
     def statistics(self) -> NumericStatistics:
         """0 and 1 for a column without a value, 1 for the deviation of a constant one."""

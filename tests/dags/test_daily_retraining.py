@@ -55,15 +55,15 @@ def test_reading_a_dag_loads_nothing_heavy(name: str) -> None:
 import json, runpy, sys, time
 import airflow.sdk
 from airflow.sdk import dag
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 runpy.run_path({str(DAGS / f"{name}.py")!r})
 new = set(sys.modules) - before
-print(json.dumps([[name for name in {heavy!r} if name in new], time.perf_counter() - start]))
+print(json.dumps([[name for name in {heavy!r} if name in new], (time.process_time() - start) / start]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
-    loaded, seconds = json.loads(run.stdout.splitlines()[-1])
+    loaded, ratio = json.loads(run.stdout.splitlines()[-1])
     assert loaded == []
-    assert seconds < 5
+    assert ratio < 1, "it takes longer than to start Python and import Airflow"
 
 
 def test_a_log_of_years_ago_is_not_before_the_start_of_the_dag(dag: Any) -> None:

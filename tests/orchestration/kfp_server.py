@@ -8,7 +8,6 @@ import json
 import re
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +46,8 @@ class Fault:
     """The connection ends without an answer."""
     after: bool = False
     """The request is carried out first: only its answer is lost."""
-    hang: float = 0
+    hang: bool = False
+    """Until the server is closed."""
     page: str = ""
     """Answered with 200, as a log-in page is."""
     headers: dict[str, str] = field(default_factory=dict)
@@ -70,6 +70,9 @@ class KfpServer(ThreadingHTTPServer):
         self.terminated: list[str] = []
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.hanging = 0
+        """How many requests are not answered until ``closed``."""
+        self.closed = threading.Event()
         self.tokens: set[str] | None = None
         self.logs: dict[str, str] = {}
         self.before_creating: Callable[[], object] = lambda: None
@@ -212,7 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 400, {"error": str(error), "code": 3, "message": f"{type(error).__name__}: {error}"}
 
     def _suffer(self, fault: Fault) -> None:
-        time.sleep(fault.hang)
+        if fault.hang:
+            with self.server.lock:
+                self.server.hanging += 1
+            self.server.closed.wait()
         if fault.reset or fault.hang:
             self.close_connection = True
             self.connection.close()
@@ -322,6 +328,7 @@ def serving() -> Iterator[KfpServer]:
     with KfpServer() as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
+        server.closed.set()
         server.shutdown()
 
 

@@ -171,8 +171,14 @@ def test_a_worker_killed_while_it_submits_leaves_no_run(
         return create(run)
 
     monkeypatch.setattr(kfp, "created", killed_in_between)
-    # As Airflow's task runner does.
-    before = signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), task.on_kill()))
+
+    def ended(*_: object) -> None:
+        """As Airflow's task runner does it, once the run exists."""
+        while not kfp.runs:
+            time.sleep(0.01)
+        task.on_kill()
+
+    before = signal.signal(signal.SIGTERM, ended)
     try:
         with pytest.raises(ClusterUnreachable, match=r"killed while submitting .*; cancelled: run-0"):
             task.execute({"ti": Pushed()})  # type: ignore[typeddict-item]

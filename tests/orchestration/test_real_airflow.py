@@ -155,7 +155,6 @@ def test_a_run_survives_the_triggerer_and_ends_with_its_task(airflow: Airflow, k
 
     airflow.ask("PATCH", TASK.format(run="first"), {"new_state": "failed"})
     until(lambda: kfp.terminated, "the run is cancelled")
-    time.sleep(3)
     assert kfp.terminated == ["run-0"]
 
     airflow.trigger("second")

@@ -206,7 +206,6 @@ def test_ctrl_c_stops_the_waiting_and_not_the_run(submitted: KfpServer, world: P
         while not submitted.count("GET .*/runs/run-0"):
             assert process.poll() is None
             time.sleep(0.05)
-        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     finally:

@@ -15,7 +15,7 @@ from ranking_world import RUN_DATE, RankingWorld, noon
 from freshrank.errors import ServingError
 from freshrank.serving.client import Client
 from freshrank.serving.experiment import Arm, Experiment, ExperimentFile
-from freshrank.serving.ranking.latest import LOOK_SECONDS, LookedTooLong
+from freshrank.serving.ranking.latest import LookedTooLong
 from freshrank.serving.ranking.ranked import Ranked
 from freshrank.serving.ranking.service import RankingService, ServiceObserver
 from freshrank.serving.repository import ModelRepository, Pointer
@@ -152,9 +152,12 @@ def test_a_file_system_that_hangs_costs_one_deadline_and_no_more(ranking: Rankin
     pipe = ranking.pointer.with_name("pipe")
     os.mkfifo(pipe)
     pipe.replace(ranking.pointer)
-    started = time.monotonic()
-    assert [ranking.version() for _ in range(20)] == [1] * 20
-    assert time.monotonic() - started < 3 * LOOK_SECONDS
+    moments = [time.monotonic()]
+    for _ in range(20):
+        assert ranking.version() == 1
+        moments.append(time.monotonic())
+    first, *others = np.diff(moments)
+    assert np.median(others) < first / 2
     assert {type(error) for error in ranking.losses.errors} == {LookedTooLong}
 
     shutil.move(ranking.pointer, pipe)

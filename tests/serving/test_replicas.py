@@ -163,7 +163,11 @@ def test_all_replicas_switch_and_no_request_misses_an_answer(world: RankingWorld
         assert before
         with asked_all_the_time(urls, world) as said:
             pointer = publish(unseen(world, "replicas"), Replicas.fixed(urls), world.repository)
-            time.sleep(0.5)
+            answered = {url: len(answers) for url, answers in said.items()}
+            deadline = time.monotonic() + 60
+            while any(len(answers) < answered[url] + 3 for url, answers in said.items()):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
         wanted = said[urls[0]][0]
         assert isinstance(wanted, Answer)
         for answers in said.values():
