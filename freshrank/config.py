@@ -34,8 +34,11 @@ class WindowConfig(Section):
     """How many days are trained on, calibrated on and judged, ending the day before the run's date."""
 
     train_days: Positive = 27
+    """Days that weights are learned from."""
     calibration_days: Positive = 1
+    """Days after those, on which Platt scaling is fitted."""
     evaluation_days: Positive = 1
+    """The last days, on which the gate compares challenger and champion."""
 
     def split(self, run_date: date) -> "Split":
         """On day D with the defaults: train up to D-3, calibrate on D-2, judge D-1."""
@@ -85,7 +88,9 @@ class ValidationConfig(Section):
     min_cohort: Positive = 20
     """Coverage of fewer rows is judged by an exact test; where the reference has fewer it is shown and not judged."""
     min_positives: Positive = 1
+    """Positives that each action must have on the day."""
     min_known_items: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Least share of impressions whose item is in the items table."""
     age_buckets: Annotated[tuple[float, ...], Ascending] = AGE_BUCKETS
     """Content coverage is judged in each of these by itself."""
     late_hours: Annotated[float, Field(gt=0, lt=24)] = 6.0
@@ -99,22 +104,33 @@ class ModelConfig(Section):
     """Sizes of the ranker (paper, figure 5)."""
 
     item_id_dim: Positive = 16
+    """Width of an item id's embedding."""
     categorical_dim: Positive = 8
+    """Width of the embedding of every other categorical value."""
     min_count: Positive = 3
     """Values seen less often in training share the trained row for new and rare values."""
     sequence_layers: Annotated[int, Field(ge=1)] = 1
+    """Transformer blocks over the user's sequence."""
     sequence_heads: Positive = 2
+    """Attention heads of each; they share ``sequence_dim``."""
     sequence_dim: Positive = 32
+    """Width of a token."""
     group_dim: Positive = 32
     """Width every feature group is summarised to before the crossing."""
     cross_layers: Annotated[int, Field(ge=1)] = 2
+    """Layers of DCNv2."""
     cross_rank: Positive = 32
+    """Rank of each layer's weight matrix."""
     mlp: tuple[Positive, ...] = (128, 64)
     """Hidden widths of the interaction module's MLP; the last is the width of z."""
     experts: Positive = 4
+    """Of MMoE; every action weighs them with a gate of its own."""
     expert_dim: Positive = 32
+    """Width of each expert."""
     head_dim: Positive = 16
+    """Hidden width of the head of each action."""
     dropout: Probability = 0.0
+    """In the transformer and in the interaction module's MLP, while training."""
     item_age: Literal["raw", "capped", "none"] = "raw"
     """How an item's age enters the ranker: standardised days, days capped at ``fresh_days``, or not at all.
 
@@ -159,7 +175,9 @@ class AldiConfig(Section):
     student_weight: Annotated[float, Field(gt=0)] = 1.0
     """Of the cross-entropy of the student's own predictions."""
     rating_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the alignment of the student's predictions with the teacher's."""
     ranking_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the alignment of the order in which both rank pairs."""
     half_known: Annotated[float, Field(gt=0)] = 10.0
     """Impressions in the longest window at which the teacher has half its weight."""
 
@@ -259,8 +277,10 @@ class CalibrationConfig(Section):
     """Platt scaling per action on the calibration days."""
 
     min_positives: Positive = 10
+    """Positives of each action without which no calibration is fitted."""
     exposure: Literal["as_is", "parity"] = "as_is"
-    """parity: one constant on the logits of fresh items gives them their share of the top slots (exposure.py)."""
+    """parity: one constant on the logits of fresh items gives them their share of the top slots
+    (export/exposure_parity.py)."""
     top: Positive = 3
     """How many slots of a list parity is about."""
     max_fresh_shift: Annotated[float, Field(ge=0)] = 0.25
@@ -269,11 +289,15 @@ class CalibrationConfig(Section):
 
 class EvaluationConfig(Section):
     k: Positive = 3
+    """How many slots Hits@k and NDCG@k look at."""
     lists: Literal["request", "user"] = "request"
     """What is ranked together: a request, or all a user saw on the evaluation days (logs without request ids)."""
     min_candidates: Positive = 4
+    """Shorter lists are not ranked; their rows count in log loss, areas and calibration."""
     age_buckets: Annotated[tuple[float, ...], Ascending] = AGE_BUCKETS
+    """Edges in days between the slices by item age."""
     exposure_buckets: Annotated[tuple[int, ...], Ascending] = (0, 10, 100, 1000)
+    """Edges between the slices by impressions since birth."""
     warm_up_buckets: Annotated[tuple[int, ...], Ascending] = (0, 3, 10, 30, 100, 300, 1000)
     """Upper ends, in impressions since birth, of the buckets of the warm-up curve; one more holds the rest."""
     warm_up_draws: Annotated[int, Field(ge=20)] = 200
@@ -286,12 +310,15 @@ class EvaluationConfig(Section):
     bootstrap: Annotated[int, Field(ge=20)] = 1000
     """Draws of lists behind every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Coverage of the intervals."""
     ece_bins: Positive = 15
+    """Equal-mass bins of the expected calibration error."""
     seed: int = 0
+    """Of all draws, and of how ties in a list are broken."""
 
 
 class GateConfig(Section):
-    """Bounds a challenger must meet against the served model; gate.py says what each outcome leads to."""
+    """Bounds a challenger must meet against the served model; evaluation/gate.py says what each outcome leads to."""
 
     fresh_margin: Annotated[float, Field(ge=0)] = 0.0
     """Fresh Hits@k may be lower than the champion's by at most this (absolute, point estimate).
