@@ -115,7 +115,7 @@ def _state() -> State:
     ranker = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(ranker.parameters())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
-    return State(ranker, optimizer, schedule, Generators(0), "cpu", step=4)
+    return State(ranker, optimizer, schedule, Generators(0), step=4)
 
 
 def test_every_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
