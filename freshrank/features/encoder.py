@@ -66,12 +66,12 @@ class Encoder:
         Vocabularies are those of the whole frame; statistics differ from its by rounding (float64, kept as float32).
         """
         reader, counts = cls(schema, {}, {}), _Counts(schema)
-        running = {entity: _RunningStatistics(len(reader.numeric(entity))) for entity in _ENTITIES}
+        moments = {e: _Moments.of(np.zeros((0, len(reader.numeric(e))), np.float32)) for e in _ENTITIES}
         for part in parts:
             counts.add(part)
             for entity, block in reader._numeric_blocks(part).items():
-                running[entity].add(transformed(block, reader.numeric(entity)))
-        return cls(schema, counts.vocabularies(min_count), {e: each.statistics() for e, each in running.items()})
+                moments[entity] = moments[entity].joined(_Moments.of(transformed(block, reader.numeric(entity))))
+        return cls(schema, counts.vocabularies(min_count), {e: m.statistics() for e, m in moments.items()})
 
     def _numeric_blocks(self, part: FramePart) -> dict[Entity, Float]:
         frame, items = part.frame, part.frame.items.filter(part.first)
@@ -345,27 +345,37 @@ class _Counts:
         return {name: Vocabulary.of(self.seen[name], min_count) for name in self.entities}
 
 
-class _RunningStatistics:
-    """Mean and standard deviation of each column's finite values, over blocks that come one after the other."""
+@dataclass(frozen=True)
+class _Moments:
+    """Count, mean and summed squared deviation of each column's finite values, float64 [columns] each.
 
-    def __init__(self, columns: int) -> None:
-        from sklearn.preprocessing import StandardScaler  # 1 s to import, and servers never fit
+    Ours, because scikit-learn's running variance is NaN ever after a part in which a column has no value.
+    """
 
-        self._columns = columns
-        self._scaler = StandardScaler()
+    count: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
 
-    def add(self, block: Float) -> None:
-        if block.size:
-            with np.errstate(invalid="ignore"):  # scikit-learn divides 0 by 0 where a column has no value yet
-                self._scaler.partial_fit(np.where(np.isfinite(block), block, np.nan).astype(np.float64))
+    @classmethod
+    def of(cls, block: Float) -> "_Moments":
+        values = block.astype(np.float64)
+        seen = np.isfinite(values)
+        count = seen.sum(axis=0).astype(np.float64)
+        mean = np.where(seen, values, 0).sum(axis=0) / np.maximum(count, 1)
+        return cls(count, mean, np.where(seen, (values - mean) ** 2, 0).sum(axis=0))
+
+    def joined(self, other: "_Moments") -> "_Moments":
+        """Of both sets of values (Chan et al. 1983)."""
+        count = self.count + other.count
+        share, difference = other.count / np.maximum(count, 1), other.mean - self.mean
+        mean = self.mean + difference * share
+        return _Moments(count, mean, self.deviation + other.deviation + difference**2 * self.count * share)
 
     def statistics(self) -> NumericStatistics:
         """0 and 1 for a column without a value, 1 for the deviation of a constant one."""
-        zeros = np.zeros(self._columns)
-        mean = np.nan_to_num(getattr(self._scaler, "mean_", zeros))
-        variance = np.nan_to_num(getattr(self._scaler, "var_", zeros))
+        variance = self.deviation / np.maximum(self.count, 1)
         std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
-        return NumericStatistics(mean.astype(np.float32), std.astype(np.float32))
+        return NumericStatistics(self.mean.astype(np.float32), std.astype(np.float32))
 
 
 def _first_value(items: Columns, name: str) -> tuple[Int, Bool]:
