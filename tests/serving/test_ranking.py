@@ -277,8 +277,11 @@ def test_before_anything_is_published_a_request_is_told_so(tmp_path: Path) -> No
 
 def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world: RankingWorld) -> None:
     """Publication and rollback both take effect at once; a request that names a loaded version is answered by it."""
+    served = world.repository.served()
+    assert served
     first = rank_noon(world, 1, [1, 2, 3])
     second_version = world.publish(seed=1).version
+    assert second_version != served.version
     second = rank_noon(world, 1, [1, 2, 3])
     rollback(settings().triton_grpc_url, world.repository)
     third = rank_noon(world, 1, [1, 2, 3])
@@ -292,7 +295,11 @@ def test_the_answering_version_is_that_of_the_pointer_at_the_next_request(world:
         )
     assert named["model_version"] == [second_version]
     assert np.abs(named["score"] - second.score).max() < 1e-6
-    assert [first.model_version, second.model_version, third.model_version] == [1, second_version, 1]
+    assert [first.model_version, second.model_version, third.model_version] == [
+        served.version,
+        second_version,
+        served.version,
+    ]
     assert np.abs(second.probabilities - first.probabilities).max() > 100 * TOLERANCE
     assert np.abs(third.probabilities - first.probabilities).max() < 1e-6
 
