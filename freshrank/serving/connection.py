@@ -89,7 +89,7 @@ class Connection:
             return self._channel
 
     def _leave_to_parent(self) -> None:
-        # The process's number tells, not a hook: uWSGI forks without telling Python.
+        # The process's number tells, not a hook: what forks in C (uWSGI) need not run Python's.
         if self._process != os.getpid():
             _INHERITED.extend([self._channel] if self._channel else [])
             self._channel, self._process = None, os.getpid()
