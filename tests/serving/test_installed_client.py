@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 from ranking_world import RUN_DATE, RankingWorld, noon
 
@@ -48,3 +49,12 @@ def test_the_command_line_ranks_in_the_base_install(bare: Environment, world: Ra
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 3
+
+
+def test_ids_that_are_text_are_mapped_in_the_base_install(bare: Environment, tmp_path: Path) -> None:
+    """A log's own ids are strings more often than not."""
+    pl.DataFrame({"value": ["a", "b"], "code": [0, 1]}).write_parquet(tmp_path / "item_id.parquet")
+    program = "import sys; from pathlib import Path; from freshrank.serving.client import Codes\n"
+    program += "print(Codes(Path(sys.argv[1])).id('item_id', 'b'))"
+    result = bare.run("-c", program, str(tmp_path))
+    assert result.stdout.strip() == "1", result.stderr
